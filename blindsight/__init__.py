@@ -1,0 +1,54 @@
+"""BlindSight: a sparse attention category for every head of a vision-language model.
+
+    model = torch.compile(model, backend=blindsight.blindsight_backend(profile))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlindsightWarning",
+    "HeadCategory",
+    "Profile",
+    "Report",
+    "TemplateRule",
+    "blindsight_backend",
+    "disabled",
+    "explain",
+    "use_template",
+]
+
+_HOMES = {
+    "BlindsightWarning": "blindsight.runtime",
+    "HeadCategory": "blindsight.categories",
+    "Profile": "blindsight.profile",
+    "Report": "blindsight.report",
+    "TemplateRule": "blindsight.template",
+    "blindsight_backend": "blindsight.backend",
+    "disabled": "blindsight.runtime",
+    "explain": "blindsight.explanation",
+    "use_template": "blindsight.runtime",
+}
+
+if TYPE_CHECKING:
+    from blindsight.backend import blindsight_backend
+    from blindsight.categories import HeadCategory
+    from blindsight.explanation import explain
+    from blindsight.profile import Profile
+    from blindsight.report import Report
+    from blindsight.runtime import BlindsightWarning, disabled, use_template
+    from blindsight.template import TemplateRule
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: `import blindsight` alone does not wait for torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,182 @@
+"""The torch.compile backend: per graph, decide what to rewrite; per call, decide what to run."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
+
+from blindsight.compiled_graph import CompiledGraph
+from blindsight.inner import Inner
+from blindsight.layers import LayerMap
+from blindsight.passes.find_attention import is_token_ids
+from blindsight.profile import Profile
+from blindsight.report import Report, Verdict
+from blindsight.runtime import Runtime
+
+
+class BlindsightBackend:
+    """See :func:`blindsight_backend`. One instance keeps the state of one compiled model."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        *,
+        inner: str | Callable[..., Any],
+        model: nn.Module | None,
+        strict: bool,
+        inner_options: dict[str, Any],
+    ) -> None:
+        self.__name__ = "blindsight"
+        self.profile = profile
+        self.strict = strict
+        self.inner = Inner(inner, inner_options)
+        self.layer_map: LayerMap | None = None
+        self.runtime = Runtime(profile.rule, range(profile.num_layers), strict=strict)
+        self.verdicts: list[Verdict] = []
+        self._lock = threading.Lock()
+        self._num_graphs = 0
+        self._hooks: list[RemovableHandle] = []
+        if model is not None:
+            self._attach(model)
+
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
+    ) -> Callable[..., Any]:
+        """Compile one graph of Dynamo's; ``options`` are those of ``torch.compile``."""
+        with self._lock:
+            number = self._num_graphs
+            self._num_graphs += 1
+        graph = CompiledGraph(self, gm, example_inputs, number, self.inner.with_options(options))
+        return graph.as_callable()
+
+    def report(self) -> Report:
+        """Return what became of every attention call that was compiled so far."""
+        missing = sorted(set(range(self.profile.num_layers)) - self.runtime.met)
+        return Report(tuple(self.verdicts), tuple(missing))
+
+    def detach(self) -> None:
+        """Remove the hooks from the model that was given."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _attach(self, model: nn.Module) -> None:
+        model = getattr(model, "_orig_mod", model)
+        self.profile.validate(model)
+        self.layer_map = LayerMap(model, self.profile.rule.layer_pattern)
+        if len(self.layer_map) != self.profile.num_layers:
+            raise ValueError(
+                f"model must have attention parameters in {self.profile.num_layers} layers at "
+                f"{self.profile.rule.layer_pattern!r}, found {len(self.layer_map)}. Give the whole "
+                "model, or a rule whose layer_pattern matches its parameter names."
+            )
+        self._hooks = watch_forward(model, self.runtime)
+
+
+def watch_forward(model: nn.Module, runtime: Runtime) -> list[RemovableHandle]:
+    """Let a model that itself runs eagerly show its ``input_ids`` (only its layers are compiled).
+
+    Where the model is compiled the hooks trace to nothing: its graphs show the ids.
+    """
+    reference = weakref.ref(runtime)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        state = reference()
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if state is not None and isinstance(input_ids, Tensor) and is_token_ids(input_ids):
+            state.observe(input_ids, from_graph=False)
+
+    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        state = reference()
+        if state is not None:
+            state.forget()
+
+    return [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True, always_call=True),
+    ]
+
+
+def blindsight_backend(
+    profile: Profile | str | os.PathLike[str],
+    *,
+    inner: str | Callable[..., Any] = "inductor",
+    model: nn.Module | None = None,
+    strict: bool = True,
+    **inner_options: Any,
+) -> BlindsightBackend:
+    """Return a backend for ``torch.compile`` that makes a model's prefill attention sparse.
+
+    Prompts with several images run attention in which every head keeps what its category in the
+    profile keeps; everything else, decoding included, runs the model's own graphs.
+
+    Args:
+        profile: A profile, or the path of one.
+        inner: The backend that compiles the graphs: a name, or a callable
+            ``(gm, example_inputs, **options)``.
+        model: The whole model. Needed where one compiled frame serves several layers (Qwen3-VL,
+            or decoder layers compiled one by one), to tell them apart by their parameters. The
+            model is not kept alive; two hooks on it show its ``input_ids`` where it runs eagerly.
+        strict: Whether attention of the profile that cannot be rewritten, or is never met, is
+            an error. If false it stays dense, with one warning.
+        **inner_options: Passed on to ``inner``, for example ``mode="max-autotune-no-cudagraphs"``.
+
+    Raises:
+        ValueError: The profile is damaged or does not fit the model, or the inner backend does
+            not exist.
+    """
+    if not isinstance(profile, Profile):
+        if not isinstance(profile, (str, os.PathLike)):
+            raise ValueError(
+                f"profile must be a Profile or the path of one, got {type(profile).__name__}."
+            )
+        profile = Profile.load(profile)
+    return BlindsightBackend(
+        profile, inner=inner, model=model, strict=strict, inner_options=inner_options
+    )
+
+
+# torch.compile hands a backend that it knows by name the same options object for every graph of
+# one compiled model, which is what keeps the state of two such models apart.
+_by_options: dict[int, tuple[dict[str, Any], BlindsightBackend]] = {}
+
+
+def blindsight(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile for ``torch.compile(model, backend="blindsight", options={"profile": ...})``.
+
+    ``options`` are the arguments of :func:`blindsight_backend`.
+    """
+    if not options or "profile" not in options:
+        raise ValueError(
+            "backend 'blindsight' must be given a profile, got options "
+            f"{sorted(options or ())}. Say torch.compile(model, backend='blindsight', "
+            "options={'profile': path})."
+        )
+    entry = _by_options.get(id(options))
+    if entry is None or entry[0] is not options:
+        arguments = dict(options)
+        if mode is not None:
+            arguments.setdefault("mode", mode)
+        entry = (options, blindsight_backend(arguments.pop("profile"), **arguments))
+        _by_options[id(options)] = entry
+    return entry[1](gm, example_inputs)
+
+
+blindsight.reset = _by_options.clear  # type: ignore[attr-defined]  # torch.compiler.reset calls it

@@ -1,0 +1,36 @@
+"""See what the backend does to a model, without waiting for a compiler."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from blindsight.backend import blindsight_backend
+from blindsight.profile import Profile
+from blindsight.report import Report
+
+
+def explain(
+    model: nn.Module, inputs: Mapping[str, Any], profile: Profile | str | os.PathLike[str]
+) -> Report:
+    """Trace and rewrite a model, run it once uncompiled, and say what became of its attention.
+
+    Args:
+        model: A transformers model; left as it is.
+        inputs: Keyword arguments of its forward.
+        profile: A profile, or the path of one.
+
+    Returns:
+        One row per attention call; ``print`` shows a table.
+    """
+    backend = blindsight_backend(profile, inner="eager", model=model, strict=False)
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend=backend)(**inputs)
+    finally:
+        backend.detach()
+    return backend.report()

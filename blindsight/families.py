@@ -1,0 +1,108 @@
+"""What differs between model families, as rows of data.
+
+A family that is not listed works too: give its :class:`~blindsight.TemplateRule` explicitly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from blindsight.template import DEFAULT_LAYER_PATTERN, TemplateRule
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: where a family's config keeps what we need.
+
+    Attributes:
+        image_tokens, start_tokens, end_tokens: Names of config attributes that hold token ids.
+        attention: Class name of the decoder's attention module, for compiled frames that begin
+            inside the decoder, where a module's path no longer tells it from the vision tower's.
+    """
+
+    image_tokens: tuple[str, ...]
+    start_tokens: tuple[str, ...]
+    end_tokens: tuple[str, ...]
+    attention: str
+    layer_pattern: str = DEFAULT_LAYER_PATTERN
+
+
+def _qwen(attention: str) -> Family:
+    return Family(
+        image_tokens=("image_token_id", "video_token_id"),
+        start_tokens=("vision_start_token_id",),
+        end_tokens=("vision_end_token_id",),
+        attention=attention,
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": _qwen("Qwen2VLAttention"),
+    "qwen2_5_vl": _qwen("Qwen2_5_VLAttention"),
+    "qwen3_vl": _qwen("Qwen3VLTextAttention"),
+    "gemma3": Family(
+        image_tokens=("image_token_index",),
+        start_tokens=("boi_token_index",),
+        end_tokens=("eoi_token_index",),
+        attention="Gemma3Attention",
+    ),
+}
+
+DECODER_ATTENTION_CLASSES = frozenset(family.attention for family in FAMILIES.values())
+
+
+def config_of(model_or_config: Any) -> Any:
+    """Return the config of a model, or the config itself."""
+    return getattr(model_or_config, "config", model_or_config)
+
+
+def text_config(config: Any) -> Any:
+    """Return the part of a multimodal config that describes its decoder."""
+    get = getattr(config, "get_text_config", None)
+    return get() if callable(get) else config
+
+
+def template_rule(model_or_config: Any) -> TemplateRule:
+    """Return the rule of a listed family.
+
+    Raises:
+        ValueError: The family is not listed.
+    """
+    config = config_of(model_or_config)
+    model_type = getattr(config, "model_type", type(config).__name__)
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise ValueError(
+            f"model type must be one of {', '.join(FAMILIES)}, got {model_type!r}. For another "
+            "family give rule=TemplateRule(image_token_ids=..., layer_pattern=...) explicitly."
+        )
+
+    def ids(names: tuple[str, ...]) -> tuple[int, ...]:
+        found = (getattr(config, name, None) for name in names)
+        return tuple(token_id for token_id in found if token_id is not None)
+
+    return TemplateRule(
+        image_token_ids=ids(family.image_tokens),
+        start_token_ids=ids(family.start_tokens),
+        end_token_ids=ids(family.end_tokens),
+        layer_pattern=family.layer_pattern,
+    )
+
+
+def fingerprint(model_or_config: Any) -> dict[str, str]:
+    """Return what a profile must share with its model: architecture and attention shape."""
+    config = config_of(model_or_config)
+    text = text_config(config)
+    num_heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    num_layers = text.num_hidden_layers
+    layer_types = getattr(text, "layer_types", None) or ["full_attention"] * num_layers
+    return {
+        "architecture": str(config.model_type),
+        "num_layers": str(num_layers),
+        "num_heads": str(num_heads),
+        "num_kv_heads": str(getattr(text, "num_key_value_heads", None) or num_heads),
+        "head_dim": str(head_dim),
+        "layer_types": ",".join(layer_types),
+    }

@@ -1,0 +1,75 @@
+"""Which layer of the profile an attention call belongs to.
+
+One compiled frame may serve many layers (a decoder that is compiled layer by layer), so a layer
+is known by the identity of its parameters wherever the model is at hand, never by call order.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from blindsight.families import DECODER_ATTENTION_CLASSES
+from blindsight.passes.find_attention import Attention
+
+
+class LayerMap:
+    """Layers by the parameters of their attention modules."""
+
+    def __init__(self, model: nn.Module, layer_pattern: str) -> None:
+        self._model = weakref.ref(model)
+        self._pattern = layer_pattern
+        self._layers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._refresh()
+
+    def __len__(self) -> int:
+        return len({layer for _, layer in self._layers.values()})
+
+    def layer_of(self, parameters: Iterable[Any]) -> int | None:
+        """Return the layer that any of the given tensors belongs to, or None."""
+        parameters = list(parameters)
+        layer = self._look_up(parameters)
+        if layer is None:
+            # Parameters may have been replaced since (quantisation, adapters, a new device).
+            self._refresh()
+            layer = self._look_up(parameters)
+        return layer
+
+    def _look_up(self, parameters: list[Any]) -> int | None:
+        for parameter in parameters:
+            entry = self._layers.get(id(parameter))
+            if entry is not None and entry[0]() is parameter:
+                return entry[1]
+        return None
+
+    def _refresh(self) -> None:
+        model = self._model()
+        if model is None:
+            return
+        layers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        shared = set()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            matched = re.search(self._pattern, name)
+            if matched is None:
+                continue
+            layer = int(matched.group(1))
+            if layers.get(id(parameter), (None, layer))[1] != layer:
+                shared.add(id(parameter))
+            layers[id(parameter)] = (weakref.ref(parameter), layer)
+        self._layers = {key: value for key, value in layers.items() if key not in shared}
+
+
+def layer_of_path(attention: Attention) -> int | None:
+    """Return the layer that a call's module path tells, or None."""
+    if attention.layer is not None:
+        return attention.layer
+    if attention.module_class in DECODER_ATTENTION_CLASSES:
+        # The compiled frame began at the decoder itself: `self.layers.3.self_attn`.
+        matched = re.search(r"(?:^|\.)layers\.(\d+)\.", attention.path)
+        return int(matched.group(1)) if matched else None
+    return None

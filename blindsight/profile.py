@@ -1,0 +1,369 @@
+"""A profile: the category of every query head of one model, and how it was found.
+
+Shapes: L layers, H query heads, C categories, R regions of attention mass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from blindsight.categories import NUM_CATEGORIES, HeadCategory, summarize_categories
+from blindsight.families import config_of, fingerprint
+from blindsight.template import TemplateRule
+
+FORMAT = "blindsight-profile"
+VERSION = "1"
+FINGERPRINT = ("architecture", "num_layers", "num_heads", "num_kv_heads", "head_dim", "layer_types")
+METADATA = ("format", "version", "model", "fingerprint", "rule", "calibration")
+_DAMAGED = "The file is damaged or was edited: copy it again, or calibrate again."
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Profile:
+    """The category of every query head, for one model. Treat all of it as immutable.
+
+    Args:
+        categories: ``[L, H]`` uint8, codes of :class:`~blindsight.HeadCategory`. Copied.
+        rule: How the images of a prompt are found.
+        fingerprint: What the model must be like, see :func:`blindsight.families.fingerprint`.
+        evidence: What calibration measured, float32 ``[L, H, ...]``: ``error`` and
+            ``error_spread`` ``[L, H, C]``, ``mass`` ``[L, H, R]``. Copied.
+        calibration: Dataset, number of samples, seed, thresholds, library versions.
+        model: ``id`` and ``revision`` of the model, where known.
+
+    Attributes:
+        digest: Hex sha256 of all of the above; the same in every process. Profiles are equal
+            when their digests are.
+
+    Raises:
+        ValueError: A part is malformed, or does not fit the others; the message says which.
+    """
+
+    categories: Tensor
+    _: KW_ONLY
+    rule: TemplateRule
+    fingerprint: Mapping[str, str]
+    evidence: Mapping[str, Tensor] = field(default_factory=dict)
+    calibration: Mapping[str, str] = field(default_factory=dict)
+    model: Mapping[str, str] = field(default_factory=dict)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        _check_categories(self.categories)
+        if not isinstance(self.rule, TemplateRule):
+            raise ValueError(f"rule must be a TemplateRule, got {type(self.rule).__name__}.")
+        for name in ("fingerprint", "calibration", "model"):
+            object.__setattr__(self, name, _strings(name, getattr(self, name)))
+        _check_fingerprint(self.fingerprint, tuple(self.categories.shape))
+        _check_evidence(self.evidence, tuple(self.categories.shape))
+        evidence = {name: _own(self.evidence[name]) for name in sorted(self.evidence)}
+        object.__setattr__(self, "categories", _own(self.categories))
+        object.__setattr__(self, "evidence", evidence)
+        object.__setattr__(self, "digest", _digest(self._tensors(), self._metadata()))
+
+    @classmethod
+    def for_model(
+        cls, model_or_config: Any, categories: Any, *, rule: TemplateRule | None = None
+    ) -> Profile:
+        """Return a profile for a model, without evidence.
+
+        Args:
+            model_or_config: A transformers model, its config, or anything with ``.config``.
+            categories: Array-like ``[L, H]`` of categories, codes or names in any case, or one
+                of these for all heads.
+            rule: How images are found; by default what the model's family needs.
+
+        Raises:
+            ValueError: The shape is not the model's, an entry is no category, or the family is
+                not known and ``rule`` is not given.
+        """
+        found = _fingerprint_of(model_or_config)
+        shape = int(found["num_layers"]), int(found["num_heads"])
+        config = config_of(model_or_config)
+        identity = {
+            "id": getattr(config, "_name_or_path", None),
+            "revision": getattr(config, "_commit_hash", None),
+        }
+        return cls(
+            _parse_categories(categories, shape),
+            rule=TemplateRule.from_config(config) if rule is None else rule,
+            fingerprint=found,
+            model={name: str(value) for name, value in identity.items() if value},
+        )
+
+    @property
+    def num_layers(self) -> int:
+        return self.categories.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.categories.shape[1]
+
+    def counts(self) -> dict[HeadCategory, int]:
+        """Return the number of heads of each category, zeros included."""
+        counts = torch.bincount(self.categories.flatten().long(), minlength=NUM_CATEGORIES)
+        return {category: int(counts[category]) for category in HeadCategory}
+
+    def layer_is_dense(self, layer: int) -> bool:
+        """Whether all heads of a layer are ``DENSE``.
+
+        Raises:
+            ValueError: There is no such layer.
+        """
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer must be in 0..{self.num_layers - 1}, got {layer}.")
+        return not bool(self.categories[layer].any())
+
+    def validate(self, model_or_config: Any) -> None:
+        """Check that the profile was made for this model.
+
+        Raises:
+            ValueError: It was not; the message names every field that differs.
+        """
+        found = _fingerprint_of(model_or_config)
+        different = [
+            f"profile has {name}={self.fingerprint.get(name)}, model has {name}={found.get(name)}"
+            for name in dict.fromkeys([*FINGERPRINT, *found, *self.fingerprint])
+            if self.fingerprint.get(name) != found.get(name)
+        ]
+        if different:
+            raise ValueError(
+                f"profile must be made for this model, got {'; '.join(different)}. "
+                "Use the model's own profile, or calibrate one."
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile as safetensors, the same bytes each time.
+
+        The file appears whole or not at all: it is written under another name in the same
+        folder, synced, and moved into place.
+
+        Raises:
+            OSError: The file cannot be written; what was there before is untouched.
+        """
+        target = Path(os.path.realpath(path))
+        data = _sort_header(serialize(self._tensors(), {**self._metadata(), "digest": self.digest}))
+        temporary = target.with_name(f".blindsight-{secrets.token_hex(8)}.tmp")
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
+        """Read a profile; nothing in a file is ever executed.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is no profile, or a damaged one, or of another version.
+        """
+        with open(path, "rb"):  # Python's own errors for a missing file, a folder, no permission
+            pass
+        try:
+            return cls._read(path)
+        except ValueError as error:
+            raise ValueError(f"cannot load profile {os.fspath(path)}: {error}") from None
+
+    @classmethod
+    def _read(cls, path: str | os.PathLike[str]) -> Profile:
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                # Before any tensor is read: a path of gigabytes of weights is a likely mistake.
+                _check_format(metadata)
+                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"file must be safetensors, got {error}. {_DAMAGED}") from None
+        try:
+            _check_keys("metadata", metadata, METADATA)
+            if "categories" not in tensors:
+                raise ValueError(f"tensors must include 'categories', got {list(tensors)}.")
+            profile = cls(
+                tensors.pop("categories"),
+                rule=TemplateRule.from_json(metadata["rule"]),
+                fingerprint=_from_json("fingerprint", metadata),
+                evidence=tensors,
+                calibration=_from_json("calibration", metadata),
+                model=_from_json("model", metadata),
+            )
+            if (digest := metadata.get("digest", profile.digest)) != profile.digest:
+                raise ValueError(f"digest must be {profile.digest}, got {digest!r}.")
+        except ValueError as error:
+            raise ValueError(f"{error} {_DAMAGED}") from None
+        except (OverflowError, RecursionError) as error:  # hostile patterns and JSON
+            raise ValueError(f"metadata must be a profile's, got {error}. {_DAMAGED}") from None
+        return profile
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"categories": self.categories, **self.evidence}
+
+    def _metadata(self) -> dict[str, str]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": _to_json(self.model),
+            "fingerprint": _to_json(self.fingerprint),
+            "rule": self.rule.to_json(),
+            "calibration": _to_json(self.calibration),
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"Profile({self.fingerprint['architecture']}, {self.num_layers} layers x "
+            f"{self.num_heads} heads: {summarize_categories(self.categories.flatten().tolist())}; "
+            f"digest {self.digest[:8]})"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, Profile) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+def _check_categories(categories: Tensor) -> None:
+    _check_dtype("categories", categories, torch.uint8)
+    if categories.dim() != 2 or categories.numel() == 0:
+        raise ValueError(
+            f"categories must have shape [num_layers, num_heads], got {list(categories.shape)}."
+        )
+    if (highest := int(categories.max())) >= NUM_CATEGORIES:
+        raise ValueError(f"category codes must be 0..{NUM_CATEGORIES - 1}, got {highest}.")
+
+
+def _check_dtype(name: str, tensor: object, dtype: torch.dtype) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name} must be a {dtype} tensor, got {found}.")
+
+
+def _check_fingerprint(fingerprint: Mapping[str, str], shape: tuple[int, ...]) -> None:
+    _check_keys("fingerprint", fingerprint, FINGERPRINT)
+    num_types = str(len(fingerprint["layer_types"].split(",")))
+    found = fingerprint["num_layers"], fingerprint["num_heads"], num_types
+    if found != (str(shape[0]), str(shape[1]), str(shape[0])):
+        raise ValueError(
+            f"fingerprint must have as many layers and heads as the categories {list(shape)}, got "
+            f"num_layers={found[0]}, num_heads={found[1]} and {num_types} layer_types."
+        )
+
+
+def _check_evidence(evidence: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
+    for name, tensor in evidence.items():
+        if not isinstance(name, str) or name in ("", "categories", "__metadata__"):
+            raise ValueError(f"evidence must have names other than the format's, got {name!r}.")
+        _check_dtype(f"evidence {name!r}", tensor, torch.float32)
+        last: object = NUM_CATEGORIES if name in ("error", "error_spread") else "..."
+        if tensor.shape[:2] != shape or (last != "..." and tensor.shape[2:] != (last,)):
+            raise ValueError(
+                f"evidence {name!r} must have shape [{shape[0]}, {shape[1]}, {last}], "
+                f"got {list(tensor.shape)}."
+            )
+
+
+def _check_format(metadata: Mapping[str, str]) -> None:
+    for name, expected, advice in (
+        ("format", FORMAT, "Give a file that Profile.save wrote."),
+        ("version", VERSION, "Use a release of blindsight that reads it, or calibrate again."),
+    ):
+        if metadata.get(name) != expected:
+            raise ValueError(f"{name} must be {expected!r}, got {metadata.get(name)!r}. {advice}")
+
+
+def _check_keys(name: str, mapping: Mapping[str, str], keys: tuple[str, ...]) -> None:
+    if missing := [key for key in keys if key not in mapping]:
+        raise ValueError(f"{name} must have {', '.join(keys)}, got no {', '.join(missing)}.")
+
+
+def _fingerprint_of(model_or_config: Any) -> dict[str, str]:
+    try:
+        return fingerprint(model_or_config)
+    except AttributeError as error:
+        raise ValueError(
+            "model must be a transformers model or the config of one, got "
+            f"{type(model_or_config).__name__}: {error}."
+        ) from None
+
+
+def _parse_categories(categories: Any, shape: tuple[int, int]) -> Tensor:
+    """Return ``categories``, array-like or one for all heads, as uint8 ``[L, H]``."""
+    if isinstance(categories, Tensor):
+        categories = categories.detach().cpu().tolist()
+    try:
+        entries = np.array(categories, dtype=object)
+    except ValueError as error:  # some ragged lists; of others numpy makes lists as entries
+        raise ValueError(f"categories must have shape {list(shape)}, got {error}.") from None
+    if entries.ndim == 0:
+        entries = np.full(shape, entries.item(), dtype=object)
+    if entries.shape != shape:
+        raise ValueError(
+            f"categories must have shape [num_layers, num_heads] = {list(shape)}, or be one "
+            f"category for all heads, got shape {list(entries.shape)}."
+        )
+    codes = torch.empty(shape, dtype=torch.uint8)
+    for (layer, head), entry in np.ndenumerate(entries):
+        try:
+            if isinstance(entry, (bool, np.bool_)):
+                raise ValueError(f"category must be a code or a name, got {entry!r}.")
+            codes[layer, head] = HeadCategory.parse(entry)
+        except ValueError as error:
+            raise ValueError(f"layer {layer}, head {head}: {error}") from None
+    return codes
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _strings(name: str, mapping: object) -> dict[str, str]:
+    if not isinstance(mapping, Mapping) or not all(
+        isinstance(text, str) for item in mapping.items() for text in item
+    ):
+        raise ValueError(f"{name} must map strings to strings, got {mapping!r}.")
+    return {key: mapping[key] for key in sorted(mapping)}
+
+
+def _to_json(mapping: Mapping[str, str]) -> str:
+    return json.dumps(dict(mapping), sort_keys=True, separators=(",", ":"))
+
+
+def _from_json(name: str, metadata: Mapping[str, str]) -> Any:
+    try:
+        return json.loads(metadata[name])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} must be JSON, got {metadata[name][:80]!r}: {error}.") from None
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Hash contents, not a file: files of equal profiles may differ by safetensors version."""
+    shapes = {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())}
+    digest = hashlib.sha256(json.dumps([dict(metadata), shapes], sort_keys=True).encode())
+    for name in shapes:
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sort_header(data: bytes) -> bytes:
+    """Return safetensors with a sorted header: the library writes metadata in random order."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the tensors stay aligned
+    return len(header).to_bytes(8, "little") + header + data[end:]

@@ -1,0 +1,194 @@
+"""The slow, plain reference: what a profile means, computed with dense masks and softmax.
+
+It shares nothing with the compiled path but the template (where the images are), needs no
+compiler, and runs through transformers' own registry of attention functions.
+
+Shapes: B batch, H query heads, G key/value heads, Q and K lengths in tokens (Q = K = T in a
+prefill), D head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blindsight.categories import HeadCategory
+from blindsight.families import config_of, text_config
+from blindsight.profile import Profile
+from blindsight.runtime import disabled
+from blindsight.template import Template
+
+NAME = "blindsight_reference"
+
+_MAX_SCORES = 2**25  # scores held at once, 128 MiB in float32
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the attention function needs to know of the forward under way."""
+
+    template: Template
+    profile: Profile
+    layers: Mapping[nn.Module, int]
+
+
+_run: ContextVar[_Run | None] = ContextVar("blindsight_reference_run", default=None)
+
+
+def reference_logits(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    profile: Profile,
+    template: Template | None = None,
+) -> Tensor:
+    """Run one prefill eagerly with the masks of a profile, and return its logits.
+
+    The model's attention implementation is as before afterwards; vision towers keep theirs.
+
+    Args:
+        model: A transformers model, compiled or not.
+        inputs: Keyword arguments of its forward, without a cache.
+        profile: The category of every head.
+        template: Where the images are, ``[B, T]``; by default found in ``input_ids``.
+
+    Returns:
+        ``[B, T, V]``, or the last positions only, if the inputs ask for that.
+
+    Raises:
+        ValueError: The profile is another model's, the template does not fit the prompt, or
+            the inputs are not a prefill's.
+    """
+    model = getattr(model, "_orig_mod", model)
+    profile.validate(model)
+    if inputs.get("past_key_values") is not None:
+        raise ValueError(
+            "inputs must be those of a prefill, got past_key_values. Give the whole sequence."
+        )
+    if template is None:
+        if not isinstance(inputs.get("input_ids"), Tensor):
+            raise ValueError(
+                f"inputs must have input_ids, or a template be given, got {sorted(inputs)}."
+            )
+        template = profile.rule.template(inputs["input_ids"])
+    pattern = profile.rule.layer_pattern + r"$"
+    found = ((module, re.search(pattern, name)) for name, module in model.named_modules())
+    layers = {module: int(match.group(1)) for module, match in found if match is not None}
+    if sorted(layers.values()) != list(range(profile.num_layers)):
+        raise ValueError(
+            f"model must have the attention of {profile.num_layers} layers at "
+            f"{profile.rule.layer_pattern!r}, found layers {sorted(layers.values())}."
+        )
+    token = _run.set(_Run(template, profile, layers))
+    try:
+        with (
+            _attention_of(model),
+            disabled(),
+            torch.compiler.set_stance("force_eager"),
+            torch.no_grad(),
+        ):
+            return model(**{**inputs, "use_cache": False}).logits  # type: ignore[no-any-return]
+    finally:
+        _run.reset(token)
+
+
+@contextmanager
+def _attention_of(model: nn.Module) -> Iterator[None]:
+    """Let the decoder of a model call :func:`_attention` inside this context."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attention)
+    # A name without a mask function of its own would get no mask at all.
+    AttentionMaskInterface.register(NAME, _base_mask)
+    config = text_config(config_of(model))
+    implementation = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = implementation
+
+
+def _base_mask(*args: Any, **kwargs: Any) -> Tensor:
+    """Return the model's own mask ``[B, 1, Q, K]`` bool, whatever it is; never None."""
+    from transformers.masking_utils import sdpa_mask
+
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask = sdpa_mask(*args, **{**kwargs, **skips})
+    assert mask is not None and mask.dtype == torch.bool
+    return mask  # type: ignore[no-any-return]
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Softmax attention in the form that transformers wants: ``[B, Q, H, D]``."""
+    run = _run.get()
+    if run is None or attention_mask is None or module not in run.layers:
+        raise ValueError(
+            f"{type(module).__name__} must be a decoder's, run by reference_logits, and isn't."
+        )
+    if dropout or kwargs.get("softcap") is not None:
+        raise ValueError(
+            f"attention must be without dropout and softcap, got dropout={dropout}, "
+            f"softcap={kwargs.get('softcap')}."
+        )
+    num_heads, num_queries, num_keys = query.shape[1], query.shape[2], key.shape[2]
+    template = Template(*(tensor.to(query.device) for tensor in run.template.tensors()))
+    covered = tuple(template.span_id.shape)
+    if covered != (query.shape[0], num_queries) or num_keys != num_queries:
+        raise ValueError(
+            f"template must cover the prompt of {query.shape[0]} x {num_queries} tokens and "
+            f"{num_keys} keys, got {list(covered)}."
+        )
+    categories = run.profile.categories[run.layers[module]].tolist()
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    # Every query head gets its own copy of the key/value head that it reads.
+    key, value = (
+        x.to(dtype).repeat_interleave(num_heads // x.shape[1], dim=1) for x in (key, value)
+    )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    step = max(1, _MAX_SCORES // (query.shape[0] * num_heads * num_keys))
+    outputs = []
+    for begin in range(0, num_queries, step):
+        rows = slice(begin, begin + step)
+        kept = [_keep(template, HeadCategory(code), rows) for code in categories]
+        allowed = torch.stack(kept, dim=1) & attention_mask[:, :, rows]  # [B, H, rows, K]
+        scores = query[:, :, rows].to(dtype) @ key.transpose(2, 3) * scale
+        weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
+        weights = weights.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
+        outputs.append((weights @ value).to(query.dtype))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _keep(template: Template, category: HeadCategory, rows: slice) -> Tensor:
+    """Return what a category keeps ``[B, rows, K]``, pair by pair, as it is defined."""
+    query_span = template.span_id[:, rows, None]
+    key_span = template.span_id[:, None, :]
+    key_is_sink = template.is_sink[:, None, :]
+    position = torch.arange(template.num_tokens, device=key_span.device)
+    is_itself = position[rows, None] == position
+    same_span = query_span == key_span
+    is_text = (query_span == 0) | (key_span == 0)
+    is_first = query_span == 1
+    always = is_text | is_first
+    if category is HeadCategory.DENSE:
+        return torch.ones_like(always)
+    if category is HeadCategory.SINK:
+        return always | key_is_sink | is_itself
+    if category is HeadCategory.DOCUMENT:
+        return always | same_span
+    return always | same_span | key_is_sink

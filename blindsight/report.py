@@ -1,0 +1,75 @@
+"""What a backend did with each attention call, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from blindsight.runtime import compact
+
+
+@dataclass
+class Verdict:
+    """What became of one attention call of one compiled graph.
+
+    Attributes:
+        graph: Number of the graph, in the order in which Dynamo compiled them.
+        path: Dotted path of the module, seen from the compiled frame.
+        layer: Layer of the profile, or None (not the decoder's, or one graph serves several).
+        tier: How the model's own mask is known: ``"causal"`` or ``"none"`` (from the call's
+            arguments), or ``"materialised"`` (the tensor is read, element by element).
+        categories: For example ``"2 DENSE, 6 SINK"``.
+        rewritten: Whether prompts with several images run the rewritten call.
+        reason: Why the call is, or is not, rewritten.
+        runs: How often it ran rewritten (``"sparse"``), or dense, by reason.
+    """
+
+    graph: int
+    path: str
+    layer: int | None
+    tier: str
+    categories: str
+    rewritten: bool
+    reason: str
+    runs: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One row per attention call seen; ``str()`` gives a table.
+
+    Attributes:
+        rows: In the order in which graphs were compiled.
+        missing_layers: Layers of the profile whose attention was not met.
+    """
+
+    rows: Sequence[Verdict]
+    missing_layers: Sequence[int]
+
+    @property
+    def num_rewritten(self) -> int:
+        return sum(row.rewritten for row in self.rows)
+
+    def __str__(self) -> str:
+        header = ("graph", "layer", "attention", "mask", "categories", "verdict", "runs")
+        lines = [
+            (
+                str(row.graph),
+                "-" if row.layer is None else str(row.layer),
+                row.path or "(frame)",
+                row.tier,
+                row.categories or "-",
+                f"{'rewritten' if row.rewritten else 'left alone'}: {row.reason}",
+                ", ".join(f"{count} {how}" for how, count in sorted(row.runs.items())) or "-",
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in (header, tuple("-" * width for width in widths), *lines)
+        ]
+        if self.missing_layers:
+            table.append(f"layers of the profile not met: {compact(self.missing_layers)}")
+        return "\n".join(table)

@@ -1,0 +1,312 @@
+"""What a backend knows while a model runs: whose tokens are in the prompt and in each cache.
+
+Dynamo often cuts a vision-language model into many graphs, and the decoder's see no
+``input_ids``. So whichever graph does see them says so here, and the graphs with attention ask.
+What is known of a call's tokens is dropped once every layer was served: a later call with
+``inputs_embeds`` of the same length must not pick it up. What is known of a cache's tokens
+belongs to the very tensor that holds the cache's keys; cropping, reordering, resetting or
+copying a cache makes another tensor (or another version of it), of which nothing is known.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from blindsight.template import Template, TemplateRule, find_runs_problem
+
+_template: ContextVar[Template | None] = ContextVar("blindsight_template", default=None)
+_disabled: ContextVar[bool] = ContextVar("blindsight_disabled", default=False)
+
+
+class BlindsightWarning(UserWarning):
+    """Something ran dense, or was left alone, that the profile would have made sparse."""
+
+
+@contextmanager
+def use_template(span_id: Tensor, is_sink: Tensor) -> Iterator[None]:
+    """Say where the images are, for models that never show ``input_ids`` to a compiled graph.
+
+    Args:
+        span_id: ``[B, T]`` ints over past and present tokens: 1..n for the tokens of each image
+            in prompt order, 0 for text and padding.
+        is_sink: ``[B, T]`` bool, the tokens kept visible across images.
+
+    Raises:
+        ValueError: The tensors do not describe spans; the message says where.
+    """
+    template = _checked_template(span_id, is_sink)
+    token = _template.set(template)
+    try:
+        yield
+    finally:
+        _template.reset(token)
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Run the model's own graphs inside this context, for comparison."""
+    token = _disabled.set(True)
+    try:
+        yield
+    finally:
+        _disabled.reset(token)
+
+
+def _checked_template(span_id: Tensor, is_sink: Tensor) -> Template:
+    for name, tensor in (("span_id", span_id), ("is_sink", is_sink)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 2:
+            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} must be a tensor [B, T], got {found}.")
+    if span_id.shape != is_sink.shape:
+        raise ValueError(
+            "span_id and is_sink must have the same shape, got "
+            f"{tuple(span_id.shape)} and {tuple(is_sink.shape)}."
+        )
+    if span_id.dtype.is_floating_point or span_id.dtype == torch.bool:
+        raise ValueError(f"span_id must hold ints, got {span_id.dtype}.")
+    if is_sink.dtype != torch.bool:
+        raise ValueError(f"is_sink must be bool, got {is_sink.dtype}.")
+    span_id = span_id.detach().to("cpu", torch.int32)
+    problem = find_runs_problem(span_id)
+    if problem:
+        raise ValueError(f"span_id must number contiguous spans 1..n in prompt order, {problem}.")
+    return Template(span_id, is_sink.detach().cpu())
+
+
+class History:
+    """The tokens of one sequence so far: their kinds, or a template given by hand."""
+
+    def __init__(
+        self, rule: TemplateRule, *, kinds: Tensor | None = None, template: Template | None = None
+    ) -> None:
+        self._rule = rule
+        self._kinds = kinds
+        self._template = template
+        self._on_device: dict[torch.device, Template] = {}
+        self._restricts: dict[int, bool] = {}
+        known = kinds if template is None else template.span_id
+        assert known is not None
+        self.batch, self.num_tokens = known.shape
+
+    @property
+    def template(self) -> Template:
+        """The template, computed on first use: decoding never needs it."""
+        if self._template is None:
+            assert self._kinds is not None
+            self._template = self._rule.template_of_kinds(self._kinds)
+        return self._template
+
+    def restricts_queries_from(self, past: int) -> bool:
+        """As the template's, computed once: every layer asks."""
+        if past not in self._restricts:
+            self._restricts[past] = self.template.restricts_queries_from(past)
+        return self._restricts[past]
+
+    def on(self, device: torch.device) -> Template:
+        """Return the template as tensors on a device, copied once."""
+        if device not in self._on_device:
+            self._on_device[device] = Template(*(x.to(device) for x in self.template.tensors()))
+        return self._on_device[device]
+
+    def extended(self, kinds: Tensor) -> History | None:
+        """Return the history with new tokens after it, or None where that is ambiguous."""
+        if self._kinds is not None:
+            if len(kinds) != self.batch:
+                return None
+            return History(self._rule, kinds=torch.cat([self._kinds, kinds], dim=1))
+        # A template given by hand says nothing of the tokens that would join its last span.
+        new, old = self._rule.template_of_kinds(kinds), self.template
+        if len(kinds) != self.batch or bool(((old.span_id[:, -1] > 0) & (kinds[:, 0] > 0)).any()):
+            return None
+        before = old.span_id.amax(dim=1, keepdim=True)
+        span_id = torch.where(new.span_id > 0, new.span_id + before, 0)
+        return History(
+            self._rule,
+            template=Template(
+                torch.cat([old.span_id, span_id], dim=1),
+                torch.cat([old.is_sink, new.is_sink], dim=1),
+            ),
+        )
+
+
+@dataclass
+class _Pending:
+    """The tokens of the forward under way in one thread."""
+
+    source: weakref.ref[Tensor]
+    version: int | None
+    kinds: Tensor
+    from_graph: bool
+    served: set[int] = field(default_factory=set)
+    joined: dict[int, tuple[History | None, History | None]] = field(default_factory=dict)
+
+    @cached_property
+    def is_text(self) -> bool:
+        """Whether no token can belong to an image."""
+        return not bool(self.kinds.any())
+
+
+class _Thread(threading.local):
+    pending: _Pending | None = None
+
+
+class Caches:
+    """Histories by the tensor that holds a cache's keys; each entry dies with its tensor."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref[Tensor], int | None, History]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, keys: Tensor) -> History | None:
+        entry = self._entries.get(id(keys))
+        if entry is None:
+            return None
+        reference, version, history = entry
+        return history if reference() is keys and version == version_of(keys) else None
+
+    def put(self, keys: Tensor, history: History) -> None:
+        number, entries, lock = id(keys), self._entries, self._lock
+
+        def forget(dead: weakref.ref[Tensor]) -> None:
+            with lock:
+                if number in entries and entries[number][0] is dead:
+                    del entries[number]
+
+        with lock:
+            entries[number] = (weakref.ref(keys, forget), version_of(keys), history)
+
+
+    def drop(self, keys: Tensor) -> None:
+        """Forget what a tensor holds: something unknown was written to it."""
+        with self._lock:
+            self._entries.pop(id(keys), None)
+
+
+class Runtime:
+    """The state of one backend; each thread has its own forward under way."""
+
+    def __init__(self, rule: TemplateRule, layers: Sequence[int], *, strict: bool) -> None:
+        self.rule = rule
+        self.layers = frozenset(layers)
+        self.strict = strict
+        self.met: set[int] = set()
+        self.caches = Caches()
+        self._thread = _Thread()
+        self._warned: set[str] = set()
+
+    @property
+    def pending(self) -> _Pending | None:
+        pending = self._thread.pending
+        if pending is not None and pending.source() is None:
+            # The call that these tokens belong to is over.
+            self._thread.pending = pending = None
+        return pending
+
+    def observe(self, input_ids: Tensor, *, from_graph: bool = True) -> None:
+        """Take note of the tokens of the forward that begins, or is under way."""
+        if _disabled.get() and not from_graph:
+            return
+        version = version_of(input_ids)
+        pending = self.pending
+        if pending is not None:
+            same = pending.source() is input_ids and pending.version == version is not None
+            if same and not pending.served:
+                return
+            self._check_served(pending)
+        self._thread.pending = _Pending(
+            weakref.ref(input_ids), version, self.rule.classify(input_ids), from_graph
+        )
+
+    def forget(self) -> None:
+        """Drop what is known of the forward under way in this thread."""
+        self._thread.pending = None
+
+    def history(self, pending: _Pending, past: History | None) -> History | None:
+        """Return the whole sequence: a cache's tokens (if any) and the forward's own."""
+        if id(past) not in pending.joined:
+            if past is None:
+                joined: History | None = History(self.rule, kinds=pending.kinds)
+            else:
+                joined = past.extended(pending.kinds)
+            pending.joined[id(past)] = (past, joined)
+        return pending.joined[id(past)][1]
+
+    def serve(self, layers: Sequence[int]) -> None:
+        """Take note that these layers of the forward under way have run."""
+        pending = self._thread.pending
+        if pending is not None:
+            pending.served.update(layers)
+            if pending.served >= self.layers:
+                self._thread.pending = None
+
+    def warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, BlindsightWarning, stacklevel=2)
+
+    def _check_served(self, pending: _Pending) -> None:
+        """Complain of layers that the last forward ran outside of the backend's graphs."""
+        missing = sorted(self.layers - pending.served)
+        if not missing or not pending.from_graph or not self._restricts(pending):
+            return
+        self._thread.pending = None
+        never = sorted(self.layers - self.met)
+        message = (
+            f"the last forward did not run the attention of layers {compact(missing)} of the "
+            "profile through this backend, so they were dense"
+        )
+        if never:
+            message += f" (layers {compact(never)} were never met)"
+        message += (
+            ". Load the model with attn_implementation='sdpa'. If torch._dynamo warned of its "
+            "recompile limit, raise torch._dynamo.config.recompile_limit. If that forward ended "
+            "early with an error of its own, call again."
+        )
+        if self.strict and (never or pending.served):
+            raise ValueError(message[0].upper() + message[1:])
+        self.warn_once(message)
+
+
+    def _restricts(self, pending: _Pending) -> bool:
+        """Whether any query of a forward is one that a category restricts."""
+        num_queries = pending.kinds.shape[1]
+        known = [joined for _, joined in pending.joined.values() if joined is not None]
+        alone = History(self.rule, kinds=pending.kinds)
+        return any(
+            history.restricts_queries_from(history.num_tokens - num_queries)
+            for history in (alone, *known)
+        )
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Return the count of in-place changes; None for inference tensors, which keep none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def is_disabled() -> bool:
+    return _disabled.get()
+
+
+def explicit_template() -> Template | None:
+    return _template.get()
+
+
+def compact(numbers: Sequence[int]) -> str:
+    """Return for example ``"0-3, 7"`` for sorted ints."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)

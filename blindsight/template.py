@@ -1,0 +1,210 @@
+"""Where the images of a prompt are: token ids to spans and sinks.
+
+Shapes: B batch, T tokens of the whole sequence (past and present).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What a token can be, as bits: one id may be both delimiters (a separator between images).
+TEXT, IMAGE, START, END = 0, 1, 2, 4
+
+# The decoder of every multimodal model in transformers 5 is called `language_model`.
+DEFAULT_LAYER_PATTERN = r"language_model\.layers\.(\d+)\.self_attn"
+
+
+@dataclass(frozen=True)
+class Template:
+    """The images of one batch of prompts.
+
+    Attributes:
+        span_id: ``[B, T]`` int32, the number (1..n, in prompt order) of the image span that
+            a token belongs to, 0 for text and padding.
+        is_sink: ``[B, T]`` bool, tokens kept visible across spans.
+    """
+
+    span_id: Tensor
+    is_sink: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.span_id.shape[1]
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.span_id, self.is_sink
+
+    def restricts_queries_from(self, past: int) -> bool:
+        """Whether any query at or after token ``past`` lies in a span other than the first.
+
+        Where none does, every category is dense.
+        """
+        return bool((self.span_id[:, past:] > 1).any())
+
+
+@dataclass(frozen=True)
+class TemplateRule:
+    """How to find the images of a prompt in its token ids.
+
+    A span is a maximal run of image tokens, the start delimiter right before it and the end
+    delimiter right after it, where there are any. A delimiter without image tokens is text.
+
+    Args:
+        image_token_ids: Ids of image (and video) placeholder tokens; at least one.
+        start_token_ids: Ids of the delimiter before an image.
+        end_token_ids: Ids of the delimiter after an image.
+        sink_offsets: Positions relative to a span's first token that are its sinks, clipped
+            to the span. ``(0,)`` is the start delimiter, or the first image token where a
+            family has no delimiters.
+        layer_pattern: Regular expression with one group, the layer's number, that is searched
+            in a module's dotted path to tell decoder attention from everything else.
+
+    Raises:
+        ValueError: An argument is malformed; the message says which.
+    """
+
+    image_token_ids: tuple[int, ...]
+    start_token_ids: tuple[int, ...] = ()
+    end_token_ids: tuple[int, ...] = ()
+    sink_offsets: tuple[int, ...] = (0,)
+    layer_pattern: str = DEFAULT_LAYER_PATTERN
+
+    def __post_init__(self) -> None:
+        for name in ("image_token_ids", "start_token_ids", "end_token_ids", "sink_offsets"):
+            object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
+        if not self.image_token_ids:
+            raise ValueError("image_token_ids must name at least one token id, got none.")
+        try:
+            groups = re.compile(self.layer_pattern).groups
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"layer_pattern must be a regular expression, got {self.layer_pattern!r}: {error}."
+            ) from None
+        if groups != 1:
+            raise ValueError(
+                "layer_pattern must have exactly one group, the layer's number, got "
+                f"{groups} groups in {self.layer_pattern!r}."
+            )
+
+    @classmethod
+    def from_config(cls, config: Any) -> TemplateRule:
+        """Derive the rule from a transformers config (or a model that has one).
+
+        Raises:
+            ValueError: The config names no image token; say the rule explicitly.
+        """
+        from blindsight.families import template_rule
+
+        return template_rule(config)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> TemplateRule:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: The text is not the JSON of a rule.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"rule must be JSON, got {text[:80]!r}: {error}.") from None
+        known = {field.name for field in fields(cls)}
+        if not isinstance(data, dict) or set(data) != known:
+            found = sorted(data) if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"rule must be an object with the keys {sorted(known)}, got {found}.")
+        return cls(**data)
+
+    def classify(self, input_ids: Tensor) -> Tensor:
+        """Return what each token is, as bits ``IMAGE``, ``START``, ``END``: ``[B, T]`` uint8."""
+        kinds = torch.zeros(input_ids.shape, dtype=torch.uint8)
+        ids = input_ids.detach().cpu()
+        for bit, token_ids in (
+            (IMAGE, self.image_token_ids),
+            (START, self.start_token_ids),
+            (END, self.end_token_ids),
+        ):
+            for token_id in token_ids:
+                kinds |= (ids == token_id).to(torch.uint8) * bit
+        return kinds
+
+    def template(self, input_ids: Tensor) -> Template:
+        """Return the template of ``input_ids`` ``[B, T]``."""
+        return self.template_of_kinds(self.classify(input_ids))
+
+    def template_of_kinds(self, kinds: Tensor) -> Template:
+        """Return the template of classified tokens ``[B, T]`` (see :meth:`classify`)."""
+        image = (kinds & IMAGE).bool()
+        before_image, after_image = _shift(image, -1), _shift(image, 1)
+        opens = (kinds & START).bool() & before_image & ~image
+        closes = (kinds & END).bool() & after_image & ~image & ~opens
+        inside = image | opens | closes
+        begins = opens | (image & ~after_image & ~_shift(opens, 1))
+        span_id = begins.cumsum(1, dtype=torch.int32) * inside
+        return Template(span_id, find_sinks(span_id, self.sink_offsets))
+
+
+def find_sinks(span_id: Tensor, sink_offsets: Iterable[int]) -> Tensor:
+    """Return ``is_sink [B, T]``: the tokens at ``sink_offsets`` of each span, clipped to it."""
+    first, last = span_edges(span_id)
+    position = torch.arange(span_id.shape[1], device=span_id.device)
+    is_sink = torch.zeros_like(span_id, dtype=torch.bool)
+    for offset in sink_offsets:
+        is_sink |= position == torch.minimum((first + offset).clamp(min=first), last)
+    return is_sink & (span_id > 0)
+
+
+def span_edges(span_id: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first and last position of each token's run of equal ids: ``[B, T]`` int64."""
+    num_tokens = span_id.shape[1]
+    position = torch.arange(num_tokens, device=span_id.device).expand(span_id.shape)
+    changes = span_id[:, 1:] != span_id[:, :-1]
+    edge = torch.ones_like(span_id[:, :1], dtype=torch.bool)
+    begins = torch.cat([edge, changes], dim=1)
+    ends = torch.cat([changes, edge], dim=1)
+    first = torch.where(begins, position, 0).cummax(dim=1).values
+    last = torch.where(ends, position, num_tokens).flip(1).cummin(dim=1).values.flip(1)
+    return first, last
+
+
+def find_runs_problem(span_id: Tensor) -> str | None:
+    """Say what keeps ``span_id [B, T]`` from numbering contiguous spans 1..n, if anything."""
+    highest = span_id.cummax(dim=1).values
+    before = torch.cat([torch.zeros_like(highest[:, :1]), highest[:, :-1]], dim=1)
+    previous = torch.cat([torch.zeros_like(span_id[:, :1]), span_id[:, :-1]], dim=1)
+    is_next = span_id == before + 1
+    goes_on = (span_id == previous) & (span_id == before)
+    wrong = (span_id != 0) & ~is_next & ~goes_on
+    if not bool(wrong.any()):
+        return None
+    row, column = (int(index) for index in wrong.nonzero()[0])
+    return (
+        f"got {int(span_id[row, column])} at row {row}, token {column}, after "
+        f"{int(before[row, column])} spans"
+    )
+
+
+def _shift(flags: Tensor, steps: int) -> Tensor:
+    """Return ``flags`` moved along the sequence; what comes in from the side is False."""
+    moved = torch.zeros_like(flags)
+    if steps > 0:
+        moved[:, steps:] = flags[:, :-steps]
+    else:
+        moved[:, :steps] = flags[:, -steps:]
+    return moved
+
+
+def _int_tuple(name: str, values: Any) -> tuple[int, ...]:
+    items = values if isinstance(values, (list, tuple, set, frozenset)) else (values,)
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        raise ValueError(f"{name} must be a tuple of ints, got {values!r}.")
+    return tuple(items)

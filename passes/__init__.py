@@ -1,0 +1,1 @@
+"""FX passes: plain functions on a GraphModule, usable with or without the backend."""

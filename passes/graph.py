@@ -1,0 +1,103 @@
+"""Small tools on Dynamo's graphs that every pass needs."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+
+from torch import Tensor, fx
+
+# Attributes that Dynamo keeps on the graph module and AOTAutograd reads from it.
+_DYNAMO_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks")
+
+
+def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy whose graph may be edited: Dynamo goes on using the one it handed out."""
+    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
+    copied: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, copied)
+    old_output = gm.graph.output_node()
+    graph.output(output).meta = copy.copy(old_output.meta)
+    for old, new in copied.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    result = fx.GraphModule(gm, graph)
+    result.meta = copy.copy(gm.meta)
+    for name in _DYNAMO_ATTRIBUTES:
+        if hasattr(gm, name):
+            setattr(result, name, getattr(gm, name))
+    return result
+
+
+def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def add_placeholder(gm: fx.GraphModule, name: str) -> fx.Node:
+    """Append an input to the graph."""
+    with gm.graph.inserting_after(placeholders(gm)[-1]):
+        node = gm.graph.placeholder(name)
+    # Read by AOTAutograd; None says that the input comes from no Python object of the frame.
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    return node
+
+
+def fake_tensor(node: object) -> Tensor | None:
+    """Return the fake tensor that Dynamo recorded for a node, if it is a tensor."""
+    value = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def source_name(node: fx.Node) -> str:
+    """Return where a placeholder comes from, as a dotted path ("" where Dynamo does not say)."""
+    source = getattr(node, "_dynamo_source", None)
+    return "" if source is None else dotted_path(source.name if isinstance(source.name, str) else source.name())
+
+
+def dotted_path(path: str) -> str:
+    """Normalize Dynamo's spellings: ``L['self']._modules['a'].b`` becomes ``self.a.b``."""
+    path = re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", path)
+    path = re.sub(r"\['?(\w+)'?\]", r".\1", path)
+    return path.removeprefix("L.").removeprefix("G.")
+
+
+def module_of(node: fx.Node) -> tuple[str, str]:
+    """Return the dotted path and the class name of the innermost module that made a node."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return "", ""
+    path, module_class = list(stack.values())[-1]
+    name = module_class if isinstance(module_class, str) else module_class.__name__
+    return dotted_path(path), name.rpartition(".")[2]
+
+
+def erase_unused(gm: fx.GraphModule, candidates: list[fx.Node]) -> None:
+    """Erase those of the candidates, and of what they alone used, that nobody reads any more.
+
+    Never a sweep over the whole graph: ``eliminate_dead_code`` also deletes calls that are there
+    for their effect, such as those which enter and leave a vmap.
+    """
+    while candidates:
+        node = candidates.pop()
+        if node.op in ("call_function", "call_method") and not node.users and not _acts(node):
+            candidates.extend(node.all_input_nodes)
+            gm.graph.erase_node(node)
+
+
+def _acts(node: fx.Node) -> bool:
+    """Whether a node may have an effect other than its result."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.endswith("_") or "vmap" in name or "batch_dim" in name
+
+
+def ancestors(node: fx.Node, *, of: object = None) -> Iterator[fx.Node]:
+    """Yield a node and everything that it is computed from, each once."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        current = waiting.pop()
+        yield current
+        for parent in current.all_input_nodes:
+            if parent not in seen:
+                seen.add(parent)
+                waiting.append(parent)

@@ -1,0 +1,34 @@
+"""Settings that all tests share: hypothesis profiles, and a fresh Dynamo for every test."""
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# one example may draw thousands of tokens, or compile
+_SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+settings.register_profile("dev", max_examples=10, deadline=None, suppress_health_check=_SLOW)
+settings.register_profile(
+    "ci",
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=_SLOW,
+)
+settings.register_profile(
+    "nightly", max_examples=1000, deadline=None, print_blob=True, suppress_health_check=_SLOW
+)
+settings.load_profile(os.environ.get("BLINDSIGHT_HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """What one test compiled must not serve, or count against the limits of, the next."""
+    yield
+    # not imported by tests that never compile
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
