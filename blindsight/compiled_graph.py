@@ -5,7 +5,6 @@ Shapes: B batch, H query heads, Q and K lengths in tokens, T tokens of the whole
 
 from __future__ import annotations
 
-import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from blindsight.passes.find_attention import (
     find_attention,
     find_eager_attention,
     find_input_ids,
-    key_cache,
+    find_key_cache,
 )
 from blindsight.passes.graph import copy_graph_module, fake_tensor, placeholders, source_name
 from blindsight.passes.replace_attention import replace_attention_pass
@@ -49,19 +48,12 @@ class _Call:
 
 @dataclass(frozen=True)
 class _KeyCache:
-    """Where a graph finds and leaves the keys of one layer's cache.
+    """Where a graph finds and leaves the keys of one cache (see ``KeyCache``), by position."""
 
-    Attributes:
-        before: Position of the input that holds them, or None.
-        after: Positions of the outputs that may hold them afterwards.
-        length: Position of the input that counts the tokens in a static cache, or None.
-        in_place: Whether the graph writes new keys into the input that holds the old ones.
-    """
-
-    before: int | None
-    after: tuple[int, ...]
-    length: int | None
-    in_place: bool
+    before: int | None = None
+    after: tuple[int, ...] = ()
+    length: int | None = None
+    in_place: bool = False
 
 
 class CompiledGraph:
@@ -82,6 +74,7 @@ class CompiledGraph:
         self._number = number
         self._error: str | None = None
         self._input_ids_at = find_input_ids(gm)
+        self._runs_head = _runs_head(gm)
         self._variants: OrderedDict[object, Callable[..., Any]] = OrderedDict()
         self._rows: dict[tuple[int, ...], Tensor] = {}
         self._calls = self._plan(gm)
@@ -92,7 +85,7 @@ class CompiledGraph:
             return
         self._gm = copy_graph_module(gm)
         self._symbols = _symbols(gm)
-        self._cache = _find_key_cache(gm, self._calls[0].attention)
+        self._cache = self._find_cache(gm)
         if self._symbols:
             # Whatever is assumed of symbolic shapes while compiling must become a guard, which
             # is only possible now. A graph of fixed shapes is compiled when first needed.
@@ -100,7 +93,8 @@ class CompiledGraph:
 
     def as_callable(self) -> Callable[..., Any]:
         """Return the function that Dynamo shall call for this graph."""
-        plain = not self._calls and self._input_ids_at is None and self._error is None
+        watches = self._input_ids_at is not None or self._runs_head
+        plain = not self._calls and not watches and self._error is None
         if plain and self._own is not None:
             return self._own
         # Dynamo asks for a function's name and attributes; a bound method has them.
@@ -112,6 +106,8 @@ class CompiledGraph:
         if self._error is not None and not is_disabled():
             raise ValueError(self._error)
         if not self._calls:
+            if self._runs_head:
+                self._runtime.finish()
             return self._own(*args)  # type: ignore[misc]
         layers = self._layers_of(args)
         self._runtime.met.update(layers)
@@ -161,8 +157,6 @@ class CompiledGraph:
                 f"attention of {eager[0]} must be one call of scaled_dot_product_attention, got "
                 "one that is written out. Load the model with attn_implementation='sdpa'"
             )
-        if calls and calls[0].layer is None and _leaves_keys(gm, calls[0].attention):
-            self._check_recompile_limit()
         return calls
 
     def _place(self, gm: fx.GraphModule, attention: Attention) -> tuple[int | None, str | None]:
@@ -212,6 +206,29 @@ class CompiledGraph:
         ours = (self._profile.num_heads, int(self._profile.fingerprint["head_dim"]))
         inside_another_stack = any(part.isdigit() for part in attention.path.split("."))
         return masked and shape == ours and not inside_another_stack
+
+    def _find_cache(self, gm: fx.GraphModule) -> _KeyCache:
+        """Return the cache that tells the sequence's history: one layer's stands for all."""
+        inputs = placeholders(gm)
+        outputs = gm.graph.output_node().args[0]
+        types = self._profile.fingerprint["layer_types"].split(",")
+        # A cache that slides forgets its first tokens, so any other says more.
+        by_use = sorted(
+            self._calls, key=lambda call: call.layer is not None and "sliding" in types[call.layer]
+        )
+        for call in by_use:
+            found = find_key_cache(gm, call.attention)
+            after = tuple(at for at, node in enumerate(outputs) if node in found.after)  # type: ignore[arg-type]
+            if found.before is not None or after:
+                if call.layer is None:
+                    self._check_recompile_limit()
+                return _KeyCache(
+                    before=None if found.before is None else inputs.index(found.before),
+                    after=after,
+                    length=None if found.length is None else inputs.index(found.length),
+                    in_place=found.in_place,
+                )
+        return _KeyCache()
 
     def _check_recompile_limit(self) -> None:
         limit = torch._dynamo.config.recompile_limit
@@ -442,31 +459,6 @@ def _example(placeholder: fx.Node) -> object:
     return getattr(placeholder.meta.get("grapharg"), "example", None)
 
 
-def _find_key_cache(gm: fx.GraphModule, attention: Attention) -> _KeyCache:
-    inputs = placeholders(gm)
-    before, after = key_cache(attention)
-    outputs = gm.graph.output_node().args[0]
-    lengths = (
-        position
-        for position, node in enumerate(inputs)
-        if source_name(node).endswith(".cumulative_length")
-    )
-    return _KeyCache(
-        before=None if before is None else inputs.index(before),
-        after=tuple(position for position, node in enumerate(outputs) if node in after),  # type: ignore[arg-type]
-        length=next(lengths, None),
-        in_place=before is not None and any(_writes_to(user, before) for user in before.users),
-    )
-
-
-def _writes_to(user: fx.Node, node: fx.Node) -> bool:
-    if user.args[:1] != (node,):
-        return False
-    writes = user.op == "call_method" and str(user.target).endswith("_")
-    return writes or user.target is operator.setitem
-
-
-def _leaves_keys(gm: fx.GraphModule, attention: Attention) -> bool:
-    """Whether a graph reads or writes a cache."""
-    cache = _find_key_cache(gm, attention)
-    return cache.before is not None or bool(cache.after)
+def _runs_head(gm: fx.GraphModule) -> bool:
+    """Whether a graph computes logits: when it runs, the decoder has run."""
+    return any(source_name(node).endswith("lm_head.weight") for node in placeholders(gm))

@@ -122,7 +122,7 @@ def _base_mask(*args: Any, **kwargs: Any) -> Tensor:
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask = sdpa_mask(*args, **{**kwargs, **skips})
     assert mask is not None and mask.dtype == torch.bool
-    return mask  # type: ignore[no-any-return]
+    return mask
 
 
 def _attention(

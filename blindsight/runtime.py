@@ -222,7 +222,7 @@ class Runtime:
             same = pending.source() is input_ids and pending.version == version is not None
             if same and not pending.served:
                 return
-            self._check_served(pending)
+            self._check_served(pending, certain=False)
         self._thread.pending = _Pending(
             weakref.ref(input_ids), version, self.rule.classify(input_ids), from_graph
         )
@@ -254,28 +254,40 @@ class Runtime:
             self._warned.add(message)
             warnings.warn(message, BlindsightWarning, stacklevel=2)
 
-    def _check_served(self, pending: _Pending) -> None:
-        """Complain of layers that the last forward ran outside of the backend's graphs."""
+    def finish(self) -> None:
+        """Take note that the decoder has run: what it did not serve here, ran elsewhere."""
+        pending = self.pending
+        self._thread.pending = None
+        if pending is not None and not is_disabled():
+            self._check_served(pending, certain=True)
+
+    def _check_served(self, pending: _Pending, *, certain: bool) -> None:
+        """Complain of layers that a forward ran outside of the backend's graphs.
+
+        Args:
+            pending: What is known of the forward.
+            certain: Whether the decoder has run; a forward may also have ended with an error.
+        """
         missing = sorted(self.layers - pending.served)
         if not missing or not pending.from_graph or not self._restricts(pending):
             return
         self._thread.pending = None
         never = sorted(self.layers - self.met)
         message = (
-            f"the last forward did not run the attention of layers {compact(missing)} of the "
-            "profile through this backend, so they were dense"
+            f"the attention of layers {compact(missing)} of the profile did not run through this "
+            "backend, so it was dense"
         )
         if never:
             message += f" (layers {compact(never)} were never met)"
         message += (
             ". Load the model with attn_implementation='sdpa'. If torch._dynamo warned of its "
-            "recompile limit, raise torch._dynamo.config.recompile_limit. If that forward ended "
-            "early with an error of its own, call again."
+            "recompile limit, raise torch._dynamo.config.recompile_limit."
         )
-        if self.strict and (never or pending.served):
+        if not certain:
+            message += " If the last forward ended with an error of its own, call again."
+        if self.strict and (certain or never or pending.served):
             raise ValueError(message[0].upper() + message[1:])
         self.warn_once(message)
-
 
     def _restricts(self, pending: _Pending) -> bool:
         """Whether any query of a forward is one that a category restricts."""

@@ -12,7 +12,14 @@ import torch
 from torch import fx
 from torch.nn.functional import scaled_dot_product_attention
 
-from blindsight.passes.graph import fake_tensor, module_of, placeholders, source_name
+from blindsight.passes.graph import (
+    ancestors,
+    fake_tensor,
+    module_of,
+    placeholders,
+    same_size,
+    source_name,
+)
 
 # Dynamo keeps the builtin; an exported program has the ATen operator.
 _ATTENTION_TARGETS: tuple[Callable[..., Any], ...] = (
@@ -142,30 +149,65 @@ def is_token_ids(tensor: torch.Tensor) -> bool:
     return tensor.dim() == 2 and not tensor.dtype.is_floating_point and tensor.dtype != torch.bool
 
 
-def key_cache(attention: Attention) -> tuple[fx.Node | None, list[fx.Node]]:
-    """Return the placeholder that a call's keys come from, and the keys as the graph leaves them.
+@dataclass(frozen=True)
+class KeyCache:
+    """How the keys of one attention call pass through a cache.
 
-    The first is the cache's tensor as it was before the call (None where there was none), the
-    second are the nodes that may become the cache's tensor afterwards.
+    Attributes:
+        before: The input that holds the cached keys, or None where the graph makes the cache.
+        after: Nodes that may be the cache's tensor when the graph has run.
+        length: The input that counts the tokens in a static cache, or None.
+        in_place: Whether the graph writes the new keys into ``before``.
     """
+
+    before: fx.Node | None
+    after: tuple[fx.Node, ...]
+    length: fx.Node | None
+    in_place: bool
+
+
+def find_key_cache(gm: fx.GraphModule, attention: Attention) -> KeyCache:
+    """Return how the keys of a call pass through a cache, as far as the graph shows it."""
     before = None
-    seen, waiting = {attention.key}, [attention.key]
+    chain, waiting = [attention.key], [attention.key]
     while waiting:
         node = waiting.pop()
         if node.op == "placeholder":
             before = node
             continue
         for parent in node.all_input_nodes:
-            if parent not in seen and _same_heads(parent, attention.key):
-                seen.add(parent)
+            if parent not in chain and _same_heads(parent, attention.key):
+                chain.append(parent)
                 waiting.append(parent)
     after, waiting = [attention.key], [attention.key]
+    written = set()
     while waiting:
         for user in waiting.pop().users:
-            if user not in after and _same_heads(user, attention.key) and _is_view(user):
-                after.append(user)
-                waiting.append(user)
-    return before, after
+            if user.target in ("copy_", "index_copy_") and isinstance(user.args[0], fx.Node):
+                # A static cache: what holds the keys is what they are written to.
+                written.add(user.args[0])
+                found = [user, user.args[0]]
+            else:
+                found = [user] if _is_view(user) else []
+            for node in found:
+                if node not in after and _same_heads(node, attention.key):
+                    after.append(node)
+                    waiting.append(node)
+    if before is None:
+        held = [node for node in written if node.op == "placeholder"]
+        before = held[0] if held else None
+    counters = [node for node in placeholders(gm) if source_name(node).endswith(".cumulative_length")]
+    length = None
+    for node in {*chain, *after}:
+        for user in node.users:
+            if counters and user.target == "index_copy_" and user.args[0] is node:
+                used = set(ancestors(user.args[2]))  # type: ignore[arg-type]
+                length = next((counter for counter in counters if counter in used), length)
+    in_place = before is not None and any(
+        user.args[:1] == (before,) and user.target in ("copy_", "index_copy_", operator.setitem)
+        for user in before.users
+    )
+    return KeyCache(before, tuple(after), length, in_place)
 
 
 def _same_heads(node: fx.Node, key: fx.Node) -> bool:
@@ -173,7 +215,7 @@ def _same_heads(node: fx.Node, key: fx.Node) -> bool:
     ours, theirs = fake_tensor(node), fake_tensor(key)
     if ours is None or theirs is None or ours.dim() != 4:
         return False
-    return bool(ours.shape[1] == theirs.shape[1] and ours.shape[3] == theirs.shape[3])
+    return all(same_size(ours.shape[dim], theirs.shape[dim]) for dim in (1, 3))
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -202,11 +244,11 @@ def _before_repeat(repeated: fx.Node, query: fx.Node) -> fx.Node:
         and index[:3] == (everything, everything, None)
         and all(part == everything for part in index[3:])
     )
-    groups_outermost = (
-        len(before) == 4
-        and len(middle) == 5
-        and (middle[0], middle[1], middle[3], middle[4]) == tuple(before)
-        and tuple(after) == (before[0], middle[1] * middle[2], before[2], before[3])
+    repeats_heads = (
+        (len(before), len(middle), len(after)) == (4, 5, 4)
+        and all(same_size(a, b) for a, b in zip(before, (*middle[:2], *middle[3:]), strict=True))
+        and all(same_size(before[dim], after[dim]) for dim in (0, 2, 3))
+        and same_size(after[1], middle[1] * middle[2])
     )
-    return original if is_new_axis and groups_outermost else repeated
+    return original if is_new_axis and repeats_heads else repeated
 

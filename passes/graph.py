@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, fx
 
 # Attributes that Dynamo keeps on the graph module and AOTAutograd reads from it.
@@ -91,7 +92,14 @@ def _acts(node: fx.Node) -> bool:
     return name.endswith("_") or "vmap" in name or "batch_dim" in name
 
 
-def ancestors(node: fx.Node, *, of: object = None) -> Iterator[fx.Node]:
+def same_size(a: object, b: object) -> bool:
+    """Whether two sizes are known to be equal; asks without adding a guard."""
+    if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
+        return str(a) == str(b)
+    return a == b
+
+
+def ancestors(node: fx.Node) -> Iterator[fx.Node]:
     """Yield a node and everything that it is computed from, each once."""
     seen, waiting = {node}, [node]
     while waiting:

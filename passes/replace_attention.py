@@ -86,6 +86,7 @@ def _call(
     return node
 
 
-def _num_keys(call: Attention) -> object:
+def _num_keys(call: Attention) -> str | None:
+    """Return the number of keys as text: symbolic sizes cannot be hashed."""
     key = fake_tensor(call.key)
-    return None if key is None else key.shape[2]
+    return None if key is None else str(key.shape[2])

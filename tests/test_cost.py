@@ -1,11 +1,11 @@
 """The exact cost against a count of every pair, written from the definitions."""
 
 import pytest
-import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import strategies
 from blindsight.cost import attention_flops, count_visible
 from blindsight.template import Template
 

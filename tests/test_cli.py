@@ -1,0 +1,144 @@
+"""The command line: help, errors in one line, what `show` prints, and a tiny demo."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from blindsight.cli import main
+from blindsight.demo import DemoOptions, run_demo
+from blindsight.profile import Profile
+from models import tiny_model
+
+TINY = ["--tokens", "300", "--num-images", "4", "--layers", "2", "--inner", "eager"]
+
+
+@pytest.fixture
+def profile_path(tmp_path: Path) -> Path:
+    categories = [[0, 1, 2, 3], [2, 2, 2, 0]]
+    path = tmp_path / "tiny.safetensors"
+    Profile.for_model(tiny_model("qwen2_5_vl"), categories).save(path)
+    return path
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 2
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert error.count("\n") == 1 and error.startswith("blindsight: error: ")
+    return error
+
+
+def test_help_names_the_commands_and_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys\n"
+        "from blindsight.cli import main\n"
+        "try:\n"
+        "    main(['--help'])\n"
+        "finally:\n"
+        "    assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in ("demo", "show", "explain"):
+        assert re.search(rf"^\s+{command}\s", found.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("arguments", [[], ["calibrat"], ["show"], ["demo", "--dtype", "int8"]])
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: blindsight" in capsys.readouterr().err
+
+
+def test_show_prints_counts_by_layer_and_the_digest(
+    profile_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(profile_path)]) == 0
+    output = capsys.readouterr().out
+    assert Profile.load(profile_path).digest in output
+    assert "architecture=qwen2_5_vl" in output
+    rows = [line.split() for line in output.splitlines()[-5:]]
+    assert rows == [
+        ["layer", "DENSE", "SINK", "DOCUMENT", "DOCUMENT_SINK"],
+        ["0", "1", "1", "1", "1"],
+        ["1", "1", "0", "3", "0"],
+        ["all", "2", "1", "4", "1"],
+        ["25%", "12%", "50%", "12%"],
+    ]
+
+
+def test_a_missing_profile_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = str(tmp_path / "none.safetensors")
+    assert missing in error_of(capsys, "show", missing)
+    explain = ["explain", "--model", "nowhere", "--profile", missing]
+    assert missing in error_of(capsys, *explain)
+
+
+def test_traceback_is_shown_on_request(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["show", str(tmp_path / "none.safetensors"), "--traceback"])
+
+
+def test_a_folder_that_is_missing_or_without_images_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "none")
+    assert "existing folder" in error_of(capsys, "demo", "--images", missing)
+    (tmp_path / "notes.txt").write_text("no image")
+    found = error_of(capsys, "demo", "--images", str(tmp_path))
+    assert ".jpg" in found and str(tmp_path) in found
+
+
+def test_a_file_that_is_no_image_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert "broken.png" in error_of(capsys, "demo", "--images", str(tmp_path))
+
+
+def test_numbers_out_of_range_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "num_images must be at least 1, got 0" in error_of(capsys, "demo", "--num-images", "0")
+
+
+def test_the_profile_of_another_model_is_one_line(
+    profile_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = error_of(capsys, "demo", *TINY, "--profile", str(profile_path))
+    assert "model has num_heads=8" in error
+
+
+def test_the_demo_agrees_with_its_reference() -> None:
+    options = DemoOptions(num_images=4, tokens=300, layers=2, inner="eager", repeats=1)
+    result = run_demo(options)
+    assert len(result.image_tokens) == 4
+    assert len(set(result.image_tokens)) > 1
+    assert 200 < result.num_tokens < 450
+    assert 0 < result.flops.sparse < result.flops.dense
+    assert result.difference is not None
+    assert result.difference.sparse < 1e-4 * result.difference.magnitude
+    assert result.difference.dense < 1e-4 * result.difference.magnitude
+    # or the masks would not have mattered
+    assert result.difference.effect > 0.01 * result.difference.magnitude
+    assert result.difference.same_tokens == result.num_decoded == 8
+    assert result.report.num_rewritten == len(result.report.rows)
+    assert not result.report.missing_layers
+    assert "random weights" in str(result)
+
+
+def test_the_demo_takes_the_users_images_and_profile(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for number, (height, width) in enumerate([(60, 90), (200, 40), (64, 64)]):
+        pixels = torch.randint(0, 256, (height, width, 3), generator=generator)
+        Image.fromarray(pixels.byte().numpy()).save(tmp_path / f"{number}.png")
+    arguments = ["demo", *TINY, "--images", str(tmp_path), "--no-check", "--dtype", "bfloat16"]
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "bfloat16" in output and "4 images" in output
+    assert "reference" not in output

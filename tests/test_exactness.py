@@ -1,0 +1,493 @@
+"""The compiled model equals an eager one with explicit dense masks, on four architectures.
+
+Every comparison is with the fp64 reference, within twice the error of the same computation done
+eagerly in the same dtype. The full matrix of families, dtypes, inner backends and scenarios is
+nightly; CI runs every scenario of every family once, and a part of the rest.
+"""
+
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import blindsight
+from blindsight import Profile, blindsight_backend, use_template
+from models import (
+    END_ID,
+    FAMILIES,
+    IMAGE_ID,
+    START_ID,
+    VIDEO_ID,
+    Image,
+    append_text,
+    make_inputs,
+    split_turns,
+    tiny_model,
+    valid_positions,
+)
+from oracles import (
+    assert_close_to_reference,
+    error_bound,
+    generate_reference,
+    oracle_template,
+    reference_copy,
+    run_reference,
+)
+
+NUM_LAYERS = 3
+# Mixed in every layer, and no two layers alike: a swapped head or layer is seen.
+CATEGORIES = [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]]
+NIGHTLY = pytest.mark.nightly
+
+
+def image(family: str, height: int, width: int) -> Image:
+    return Image() if family == "gemma3" else Image(height, width)
+
+
+def rows_of(scenario: str, family: str) -> tuple[list[list[Any]], str | None]:
+    """The segments of each batch row, and the side of the padding."""
+    small, wide, tall = (image(family, *size) for size in ((2, 2), (2, 5), (4, 3)))
+    # 1, 2 and 3 images, of unlike sizes, in rows of unlike lengths
+    batch = [[5, wide, 4, tall, 6], [3, small, tall, 2, small, 9], [8, wide]]
+    return {
+        "one_row": ([[5, wide, 4, tall, small, 7]], None),
+        "left_padding": (batch, "left"),
+        "right_padding": (batch, "right"),
+        "images_at_both_ends": ([[wide, tall, 4, small]], None),
+        "long": ([[40, *([tall, 11] * 7), 30, *([small] * 6), 9]], None),
+        "two_turns": ([[5, wide, 4, tall, 6, small, 3], [9, tall, 2, wide, 6, small, 3]], "left"),
+        "text_only": ([[17], [17]], None),
+        "one_image": ([[4, tall, 6]], None),
+    }[scenario]
+
+
+SCENARIOS = (
+    "one_row",
+    "left_padding",
+    "right_padding",
+    "images_at_both_ends",
+    "long",
+    "text_only",
+    "one_image",
+)
+IS_DENSE = ("text_only", "one_image")
+
+
+class Case:
+    """One model, one prompt, and what the reference says of them."""
+
+    def __init__(self, family: str, dtype: torch.dtype, scenario: str) -> None:
+        self.family = family
+        self.model = model_of(family, dtype)
+        self.categories = torch.tensor(CATEGORIES)
+        self.profile = Profile.for_model(self.model, self.categories)
+        rows, pad_side = rows_of(scenario, family)
+        self.inputs = make_inputs(family, rows, pad_side=pad_side)
+        self.span_id, self.is_sink = template_of(self.inputs)
+        self.valid = valid_positions(self.inputs)
+        self.reference = self.logits_of(self.model)
+        self.reference64 = self.logits_of(model_of(family, dtype, in_fp64=True))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.inputs["input_ids"].shape[1]
+
+    def logits_of(self, model: Any) -> torch.Tensor:
+        args = (self.categories, self.span_id, self.is_sink, self.inputs)
+        return run_reference(model, *args, use_cache=False).logits
+
+    def compile(
+        self, inner: Any = "eager", *, with_vision: bool = False, **options: Any
+    ) -> tuple[Any, Any]:
+        """Return the compiled model and its backend.
+
+        The vision tower is some 20 graphs that the backend hands on untouched, and most of the
+        time of tracing: it runs uncompiled unless it is asked for.
+        """
+        torch._dynamo.reset()
+        compile_vision(self.model, with_vision)
+        backend = blindsight_backend(
+            self.profile, inner=inner, model=self.model_if_needed, **options
+        )
+        return torch.compile(self.model, backend=backend), backend
+
+    @property
+    def model_if_needed(self) -> Any:
+        return self.model if self.family == "qwen3_vl" else None
+
+    def check(self, logits: torch.Tensor, tokens: slice = slice(None)) -> None:
+        """Compare the logits of some tokens of the prompt."""
+        assert_close_to_reference(
+            logits, self.reference[:, tokens], self.reference64[:, tokens], self.valid[:, tokens]
+        )
+
+    def differs_from_dense(self) -> bool:
+        with torch.no_grad():
+            dense = self.model(**self.inputs, use_cache=False).logits
+        bound = error_bound(self.reference64[self.valid], self.reference[self.valid])
+        return bool((dense - self.reference64)[self.valid].abs().max() > 4 * bound)
+
+
+@functools.cache
+def model_of(family: str, dtype: torch.dtype, *, in_fp64: bool = False) -> Any:
+    model = tiny_model(family, num_layers=NUM_LAYERS, dtype=dtype)
+    return reference_copy(model) if in_fp64 else model
+
+
+def compile_vision(model: Any, yes: bool) -> None:
+    tower = getattr(model.model, "visual", None) or model.model.vision_tower
+    tower.__dict__.pop("forward", None)
+    if not yes:
+        tower.forward = torch._dynamo.disable(tower.forward)
+
+
+case_of = functools.cache(Case)
+
+
+def template_of(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return oracle_template(inputs["input_ids"], (IMAGE_ID, VIDEO_ID), (START_ID,), (END_ID,))
+
+
+def runs_of(backend: Any) -> set[str]:
+    """How the decoder's attention ran, over all graphs."""
+    return {how for row in backend.report().rows for how in row.runs}
+
+
+@pytest.fixture(autouse=True)
+def room_for_layers() -> Iterator[None]:
+    # Qwen3-VL's layers are compiled one by one, and again for every shape.
+    with torch._dynamo.config.patch(recompile_limit=64), torch.no_grad():
+        yield
+
+
+def matrix(*, ci: Callable[[str, torch.dtype, Any, str], bool]) -> list[Any]:
+    """Families x dtypes x inner backends x scenarios, nightly unless ``ci`` says otherwise."""
+    combinations = itertools.product(
+        FAMILIES, (torch.float32, torch.bfloat16), ("eager", "aot_eager"), SCENARIOS
+    )
+    return [
+        pytest.param(*combination, marks=() if ci(*combination) else NIGHTLY)
+        for combination in combinations
+    ]
+
+
+def in_ci(family: str, dtype: torch.dtype, inner: str, scenario: str) -> bool:
+    if dtype == torch.float32 and inner == "eager":
+        return True
+    # one other combination each, so that every axis is met in CI
+    return (dtype, inner, scenario) in (
+        (torch.bfloat16, "eager", "left_padding"),
+        (torch.float32, "aot_eager", "right_padding"),
+    )
+
+
+@pytest.mark.parametrize(("family", "dtype", "inner", "scenario"), matrix(ci=in_ci))
+def test_prefill_equals_dense_masks(
+    family: str, dtype: torch.dtype, inner: str, scenario: str
+) -> None:
+    case = case_of(family, dtype, scenario)
+    model, backend = case.compile(inner, with_vision=scenario == "left_padding")
+    case.check(model(**case.inputs, use_cache=False).logits)
+    assert case.differs_from_dense() == (scenario not in IS_DENSE)
+    assert runs_of(backend) == (
+        {"dense: no query in a second image"} if scenario in IS_DENSE else {"sparse"}
+    )
+    assert not backend.report().missing_layers
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("scenario", ["left_padding", "long"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_on_inductor(family: str, scenario: str) -> None:
+    case = case_of(family, torch.float32, scenario)
+    model, backend = case.compile("inductor")
+    case.check(model(**case.inputs, use_cache=False).logits)
+    assert runs_of(backend) == {"sparse"}
+
+
+@NIGHTLY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_on_inductor_throughout(family: str, scenario: str, dtype: torch.dtype) -> None:
+    case = case_of(family, dtype, scenario)
+    model, _ = case.compile("inductor")
+    case.check(model(**case.inputs, use_cache=False).logits)
+
+
+def caches(case: Case) -> dict[str, Callable[[], Any]]:
+    config = case.model.config.get_text_config()
+    return {
+        "made_by_the_model": lambda: None,
+        "dynamic": lambda: DynamicCache(config=config),
+        "static": lambda: StaticCache(config=config, max_cache_len=case.num_tokens + 9),
+    }
+
+
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=NIGHTLY)])
+@pytest.mark.parametrize("cache", ["made_by_the_model", "dynamic", "static"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_and_two_turns_agree(family: str, cache: str, inner: str) -> None:
+    """The second turn knows the images of the first from the cache that it is given."""
+    case = case_of(family, torch.float32, "two_turns")
+    model, backend = case.compile(inner)
+    split = case.num_tokens - Image().num_tokens - 3
+    if cache != "made_by_the_model":
+        whole = model(**case.inputs, past_key_values=caches(case)[cache](), use_cache=True)
+        case.check(whole.logits)
+    first, second = split_turns(case.model, case.inputs, split)
+    output = model(**first, past_key_values=caches(case)[cache](), use_cache=True)
+    case.check(output.logits, slice(0, split))
+    output = model(**second, past_key_values=output.past_key_values, use_cache=True)
+    case.check(output.logits, slice(split, None))
+    assert "the tokens already in the cache are not known" not in str(backend.report())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_second_turn_on_an_unknown_cache_is_dense_and_says_so(family: str) -> None:
+    case = case_of(family, torch.float32, "one_row")
+    split = int((case.inputs["input_ids"][0] == START_ID).nonzero()[-1])
+    first, second = split_turns(case.model, case.inputs, split)
+    cache = DynamicCache(config=case.model.config.get_text_config())
+    case.model(**first, past_key_values=cache, use_cache=True)
+    expected = case.model(**second, past_key_values=copy_cache(cache), use_cache=True).logits
+    model, backend = case.compile()
+    with pytest.warns(blindsight.BlindsightWarning, match="already in the cache are not known"):
+        output = model(**second, past_key_values=copy_cache(cache), use_cache=True)
+    torch.testing.assert_close(output.logits, expected)
+    assert runs_of(backend) == {"dense: the tokens already in the cache are not known"}
+    with use_template(case.span_id, case.is_sink):
+        output = model(**second, past_key_values=copy_cache(cache), use_cache=True)
+    assert "sparse" in runs_of(backend)
+
+
+def copy_cache(cache: Any) -> Any:
+    import copy
+
+    return copy.deepcopy(cache)
+
+
+@pytest.mark.parametrize("change", ["crop", "reset", "reorder"])
+def test_a_changed_cache_is_an_unknown_one(change: str) -> None:
+    """What is known of a cache's tokens must not outlive a crop, a reset or a reordering."""
+    case = case_of("qwen2_5_vl", torch.float32, "one_row")
+    split = int((case.inputs["input_ids"][0] == START_ID).nonzero()[-1])
+    first, second = split_turns(case.model, case.inputs, split)
+    model, _ = case.compile()
+    output = model(**first, use_cache=True)
+    cache = output.past_key_values
+    if change == "crop":
+        cache.crop(-1)
+        second["attention_mask"] = second["attention_mask"][:, 1:]
+    elif change == "reset":
+        cache = copy_cache(cache)
+    else:
+        cache.reorder_cache(torch.tensor([0]))
+    with pytest.warns(blindsight.BlindsightWarning, match="already in the cache are not known"):
+        model(**second, past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_chunks_that_cut_images_agree_with_the_whole(family: str) -> None:
+    """No row depends on what comes after it, so a prompt may be cut anywhere."""
+    case = case_of(family, torch.float32, "one_row")
+    text, head = case.model.model.language_model, case.model.lm_head
+    embeds = embeddings_of(case)
+    positions = case.model.model.get_rope_index(
+        case.inputs["input_ids"],
+        mm_token_type_ids=case.inputs["mm_token_type_ids"],
+        image_grid_thw=case.inputs["image_grid_thw"],
+        attention_mask=case.inputs["attention_mask"],
+    )[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(text, backend=blindsight_backend(case.profile, inner="eager"))
+    cache = DynamicCache(config=text.config)
+    logits = []
+    for start, stop in itertools.pairwise([0, 9, 10, 23, 31, case.num_tokens]):
+        with use_template(case.span_id[:, :stop], case.is_sink[:, :stop]):
+            output = compiled(
+                inputs_embeds=embeds[:, start:stop],
+                position_ids=positions[..., start:stop],
+                attention_mask=case.inputs["attention_mask"][:, :stop],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        logits.append(head(output.last_hidden_state))
+    case.check(torch.cat(logits, dim=1))
+
+
+def embeddings_of(case: Case) -> torch.Tensor:
+    """What the decoder is given: text embeddings, with the images in their places."""
+    taken: list[torch.Tensor] = []
+
+    def take(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        taken.append(kwargs["inputs_embeds"])
+
+    handle = case.model.model.language_model.register_forward_pre_hook(take, with_kwargs=True)
+    case.model(**case.inputs, use_cache=False)
+    handle.remove()
+    return taken[0]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_gives_the_tokens_of_the_reference(family: str, cache: str) -> None:
+    case = case_of(family, torch.float32, "left_padding")
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    options |= {"output_scores": True, "cache_implementation": cache}
+    if cache == "dynamic":
+        del options["cache_implementation"]
+    expected = generate_reference(
+        case.model, case.categories, case.span_id, case.is_sink, case.inputs, **options
+    )
+    _, backend = case.compile()
+    case.model.compile(backend=backend)
+    try:
+        found = case.model.generate(**case.inputs, **options)
+    finally:
+        case.model._compiled_call_impl = None
+    assert torch.equal(found.sequences, expected.sequences)
+    for one, other in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert "sparse" in runs_of(backend)
+    assert "dense: no query in a second image" in runs_of(backend)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_after_prefill(family: str) -> None:
+    """A decoded token runs the model's own graph on the keys that the sparse prefill left."""
+    case = case_of(family, torch.float32, "one_row")
+    longer = append_text(case.inputs, torch.tensor([[20, 21]]))
+    span_id, is_sink = template_of(longer)
+    args = (case.categories, span_id, is_sink, longer)
+    reference, reference64 = (
+        run_reference(model, *args, use_cache=False).logits
+        for model in (case.model, model_of(family, torch.float32, in_fp64=True))
+    )
+    model, backend = case.compile()
+    first, second = split_turns(case.model, longer, case.num_tokens)
+    output = model(**first, use_cache=True)
+    third = split_turns(case.model, longer, case.num_tokens + 1)[1]
+    second = {
+        name: value[..., :1] if name in ("input_ids", "position_ids") else value
+        for name, value in second.items()
+    }
+    for name in ("attention_mask", "token_type_ids"):
+        if name in second:
+            second[name] = second[name][:, :-1]
+    if "mm_token_type_ids" in second:
+        second["mm_token_type_ids"] = second["mm_token_type_ids"][:, :1]
+    for turn, token in ((second, case.num_tokens), (third, case.num_tokens + 1)):
+        output = model(**turn, past_key_values=output.past_key_values, use_cache=True)
+        rows = slice(token, token + 1)
+        assert_close_to_reference(
+            output.logits,
+            reference[:, rows],
+            reference64[:, rows],
+            torch.ones(1, 1, dtype=torch.bool),
+        )
+    assert "dense: no query in a second image" in runs_of(backend)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dense_profile_is_plain_torch_compile(family: str) -> None:
+    case = case_of(family, torch.float32, "left_padding")
+    torch._dynamo.reset()
+    profile = Profile.for_model(case.model, "dense")
+    backend = blindsight_backend(profile, inner="eager", model=case.model_if_needed)
+    plain = torch.compile(case.model, backend="eager")(**case.inputs, use_cache=False).logits
+    torch._dynamo.reset()
+    found = torch.compile(case.model, backend=backend)(**case.inputs, use_cache=False).logits
+    assert torch.equal(found, plain)
+    assert backend.report().num_rewritten == 0 or family == "qwen3_vl"
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_disabled_runs_the_models_own_graphs(context: Any) -> None:
+    case = case_of("qwen2_5_vl", torch.float32, "left_padding")
+    model, backend = case.compile()
+    with context():
+        dense = case.model(**case.inputs, use_cache=False).logits
+        with blindsight.disabled():
+            found = model(**case.inputs, use_cache=False).logits
+        torch.testing.assert_close(found, dense)
+        case.check(model(**case.inputs, use_cache=False).logits)
+    assert runs_of(backend) == {"sparse", "dense: disabled"}
+
+
+def test_lengths_change_from_call_to_call() -> None:
+    """Dynamo turns to symbolic lengths at the second one; each must be right."""
+    model, seen = None, []
+    for scenario in ("one_row", "long", "images_at_both_ends", "text_only", "one_row"):
+        case = case_of("qwen2_5_vl", torch.float32, scenario)
+        if model is None:
+            model, backend = case.compile()
+        case.check(model(**case.inputs, use_cache=False).logits)
+        seen.append(case.num_tokens)
+    assert len(set(seen)) == 4
+    assert runs_of(backend) == {"sparse", "dense: no query in a second image"}
+
+
+def test_two_backends_interleaved_do_not_mix() -> None:
+    case = case_of("qwen2_5_vl", torch.float32, "left_padding")
+    torch._dynamo.reset()
+    profiles = [case.profile, Profile.for_model(case.model, "document")]
+    models = [
+        torch.compile(case.model, backend=blindsight_backend(profile, inner="eager"))
+        for profile in profiles
+    ]
+    references = [reference_of(case, profile) for profile in profiles]
+    for at in (0, 1, 1, 0):
+        found = models[at](**case.inputs, use_cache=False).logits
+        assert_close_to_reference(found, *references[at], case.valid)
+
+
+def test_two_threads_do_not_mix() -> None:
+    """One backend serves both threads, whose prompts have the same length and other images."""
+    family = "qwen2_5_vl"
+    case = case_of(family, torch.float32, "one_row")
+    wide, tall, small = (image(family, *size) for size in ((2, 5), (4, 3), (2, 2)))
+    other_inputs = make_inputs(family, [[7, small, tall, 4, wide, 5]], seed=5)
+    assert other_inputs["input_ids"].shape == case.inputs["input_ids"].shape
+    span_id, is_sink = template_of(other_inputs)
+    other = [
+        run_reference(m, case.categories, span_id, is_sink, other_inputs, use_cache=False).logits
+        for m in (case.model, model_of(family, torch.float32, in_fp64=True))
+    ]
+    model, _ = case.compile()
+    prompts = [
+        (case.inputs, (case.reference, case.reference64)),
+        (other_inputs, tuple(other)),
+    ]
+    # rope_deltas are state of the model, not ours: positions are given
+    problems: list[BaseException] = []
+    start = threading.Barrier(2)
+
+    def run(inputs: dict[str, torch.Tensor], references: tuple[torch.Tensor, ...]) -> None:
+        try:
+            with torch.no_grad():
+                start.wait()
+                for _ in range(4):
+                    found = model(**inputs, use_cache=False).logits
+                    assert_close_to_reference(found, *references, case.valid)
+        except BaseException as problem:
+            problems.append(problem)
+
+    threads = [threading.Thread(target=run, args=prompt) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems, problems[0]
+
+
+def reference_of(case: Case, profile: Profile) -> tuple[torch.Tensor, torch.Tensor]:
+    models = (case.model, model_of(case.family, torch.float32, in_fp64=True))
+    args = (profile.categories, case.span_id, case.is_sink, case.inputs)
+    first, second = (run_reference(model, *args, use_cache=False).logits for model in models)
+    return first, second
