@@ -1,6 +1,6 @@
 """BlindSight: a sparse attention category for every head of a vision-language model.
 
-    model = torch.compile(model, backend=blindsight.blindsight_backend(profile))
+model = torch.compile(model, backend=blindsight.blindsight_backend(profile))
 """
 
 from __future__ import annotations

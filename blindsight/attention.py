@@ -9,7 +9,7 @@ head dim.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -134,11 +134,11 @@ def category_attention(
     block_mask = BlockMask.from_kv_blocks(
         *tables,
         BLOCK_SIZE=BLOCK_SIZE,
-        mask_mod=mask_mod,
+        mask_mod=cast(Any, mask_mod),  # it takes what it captures as further arguments
         seq_lengths=(query.shape[2], key.shape[2]),
         compute_q_blocks=False,
     )
-    output, *_ = flex_attention_op(
+    output: Tensor = flex_attention_op(
         query,
         key,
         value,
@@ -148,8 +148,8 @@ def category_attention(
         _KERNEL_OPTIONS,
         () if bias is None else (mask_head, bias),
         (categories, mask_head, base, *keep),
-    )
-    return output  # type: ignore[no-any-return]
+    )[0]
+    return output
 
 
 def _split_mask(

@@ -243,9 +243,8 @@ class CompiledGraph:
     def _refuse(self, problem: str) -> str:
         """Make a problem an error of every call (strict), or warn of it; return it."""
         if self._backend.strict:
-            self._error = (
-                f"{problem[0].upper()}{problem[1:]}, or leave such attention dense with strict=False."
-            )
+            sentence = problem[0].upper() + problem[1:]
+            self._error = f"{sentence}, or leave such attention dense with strict=False."
         else:
             self._runtime.warn_once(f"left dense: {problem}.")
         return problem
@@ -271,7 +270,7 @@ class CompiledGraph:
     def _decide(
         self, args: Sequence[Any], layers: tuple[int, ...]
     ) -> tuple[History | None, str | None]:
-        """Return what is known of the sequence, and why this call runs dense (None: it does not)."""
+        """Return what is known of the sequence, and why the call runs dense (None: sparse)."""
         batch, num_queries, num_keys = self._sizes(args)
         past, past_is_known = self._past(args, num_queries, num_keys)
         pending = self._runtime.pending
@@ -300,6 +299,8 @@ class CompiledGraph:
         if history is None:
             if pending is not None and pending.is_text:
                 return None, _NO_IMAGE_QUERY
+            if is_disabled():
+                return None, "disabled"
             self._runtime.warn_once(
                 f"prefill ran dense: {unknown}. Give the template of the whole sequence: "
                 "blindsight.use_template(span_id, is_sink)."
@@ -329,7 +330,7 @@ class CompiledGraph:
     def _past(
         self, args: Sequence[Any], num_queries: int, num_keys: int
     ) -> tuple[History | None, bool]:
-        """Return the tokens in the cache before this call (None: none), and whether that is known."""
+        """Return the tokens in the cache before the call (None: none), and if that is known."""
         cache = self._cache
         pending = self._runtime.pending
         # Reading a counter on a device waits for it: not for a decoded token.
@@ -381,9 +382,7 @@ class CompiledGraph:
             self._own = self._compile(copy_graph_module(self._gm), args)
         return self._own(*args)
 
-    def _run_rewritten(
-        self, args: Sequence[Any], layers: tuple[int, ...], history: History
-    ) -> Any:
+    def _run_rewritten(self, args: Sequence[Any], layers: tuple[int, ...], history: History) -> Any:
         if torch.is_grad_enabled() and any(
             isinstance(arg, Tensor) and arg.requires_grad for arg in args
         ):

@@ -40,16 +40,16 @@ class Inner:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         options = dict(self.options)
+        compile_graph: Any = self.backend
         if self.backend == "inductor":
             from torch._inductor import list_mode_options
-            from torch._inductor.compile_fx import compile_fx
+            from torch._inductor.compile_fx import compile_fx as compile_graph
 
             # As torch.compile itself does: a mode stands for a set of config values.
             patches = dict(list_mode_options(options.pop("mode", None) or "default"))
             patches.update(options.pop("options", None) or {})
-            patches.update(options.pop("config_patches", None) or {})
-            return compile_fx(gm, example_inputs, config_patches=patches, **options)  # type: ignore[no-any-return, arg-type]
-        backend = self.backend
-        if isinstance(backend, str):
-            backend = torch._dynamo.lookup_backend(backend)
-        return backend(gm, list(example_inputs), **options)  # type: ignore[no-any-return]
+            options["config_patches"] = {**patches, **(options.get("config_patches") or {})}
+        elif isinstance(self.backend, str):
+            compile_graph = torch._dynamo.lookup_backend(self.backend)
+        compiled: Callable[..., Any] = compile_graph(gm, list(example_inputs), **options)
+        return compiled

@@ -35,6 +35,18 @@ class Verdict:
     runs: Counter[str] = field(default_factory=Counter)
 
 
+def _cells(row: Verdict) -> tuple[str, ...]:
+    return (
+        str(row.graph),
+        "-" if row.layer is None else str(row.layer),
+        row.path or "(frame)",
+        row.tier,
+        row.categories or "-",
+        f"{'rewritten' if row.rewritten else 'left alone'}: {row.reason}",
+        ", ".join(f"{count} {how}" for how, count in sorted(row.runs.items())) or "-",
+    )
+
+
 @dataclass(frozen=True)
 class Report:
     """One row per attention call seen; ``str()`` gives a table.
@@ -54,16 +66,8 @@ class Report:
     def __str__(self) -> str:
         header = ("graph", "layer", "attention", "mask", "categories", "verdict", "runs")
         lines = [
-            (
-                str(row.graph),
-                "-" if row.layer is None else str(row.layer),
-                row.path or "(frame)",
-                row.tier,
-                row.categories or "-",
-                f"{'rewritten' if row.rewritten else 'left alone'}: {row.reason}",
-                ", ".join(f"{count} {how}" for how, count in sorted(row.runs.items())) or "-",
-            )
-            for row in self.rows
+            tuple(f"{cell} (x{count})" if cell is line[2] and count > 1 else cell for cell in line)
+            for line, count in Counter(map(_cells, self.rows)).items()
         ]
         widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
         table = [

@@ -185,7 +185,6 @@ class Caches:
         with lock:
             entries[number] = (weakref.ref(keys, forget), version_of(keys), history)
 
-
     def drop(self, keys: Tensor) -> None:
         """Forget what a tensor holds: something unknown was written to it."""
         with self._lock:
@@ -214,8 +213,6 @@ class Runtime:
 
     def observe(self, input_ids: Tensor, *, from_graph: bool = True) -> None:
         """Take note of the tokens of the forward that begins, or is under way."""
-        if _disabled.get() and not from_graph:
-            return
         version = version_of(input_ids)
         pending = self.pending
         if pending is not None:

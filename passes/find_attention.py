@@ -124,7 +124,7 @@ def find_eager_attention(
         layer_pattern: See :class:`~blindsight.TemplateRule`.
         module_classes: Classes of decoder attention, for frames whose paths tell no layer.
     """
-    paths = {}
+    paths: dict[str, None] = {}
     for node in gm.graph.nodes:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         path, module_class = module_of(node)
@@ -196,7 +196,9 @@ def find_key_cache(gm: fx.GraphModule, attention: Attention) -> KeyCache:
     if before is None:
         held = [node for node in written if node.op == "placeholder"]
         before = held[0] if held else None
-    counters = [node for node in placeholders(gm) if source_name(node).endswith(".cumulative_length")]
+    counters = [
+        node for node in placeholders(gm) if source_name(node).endswith(".cumulative_length")
+    ]
     length = None
     for node in {*chain, *after}:
         for user in node.users:
@@ -251,4 +253,3 @@ def _before_repeat(repeated: fx.Node, query: fx.Node) -> fx.Node:
         and same_size(after[1], middle[1] * middle[2])
     )
     return original if is_new_axis and repeats_heads else repeated
-

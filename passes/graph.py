@@ -22,7 +22,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output(output).meta = copy.copy(old_output.meta)
     for old, new in copied.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     result = fx.GraphModule(gm, graph)
     result.meta = copy.copy(gm.meta)
     for name in _DYNAMO_ATTRIBUTES:
@@ -40,20 +40,24 @@ def add_placeholder(gm: fx.GraphModule, name: str) -> fx.Node:
     with gm.graph.inserting_after(placeholders(gm)[-1]):
         node = gm.graph.placeholder(name)
     # Read by AOTAutograd; None says that the input comes from no Python object of the frame.
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     return node
 
 
 def fake_tensor(node: object) -> Tensor | None:
     """Return the fake tensor that Dynamo recorded for a node, if it is a tensor."""
-    value = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
+    if not isinstance(node, fx.Node):
+        return None
+    value = node.meta.get("example_value", node.meta.get("val"))
     return value if isinstance(value, Tensor) else None
 
 
 def source_name(node: fx.Node) -> str:
     """Return where a placeholder comes from, as a dotted path ("" where Dynamo does not say)."""
     source = getattr(node, "_dynamo_source", None)
-    return "" if source is None else dotted_path(source.name if isinstance(source.name, str) else source.name())
+    # A property in some versions of torch, a method in others.
+    name = getattr(source, "name", "")
+    return dotted_path(name() if callable(name) else name)
 
 
 def dotted_path(path: str) -> str:

@@ -1,0 +1,388 @@
+"""What the backend does around the attention: names, options, errors, reports, regions."""
+
+import pickle
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import blindsight
+from blindsight import BlindsightWarning, Profile, TemplateRule, blindsight_backend, use_template
+from models import (
+    END_ID,
+    IMAGE_ID,
+    START_ID,
+    VIDEO_ID,
+    Image,
+    make_inputs,
+    tiny_model,
+    valid_positions,
+)
+from oracles import assert_close_to_reference, oracle_template, reference_copy, run_reference
+
+MIXED = [0, 1, 2, 3]
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Any:
+    return without_vision(tiny_model("qwen2_5_vl", num_layers=2))
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, torch.Tensor]:
+    return make_inputs("qwen2_5_vl", [[5, Image(2, 5), 4, Image(4, 3), Image(), 7]])
+
+
+def without_vision(model: Any) -> Any:
+    """Let the vision tower run uncompiled: tracing it is most of a test's time."""
+    tower = getattr(model.model, "visual", None) or model.model.vision_tower
+    tower.forward = torch._dynamo.disable(tower.forward)
+    return model
+
+
+def profile_of(model: Any, categories: Any = None) -> Profile:
+    num_layers = model.config.get_text_config().num_hidden_layers
+    return Profile.for_model(model, categories or [MIXED] * num_layers)
+
+
+def check(model: Any, profile: Profile, inputs: dict[str, torch.Tensor], logits: Any) -> None:
+    span_id, is_sink = oracle_template(
+        inputs["input_ids"], (IMAGE_ID, VIDEO_ID), (START_ID,), (END_ID,)
+    )
+    references = [
+        run_reference(m, profile.categories, span_id, is_sink, inputs, use_cache=False).logits
+        for m in (model, reference_copy(model))
+    ]
+    assert_close_to_reference(logits, *references, valid_positions(inputs))
+
+
+# Ways to ask for it
+
+
+@pytest.mark.parametrize("as_path", [False, True])
+def test_by_name_with_options(qwen: Any, inputs: Any, as_path: bool, tmp_path: Any) -> None:
+    """The entry point's function is called for every graph; its state must be one all the same."""
+    from torch._dynamo.backends import registry
+
+    from blindsight.backend import blindsight as entry_point
+
+    profile = profile_of(qwen)
+    profile.save(tmp_path / "profile.safetensors")
+    if "blindsight" not in registry._BACKENDS and "blindsight" not in torch._dynamo.list_backends():
+        # Not installed, only on the path: what importlib.metadata would have found.
+        registry.register_backend(compiler_fn=entry_point, name="blindsight")
+    options = {
+        "profile": tmp_path / "profile.safetensors" if as_path else profile,
+        "inner": "eager",
+    }
+    model = torch.compile(qwen, backend="blindsight", options=options)
+    check(qwen, profile, inputs, model(**inputs, use_cache=False).logits)
+
+
+def test_by_name_without_a_profile(qwen: Any, inputs: Any) -> None:
+    from blindsight.backend import blindsight as entry_point
+
+    with pytest.raises(ValueError, match=r"must be given a profile.*options=\{'profile'"):
+        entry_point(torch.fx.GraphModule({}, torch.fx.Graph()), [])
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_compile_in_place_keeps_the_model(qwen: Any, inputs: Any, context: Any) -> None:
+    profile = profile_of(qwen)
+    qwen.compile(backend=blindsight_backend(profile, inner="eager"))
+    try:
+        with context():
+            logits = qwen(**inputs, use_cache=False).logits
+    finally:
+        qwen._compiled_call_impl = None
+    check(qwen, profile, inputs, logits)
+
+
+def test_inner_backend_gets_its_options(qwen: Any, inputs: Any) -> None:
+    seen = []
+
+    def inner(gm: Any, example_inputs: Any, **options: Any) -> Any:
+        seen.append(options)
+        return gm.forward
+
+    backend = blindsight_backend(profile_of(qwen), inner=inner, color="blue")
+    torch.compile(qwen, backend=backend, options={"size": 3})(**inputs, use_cache=False)
+    assert seen
+    assert all(options == {"color": "blue", "options": {"size": 3}} for options in seen)
+
+
+def test_explain_traces_rewrites_and_leaves_no_trace(qwen: Any, inputs: Any) -> None:
+    hooks = dict(qwen._forward_pre_hooks)
+    report = blindsight.explain(qwen, inputs, profile_of(qwen))
+    assert [row.layer for row in report.rows] == [0, 1]
+    assert report.num_rewritten == 2
+    assert not report.missing_layers
+    assert all(row.runs == {"sparse": 1} for row in report.rows)
+    table = str(report)
+    assert "language_model.layers.1.self_attn" in table
+    assert "1 DENSE, 1 SINK, 1 DOCUMENT, 1 DOCUMENT_SINK" in table
+    assert dict(qwen._forward_pre_hooks) == hooks
+
+
+def test_a_family_that_is_not_listed_works_through_its_rule(qwen: Any, inputs: Any) -> None:
+    rule = TemplateRule(
+        image_token_ids=(IMAGE_ID,),
+        start_token_ids=(START_ID,),
+        end_token_ids=(END_ID,),
+        layer_pattern=r"\.layers\.(\d+)\.self_attn",
+    )
+    profile = Profile.for_model(qwen, "document_sink", rule=rule)
+    model = torch.compile(qwen, backend=blindsight_backend(profile, inner="eager"))
+    check(qwen, profile, inputs, model(**inputs, use_cache=False).logits)
+
+
+# Frames that serve several layers
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_qwen3_with_12_layers(use_cache: bool) -> None:
+    model = without_vision(tiny_model("qwen3_vl", num_layers=12))
+    inputs = make_inputs("qwen3_vl", [[5, Image(2, 5), 4, Image(4, 3), Image(), 7]])
+    categories = [[(layer + head) % 4 for head in range(4)] for layer in range(12)]
+    profile = profile_of(model, categories)
+    with torch._dynamo.config.patch(recompile_limit=64):
+        backend = blindsight_backend(profile, inner="eager", model=model)
+        logits = torch.compile(model, backend=backend)(**inputs, use_cache=use_cache).logits
+    check(model, profile, inputs, logits)
+    assert not backend.report().missing_layers
+    # without a cache one frame serves all layers that deepstack does not tell apart
+    rewritten = [row for row in backend.report().rows if row.rewritten]
+    assert (len(rewritten) == 12) == use_cache
+    assert sum(row.runs["sparse"] for row in rewritten) == 12
+
+
+def test_qwen3_beyond_the_recompile_limit_is_an_error() -> None:
+    model = without_vision(tiny_model("qwen3_vl", num_layers=12))
+    inputs = make_inputs("qwen3_vl", [[5, Image(2, 5), 4, Image(4, 3), 7]])
+    backend = blindsight_backend(profile_of(model), inner="eager", model=model)
+    with pytest.raises(ValueError, match=r"recompile_limit must be at least .* 12.* got 8"):
+        torch.compile(model, backend=backend)(**inputs, use_cache=True)
+
+
+def test_layers_lost_to_the_recompile_limit_are_an_error_in_the_same_call() -> None:
+    model = without_vision(tiny_model("qwen3_vl", num_layers=4))
+    backend = blindsight_backend(profile_of(model), inner="eager", model=model)
+    compiled = torch.compile(model, backend=backend)
+    with (
+        torch._dynamo.config.patch(recompile_limit=6),
+        pytest.raises(
+            ValueError, match=r"layers .* did not run through this backend.*recompile_limit"
+        ),
+    ):
+        for text in (5, 6, 7):
+            inputs = make_inputs("qwen3_vl", [[text, Image(2, 5), 4, Image(4, 3), 7]])
+            compiled(**inputs, use_cache=True)
+
+
+def test_qwen3_needs_the_model() -> None:
+    model = without_vision(tiny_model("qwen3_vl"))
+    inputs = make_inputs("qwen3_vl", [[5, Image(2, 5), 4, Image(4, 3), 7]])
+    compiled = torch.compile(model, backend=blindsight_backend(profile_of(model), inner="eager"))
+    with pytest.raises(ValueError, match=r"blindsight_backend\(profile, model=model\)"):
+        compiled(**inputs, use_cache=False)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
+def test_regional_compilation(family: str) -> None:
+    """Decoder layers compiled one by one: the model runs eagerly, and shows its input_ids."""
+    model = tiny_model(family, num_layers=4)
+    small = Image()
+    inputs = make_inputs(
+        family, [[5, small, 4, small, small, 7], [6, small, 4, small, 0, small, 6]]
+    )
+    profile = profile_of(model, [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 2, 1, 3]])
+    backend = blindsight_backend(profile, inner="eager", model=model)
+    for layer in model.model.language_model.layers:
+        layer.compile(backend=backend)
+    logits = model(**inputs, use_cache=False).logits
+    # the very same prompt through an eager reference needs the layers uncompiled
+    for layer in model.model.language_model.layers:
+        layer._compiled_call_impl = None
+    check(model, profile, inputs, logits)
+    assert not backend.report().missing_layers
+    assert backend.runtime.pending is None
+
+
+def test_regional_compilation_without_the_model_takes_a_template(inputs: Any) -> None:
+    model = tiny_model("qwen2_5_vl")
+    profile = profile_of(model)
+    text = model.model.language_model
+    backend = blindsight_backend(profile, inner="eager")
+    text.compile(backend=backend)
+    span_id, is_sink = oracle_template(
+        inputs["input_ids"], (IMAGE_ID, VIDEO_ID), (START_ID,), (END_ID,)
+    )
+    with pytest.warns(BlindsightWarning, match="input_ids were not seen.*use_template"):
+        model(**inputs, use_cache=False)
+    with use_template(span_id, is_sink):
+        logits = model(**inputs, use_cache=False).logits
+    text._compiled_call_impl = None
+    check(model, profile, inputs, logits)
+
+
+# State
+
+
+def test_state_is_consumed(qwen: Any, inputs: Any) -> None:
+    """A later call of the same length with inputs_embeds must not find the last one's images."""
+    model = torch.compile(qwen, backend=blindsight_backend(profile_of(qwen), inner="eager"))
+    model(**inputs, use_cache=False)
+    embeds = torch.randn(*inputs["input_ids"].shape, 64)
+    with pytest.warns(BlindsightWarning, match="input_ids were not seen"):
+        found = model(inputs_embeds=embeds, use_cache=False).logits
+    torch.testing.assert_close(found, qwen(inputs_embeds=embeds, use_cache=False).logits)
+
+
+def test_an_aborted_call_leaves_nothing_behind(qwen: Any, inputs: Any) -> None:
+    profile = profile_of(qwen)
+    model = torch.compile(qwen, backend=blindsight_backend(profile, inner="eager"))
+    model(**inputs, use_cache=False)
+    broken = {**inputs, "pixel_values": inputs["pixel_values"][:-4]}
+    with pytest.raises(Exception, match=r"."):
+        model(**broken, use_cache=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BlindsightWarning)
+        check(qwen, profile, inputs, model(**inputs, use_cache=False).logits)
+
+
+# Bad input: one clear error that names both values
+
+
+def test_profile_of_another_model(qwen: Any) -> None:
+    other = tiny_model("qwen2_5_vl", num_layers=3)
+    with pytest.raises(ValueError, match=r"num_layers=2.*num_layers=3"):
+        blindsight_backend(profile_of(qwen), inner="eager", model=other)
+
+
+def test_profile_with_fewer_layers_than_the_compiled_model(qwen: Any, inputs: Any) -> None:
+    other = without_vision(tiny_model("qwen2_5_vl", num_layers=3))
+    model = torch.compile(other, backend=blindsight_backend(profile_of(qwen), inner="eager"))
+    with pytest.raises(ValueError, match=r"is layer 2, but the profile has 2 layers"):
+        model(**inputs, use_cache=False)
+
+
+def test_profile_with_other_heads(qwen: Any, inputs: Any) -> None:
+    config = type(qwen.config)(**qwen.config.to_dict())
+    config.get_text_config().num_attention_heads = 8
+    config.get_text_config().hidden_size = 128
+    profile = Profile.for_model(config, "sink")
+    model = torch.compile(qwen, backend=blindsight_backend(profile, inner="eager"))
+    with pytest.raises(ValueError, match=r"heads of attention .* must be 8 .* got 4"):
+        model(**inputs, use_cache=False)
+
+
+def test_inner_backend_that_does_not_exist(qwen: Any) -> None:
+    with pytest.raises(ValueError, match=r"inner must be .*inductor.* got 'indoctor'"):
+        blindsight_backend(profile_of(qwen), inner="indoctor")
+
+
+def test_something_that_is_no_profile() -> None:
+    with pytest.raises(ValueError, match=r"profile must be a Profile or the path of one, got int"):
+        blindsight_backend(3)  # type: ignore[arg-type]
+
+
+def test_template_of_the_wrong_length(qwen: Any, inputs: Any) -> None:
+    model = torch.compile(qwen, backend=blindsight_backend(profile_of(qwen), inner="eager"))
+    num_tokens = inputs["input_ids"].shape[1]
+    span_id = torch.zeros(1, num_tokens - 1, dtype=torch.int64)
+    with (
+        use_template(span_id, span_id.bool()),
+        pytest.raises(ValueError, match=rf"{num_tokens}\].*got \[1, {num_tokens - 1}\]"),
+    ):
+        model(**inputs, use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("span_id", "is_sink", "message"),
+    [
+        (torch.zeros(4), torch.zeros(4), r"span_id must be a tensor \[B, T\], got \(4,\)"),
+        (torch.zeros(1, 4, dtype=torch.int), torch.zeros(1, 5).bool(), r"\(1, 4\) and \(1, 5\)"),
+        (torch.zeros(1, 4), torch.zeros(1, 4).bool(), r"must hold ints, got torch.float32"),
+        (torch.zeros(1, 4, dtype=torch.int), torch.zeros(1, 4), r"is_sink must be bool"),
+        (torch.tensor([[1, 0, 1, 0]]), torch.zeros(1, 4).bool(), r"got 1 at row 0, token 2"),
+        (torch.tensor([[2, 2, 0, 0]]), torch.zeros(1, 4).bool(), r"got 2 at row 0, token 0"),
+    ],
+)
+def test_template_that_describes_no_spans(span_id: Any, is_sink: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message), use_template(span_id, is_sink):
+        pass
+
+
+def test_gradients(qwen: Any, inputs: Any) -> None:
+    model = torch.compile(qwen, backend=blindsight_backend(profile_of(qwen), inner="eager"))
+    weight = qwen.lm_head.weight
+    first = qwen.model.language_model.layers[0].self_attn.q_proj.weight
+    first.requires_grad_(True)
+    try:
+        with (
+            torch.enable_grad(),
+            pytest.raises(ValueError, match=r"inference_mode\(\) or .*no_grad"),
+        ):
+            model(**inputs, use_cache=False)
+        with torch.enable_grad(), blindsight.disabled():
+            model(**inputs, use_cache=False).logits.sum().backward()
+        assert first.grad is not None
+    finally:
+        first.requires_grad_(False)
+        first.grad = None
+    assert weight is qwen.lm_head.weight
+
+
+def test_dropout(inputs: Any) -> None:
+    model = without_vision(tiny_model("qwen2_5_vl"))
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    compiled = torch.compile(
+        model.train(), backend=blindsight_backend(profile_of(model), inner="eager")
+    )
+    with pytest.raises(ValueError, match=r"dropout of attention .* must be 0, got 0.5.*eval\(\)"):
+        compiled(**inputs, use_cache=False)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_model_without_sdpa(inputs: Any, strict: bool) -> None:
+    model = without_vision(tiny_model("qwen2_5_vl", attn_implementation="eager"))
+    backend = blindsight_backend(profile_of(model), inner="eager", strict=strict)
+    compiled = torch.compile(model, backend=backend)
+    if strict:
+        with pytest.raises(ValueError, match=r"attn_implementation='sdpa'"):
+            compiled(**inputs, use_cache=False)
+    else:
+        with pytest.warns(BlindsightWarning, match=r"attn_implementation='sdpa'"):
+            found = compiled(**inputs, use_cache=False).logits
+        torch.testing.assert_close(found, model(**inputs, use_cache=False).logits)
+
+
+def test_attention_that_never_reaches_the_backend(qwen: Any, inputs: Any) -> None:
+    """The decoder runs uncompiled: strict says so, naming the layers."""
+    text = qwen.model.language_model
+    text.forward = torch._dynamo.disable(text.forward)
+    try:
+        compiled = torch.compile(qwen, backend=blindsight_backend(profile_of(qwen), inner="eager"))
+        with pytest.raises(ValueError, match=r"layers 0-1 .* were never met"):
+            compiled(**inputs, use_cache=False)
+    finally:
+        del text.forward
+
+
+def test_backend_state_is_not_on_the_model(qwen: Any, inputs: Any) -> None:
+    """What we are given is left as it was: the model still pickles, its cache is a plain one."""
+    backend = blindsight_backend(profile_of(qwen), inner="eager")
+    output = torch.compile(qwen, backend=backend)(**inputs, use_cache=True)
+    assert type(output.past_key_values) is DynamicCache
+    assert pickle.loads(pickle.dumps(qwen.config)).to_dict() == qwen.config.to_dict()
