@@ -3,12 +3,20 @@
 These are plain functions of tensors. In a graph they are one node each, which AOTAutograd traces
 through; run eagerly, FlexAttention's own reference (materialised scores) computes them.
 
-Shapes: B batch, H query heads, G key/value heads, C categories, Q and K lengths in tokens, D
-head dim.
+There are three forms of a mask, each with a function that makes it, once for all layers with the
+same base mask, and one that attends under it:
+
+- sorted: intervals of keys, tokens sorted so that every mask is a few blocks;
+- ordered: the same intervals in prompt order, for prompts that it lists less of;
+- materialised: the model's own mask is read, element by element, where it could not be lifted.
+
+Shapes: B batch, H query heads, G key/value heads, C categories, Q and K lengths in tokens, T
+tokens of the whole sequence, D head dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,8 +24,17 @@ from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_op
 from torch.nn.attention.flex_attention import BlockMask
 
-from blindsight.block_tables import BLOCK_SIZE, BlockTables, tables_of_mask
-from blindsight.masks import Keep, keep_intervals
+from blindsight.base_mask import Form, base_mask_of
+from blindsight.block_tables import (
+    BLOCK_SIZE,
+    BlockTables,
+    tables_of_mask,
+    tables_of_prompt_order,
+    tables_of_sorted,
+)
+from blindsight.intervals import TokenOrder, allowed_sorted, sorted_bounds
+from blindsight.masks import BaseMask, Keep, keep_intervals
+from blindsight.packing import first_span_of
 
 # What torch.nn.attention.flex_attention passes for inference without auxiliary outputs.
 _KERNEL_OPTIONS: dict[str, Any] = {
@@ -31,8 +48,31 @@ _KERNEL_OPTIONS: dict[str, Any] = {
 }
 
 
-class CategoryMask(NamedTuple):
-    """The mask of every category, in prompt order; shared by all layers with one base mask.
+class SortedMask(NamedTuple):
+    """The mask of every category, tokens sorted.
+
+    Attributes:
+        order: Of queries and keys.
+        lower, upper: ``[B, 3 * C, Q]`` int32, the intervals of each sorted query.
+        tables: Blocks per category.
+    """
+
+    order: TokenOrder
+    lower: Tensor
+    upper: Tensor
+    tables: BlockTables
+
+
+class OrderedMask(NamedTuple):
+    """The mask of every category in prompt order, as intervals."""
+
+    base: BaseMask
+    keep: Keep
+    tables: BlockTables
+
+
+class MaterialisedMask(NamedTuple):
+    """The mask of every category in prompt order, with the model's own as a tensor.
 
     Attributes:
         keep: What the categories keep.
@@ -47,44 +87,43 @@ class CategoryMask(NamedTuple):
     tables: BlockTables | None
 
 
-def category_mask(
-    query: Tensor,
-    key: Tensor,
+def materialised_mask(
     attn_mask: Tensor | None,
     span_id: Tensor,
     is_sink: Tensor,
     *,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
     is_causal: bool = False,
-) -> CategoryMask:
+) -> MaterialisedMask:
     """Intersect the model's own mask with what each category keeps.
 
     Args:
-        query: ``[B, H, Q, D]``; only its shape matters.
-        key: ``[B, G, K, D]``; only its shape matters.
         attn_mask: As for ``scaled_dot_product_attention``: bool or additive float, broadcastable
             to ``[B, H, Q, K]``, or None.
         span_id, is_sink: ``[B, T]``, the template.
+        batch, num_queries, num_keys: B, Q, K.
         is_causal: As for ``scaled_dot_product_attention``: top-left aligned.
     """
-    batch, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
     keep = keep_intervals(span_id, is_sink, num_queries, num_keys)
-    base, bias = _split_mask(attn_mask, batch, num_queries, num_keys, is_causal, query.device)
+    base, bias = _split_mask(attn_mask, batch, num_queries, num_keys, is_causal, span_id.device)
     tables = None
     if base.shape[1] == 1:
         tables = tables_of_mask(base & _keep_elements(keep, num_keys))
-    return CategoryMask(
-        Keep(*(_realize(part) for part in keep)),
-        _realize(base),
+    return MaterialisedMask(
+        Keep(*(_realize(part, span_id) for part in keep)),
+        _realize(base, span_id),
         None if bias is None else _realize(bias),
         tables,
     )
 
 
-def category_attention(
+def materialised_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: CategoryMask,
+    mask: MaterialisedMask,
     categories: Tensor,
     scale: float | None = None,
 ) -> Tensor:
@@ -93,7 +132,7 @@ def category_attention(
     Args:
         query: ``[B, H, Q, D]``.
         key, value: ``[B, G, K, D]``, H a multiple of G.
-        mask: From :func:`category_mask`.
+        mask: From :func:`materialised_mask`.
         categories: ``[H]`` int32 codes of :class:`~blindsight.HeadCategory`.
         scale: Factor on the scores; default ``D ** -0.5``.
     """
@@ -123,18 +162,143 @@ def category_attention(
         inside = (lower[b, category, q] <= k) & (k <= upper[b, category, q])
         return base[b, mask_head[h], q, k] & (inside | visible[b, category, k])
 
-    def score_mod(
-        score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor, *bias_of_head: Tensor
+    def add_bias(
+        score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor, mask_head: Tensor, bias: Tensor
     ) -> Tensor:
-        if not bias_of_head:
-            return score
-        mask_head, bias = bias_of_head
         return score + bias[b, mask_head[h], q, k]
 
+    captures = (categories, mask_head, base, *keep)
+    if bias is None:
+        return _flex_attention(query, key, value, tables, mask_mod, captures, scale)
+    return _flex_attention(
+        query, key, value, tables, mask_mod, captures, scale, add_bias, (mask_head, bias)
+    )
+
+
+def sorted_mask(
+    form: Form,
+    span_id: Tensor,
+    is_sink: Tensor,
+    *,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+) -> SortedMask:
+    """Intersect a base mask in interval form with what each category keeps, tokens sorted.
+
+    Args:
+        form: The model's own mask, see :mod:`blindsight.base_mask`.
+        span_id, is_sink: ``[B, T]``, the template.
+        batch, num_queries, num_keys: B, Q, K.
+    """
+    sizes = {"batch": batch, "num_queries": num_queries, "num_keys": num_keys}
+    base = base_mask_of(form, **sizes, device=span_id.device)
+    first_span = first_span_of(form, span_id, num_queries, num_keys)
+    bounds, order = sorted_bounds(
+        base, span_id, is_sink, num_queries, num_keys, first_span=first_span
+    )
+    lower, upper = (_realize(rows, span_id) for rows in bounds.rows())
+    tables = tables_of_sorted(bounds, num_keys)
+    return SortedMask(TokenOrder(*map(_realize, order)), lower, upper, tables)
+
+
+def sorted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: SortedMask,
+    categories: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """Return the attention ``[B, H, Q, D]`` of queries in prompt order.
+
+    Takes what :func:`materialised_attention` takes.
+    """
+    order = mask.order
+    output = _flex_attention(
+        _take_tokens(query, order.query),
+        _take_tokens(key, order.key),
+        _take_tokens(value, order.key),
+        mask.tables.of_heads(categories),
+        allowed_sorted,
+        (categories, mask.lower, mask.upper),
+        scale,
+    )
+    return _take_tokens(output, order.inverse_query)
+
+
+def ordered_mask(
+    form: Form,
+    span_id: Tensor,
+    is_sink: Tensor,
+    *,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+) -> OrderedMask:
+    """As :func:`sorted_mask`, in prompt order."""
+    sizes = {"batch": batch, "num_queries": num_queries, "num_keys": num_keys}
+    base = base_mask_of(form, **sizes, device=span_id.device)
+    first_span = first_span_of(form, span_id, num_queries, num_keys)
+    keep = keep_intervals(span_id, is_sink, num_queries, num_keys, first_span=first_span)
+    tables = tables_of_prompt_order(base, keep, num_keys)
+    parts = [_realize(part, span_id) for part in (*base, *keep)]
+    return OrderedMask(BaseMask(*parts[:3]), Keep(*parts[3:]), tables)
+
+
+def ordered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: OrderedMask,
+    categories: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """Return the attention ``[B, H, Q, D]``; see :func:`materialised_attention`."""
+
+    def mask_mod(
+        b: Tensor,
+        h: Tensor,
+        q: Tensor,
+        k: Tensor,
+        categories: Tensor,
+        base_lower: Tensor,
+        base_upper: Tensor,
+        valid: Tensor,
+        lower: Tensor,
+        upper: Tensor,
+        visible: Tensor,
+    ) -> Tensor:
+        category = categories[h]
+        allowed = valid[b, k] & (base_lower[b, q] <= k) & (k <= base_upper[b, q])
+        inside = (lower[b, category, q] <= k) & (k <= upper[b, category, q])
+        return allowed & (inside | visible[b, category, k])
+
+    captures = (categories, *mask.base, *mask.keep)
+    tables = mask.tables.of_heads(categories)
+    return _flex_attention(query, key, value, tables, mask_mod, captures, scale)
+
+
+def _flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tables: BlockTables,
+    mask_mod: Callable[..., Tensor],
+    mask_captures: tuple[Tensor, ...],
+    scale: float | None,
+    score_mod: Callable[..., Tensor] | None = None,
+    score_captures: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """Call the operator itself: its public function would start a compilation of its own.
+
+    ``mask_mod(b, h, q, k, *mask_captures)`` and ``score_mod(score, b, h, q, k, *score_captures)``
+    take what they capture as arguments.
+    """
     block_mask = BlockMask.from_kv_blocks(
         *tables,
         BLOCK_SIZE=BLOCK_SIZE,
-        mask_mod=cast(Any, mask_mod),  # it takes what it captures as further arguments
+        mask_mod=cast(Any, mask_mod),
         seq_lengths=(query.shape[2], key.shape[2]),
         compute_q_blocks=False,
     )
@@ -142,14 +306,23 @@ def category_attention(
         query,
         key,
         value,
-        score_mod,
+        _unchanged if score_mod is None else score_mod,
         block_mask.as_tuple(),
         query.shape[-1] ** -0.5 if scale is None else scale,
         _KERNEL_OPTIONS,
-        () if bias is None else (mask_head, bias),
-        (categories, mask_head, base, *keep),
+        score_captures,
+        mask_captures,
     )[0]
     return output
+
+
+def _unchanged(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return score
+
+
+def _take_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """Return ``x [B, H, L, D]`` with the tokens of each row in another order ``[B, L]``."""
+    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def _split_mask(
@@ -183,11 +356,15 @@ def _keep_elements(keep: Keep, num_keys: int) -> Tensor:
     return inside | keep.visible[:, :, None, :]
 
 
-def _realize(x: Tensor) -> Tensor:
+def _realize(x: Tensor, span_id: Tensor | None = None) -> Tensor:
     """Return ``x`` as a buffer of its own: Inductor cannot fuse its producer into a mask.
 
     The C++ lowering of FlexAttention builds the mask's subgraph before the buffers that it
-    captures exist, and fails on one that is still an unfused expression.
+    captures exist, and fails on one that is still an unfused expression. A uniform tensor would
+    be folded back into one: with ``span_id`` the result depends on an input, if in name only.
     """
+    if span_id is not None:
+        never = (span_id[:1, :1] < 0).view((1,) * x.dim())
+        x = (x | never) if x.dtype == torch.bool else x + never.to(x.dtype)
     x = x.contiguous()
     return torch.as_strided(x, x.shape, x.stride())

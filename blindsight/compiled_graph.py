@@ -1,4 +1,4 @@
-"""One graph of a compiled model: its own form and the rewritten one, each compiled when needed.
+"""One graph of a compiled model: its own form and the rewritten ones, each compiled when needed.
 
 Shapes: B batch, H query heads, Q and K lengths in tokens, T tokens of the whole sequence.
 """
@@ -7,53 +7,26 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from blindsight.categories import summarize_categories
-from blindsight.families import DECODER_ATTENTION_CLASSES
+from blindsight.choose import FactCheck, best_form
 from blindsight.inner import Inner
-from blindsight.layers import layer_of_path
-from blindsight.passes.find_attention import (
-    Attention,
-    find_attention,
-    find_eager_attention,
-    find_input_ids,
-    find_key_cache,
-)
-from blindsight.passes.graph import copy_graph_module, fake_tensor, placeholders, source_name
-from blindsight.passes.replace_attention import replace_attention_pass
-from blindsight.report import Verdict
+from blindsight.passes.find_attention import find_attention
+from blindsight.passes.graph import copy_graph_module
+from blindsight.passes.lift_mask import lift_mask
+from blindsight.passes.replace_attention import MaskForm, replace_attention_pass
+from blindsight.plan import plan_graph
 from blindsight.runtime import History, explicit_template, is_disabled
 
 if TYPE_CHECKING:
     from blindsight.backend import BlindsightBackend
 
-_MAX_VARIANTS = 64  # compiled forms of one graph, the least recently used are dropped
+_MAX_VARIANTS = 64  # compiled forms of one graph; the least recently used are dropped
 
 _NO_IMAGE_QUERY = "no query in a second image"
-
-
-@dataclass(frozen=True)
-class _Call:
-    """An attention call of the decoder, and its row of the report."""
-
-    attention: Attention
-    layer: int | None  # None: told per call by the parameters
-    verdict: Verdict
-
-
-@dataclass(frozen=True)
-class _KeyCache:
-    """Where a graph finds and leaves the keys of one cache (see ``KeyCache``), by position."""
-
-    before: int | None = None
-    after: tuple[int, ...] = ()
-    length: int | None = None
-    in_place: bool = False
 
 
 class CompiledGraph:
@@ -71,185 +44,46 @@ class CompiledGraph:
         self._runtime = backend.runtime
         self._profile = backend.profile
         self._inner = inner
-        self._number = number
-        self._error: str | None = None
-        self._input_ids_at = find_input_ids(gm)
-        self._runs_head = _runs_head(gm)
+        self._plan = plan_graph(backend, gm, number)
+        self._calls = self._plan.calls
+        self._facts = FactCheck(self._plan)
         self._variants: OrderedDict[object, Callable[..., Any]] = OrderedDict()
         self._rows: dict[tuple[int, ...], Tensor] = {}
-        self._calls = self._plan(gm)
-        self._gm = gm
-        self._own: Callable[..., Any] | None = None
-        if not self._calls:
-            self._own = inner(gm, example_inputs)
-            return
-        self._gm = copy_graph_module(gm)
-        self._symbols = _symbols(gm)
-        self._cache = self._find_cache(gm)
-        if self._symbols:
-            # Whatever is assumed of symbolic shapes while compiling must become a guard, which
-            # is only possible now. A graph of fixed shapes is compiled when first needed.
-            self._own = inner(copy_graph_module(gm), example_inputs)
+        # What a compiler assumes of symbolic sizes must become a guard of Dynamo's, which is only
+        # possible now. A graph of fixed sizes is compiled when first needed.
+        now = not self._calls or bool(self._plan.symbols)
+        own = copy_graph_module(gm) if self._calls else gm
+        self._own = inner(own, example_inputs) if now else None
 
     def as_callable(self) -> Callable[..., Any]:
         """Return the function that Dynamo shall call for this graph."""
-        watches = self._input_ids_at is not None or self._runs_head
-        plain = not self._calls and not watches and self._error is None
-        if plain and self._own is not None:
+        watches = self._plan.input_ids is not None or self._plan.runs_head
+        if self._own is not None and not (self._calls or watches or self._plan.problem):
             return self._own
         # Dynamo asks for a function's name and attributes; a bound method has them.
         return self._run
 
     def _run(self, *args: Any) -> Any:
-        if self._input_ids_at is not None:
-            self._runtime.observe(args[self._input_ids_at])
-        if self._error is not None and not is_disabled():
-            raise ValueError(self._error)
+        if self._plan.input_ids is not None:
+            self._runtime.observe(args[self._plan.input_ids])
+        if self._plan.problem is not None and not is_disabled():
+            raise ValueError(self._plan.problem)
         if not self._calls:
-            if self._runs_head:
+            if self._plan.runs_head:
                 self._runtime.finish()
-            return self._own(*args)  # type: ignore[misc]
+            return self._run_own(args)
         layers = self._layers_of(args)
         self._runtime.met.update(layers)
         history, dense_because = self._decide(args, layers)
         if dense_because is None and history is not None:
-            outputs = self._run_rewritten(args, layers, history)
+            outputs, how = self._run_rewritten(args, layers, history)
         else:
-            outputs = self._run_own(args)
+            outputs, how = self._run_own(args), f"dense: {dense_because}"
         for call in self._calls:
-            call.verdict.runs["sparse" if dense_because is None else f"dense: {dense_because}"] += 1
+            call.verdict.runs[how] += 1
         self._runtime.serve(layers)
         self._remember(args, outputs, history)
         return outputs
-
-    # What to rewrite: decided once, when the graph is compiled.
-
-    def _plan(self, gm: fx.GraphModule) -> list[_Call]:
-        pattern = self._profile.rule.layer_pattern
-        calls = []
-        for attention in find_attention(gm, layer_pattern=pattern):
-            layer, reason = self._place(gm, attention)
-            verdict = Verdict(
-                graph=self._number,
-                path=attention.path,
-                layer=layer,
-                tier=_tier(attention),
-                categories="",
-                rewritten=False,
-                reason=reason or "its heads keep what their categories keep",
-            )
-            self._backend.verdicts.append(verdict)
-            if reason is None:
-                verdict.rewritten = True
-                if layer is None:
-                    verdict.categories = "as the layer's"
-                else:
-                    heads = self._profile.categories[layer].tolist()
-                    verdict.categories = summarize_categories(heads)
-                    if not any(heads):
-                        verdict.rewritten, verdict.reason = False, "all its heads are dense"
-                calls.append(_Call(attention, layer, verdict))
-        eager = find_eager_attention(
-            gm, layer_pattern=pattern, module_classes=DECODER_ATTENTION_CLASSES
-        )
-        if eager:
-            self._refuse(
-                f"attention of {eager[0]} must be one call of scaled_dot_product_attention, got "
-                "one that is written out. Load the model with attn_implementation='sdpa'"
-            )
-        return calls
-
-    def _place(self, gm: fx.GraphModule, attention: Attention) -> tuple[int | None, str | None]:
-        """Return the layer of a call, if it is the graph that tells it, or why it is not ours."""
-        where = attention.path or "a frame of its own"
-        layer = layer_of_path(attention)
-        layer_map = self._backend.layer_map
-        known_class = attention.module_class in DECODER_ATTENTION_CLASSES
-        if layer is None and layer_map is not None:
-            examples = [_example(placeholders(gm)[at]) for at in attention.parameters]
-            if not known_class and layer_map.layer_of(examples) is None:
-                return None, "not the decoder's"
-        elif layer is None:
-            if not known_class and not self._resembles_decoder(attention):
-                return None, "not the decoder's"
-            return None, self._refuse(
-                f"the layer of attention at {where} must be known, but its compiled frame "
-                "begins inside the decoder and may serve several layers. Give the model: "
-                "blindsight_backend(profile, model=model)"
-            )
-        fingerprint = self._profile.fingerprint
-        if layer is not None and layer >= self._profile.num_layers:
-            return None, self._refuse(
-                f"attention at {where} is layer {layer}, but the profile has "
-                f"{self._profile.num_layers} layers. Use the profile of this model"
-            )
-        for name, found, expected in (
-            ("heads", attention.num_heads, self._profile.num_heads),
-            ("head dim", attention.head_dim, int(fingerprint["head_dim"])),
-        ):
-            if found is not None and found != expected:
-                return None, self._refuse(
-                    f"{name} of attention at {where} must be {expected} as in the profile, got "
-                    f"{found}. Use the profile of this model"
-                )
-        if attention.dropout_p:
-            return None, self._refuse(
-                f"dropout of attention at {where} must be 0, got {attention.dropout_p}. "
-                "FlexAttention has none: call model.eval()"
-            )
-        return layer, None
-
-    def _resembles_decoder(self, attention: Attention) -> bool:
-        """Whether a call in a frame of unknown origin could be the decoder's."""
-        masked = attention.is_causal or attention.attn_mask is not None
-        shape = (attention.num_heads, attention.head_dim)
-        ours = (self._profile.num_heads, int(self._profile.fingerprint["head_dim"]))
-        inside_another_stack = any(part.isdigit() for part in attention.path.split("."))
-        return masked and shape == ours and not inside_another_stack
-
-    def _find_cache(self, gm: fx.GraphModule) -> _KeyCache:
-        """Return the cache that tells the sequence's history: one layer's stands for all."""
-        inputs = placeholders(gm)
-        outputs = gm.graph.output_node().args[0]
-        types = self._profile.fingerprint["layer_types"].split(",")
-        # A cache that slides forgets its first tokens, so any other says more.
-        by_use = sorted(
-            self._calls, key=lambda call: call.layer is not None and "sliding" in types[call.layer]
-        )
-        for call in by_use:
-            found = find_key_cache(gm, call.attention)
-            after = tuple(at for at, node in enumerate(outputs) if node in found.after)  # type: ignore[arg-type]
-            if found.before is not None or after:
-                if call.layer is None:
-                    self._check_recompile_limit()
-                return _KeyCache(
-                    before=None if found.before is None else inputs.index(found.before),
-                    after=after,
-                    length=None if found.length is None else inputs.index(found.length),
-                    in_place=found.in_place,
-                )
-        return _KeyCache()
-
-    def _check_recompile_limit(self) -> None:
-        limit = torch._dynamo.config.recompile_limit
-        if self._profile.num_layers > limit:
-            self._refuse(
-                "torch._dynamo.config.recompile_limit must be at least the number of layers, "
-                f"{self._profile.num_layers}, for a decoder that is compiled layer by layer with "
-                f"a cache, got {limit}: the layers beyond it would run uncompiled, and dense. "
-                f"Set it to {4 * self._profile.num_layers}"
-            )
-
-    def _refuse(self, problem: str) -> str:
-        """Make a problem an error of every call (strict), or warn of it; return it."""
-        if self._backend.strict:
-            sentence = problem[0].upper() + problem[1:]
-            self._error = f"{sentence}, or leave such attention dense with strict=False."
-        else:
-            self._runtime.warn_once(f"left dense: {problem}.")
-        return problem
-
-    # What to run: decided per call.
 
     def _layers_of(self, args: Sequence[Any]) -> tuple[int, ...]:
         layers = []
@@ -271,12 +105,12 @@ class CompiledGraph:
         self, args: Sequence[Any], layers: tuple[int, ...]
     ) -> tuple[History | None, str | None]:
         """Return what is known of the sequence, and why the call runs dense (None: sparse)."""
-        batch, num_queries, num_keys = self._sizes(args)
+        batch, num_queries, num_keys = self._plan.sizes(args)
         past, past_is_known = self._past(args, num_queries, num_keys)
         pending = self._runtime.pending
         history: History | None
         if (template := explicit_template()) is not None:
-            history = History(self._profile.rule, template=template)
+            history = self._runtime.explicit_history(template)
             expected = self._num_tokens(args, past, past_is_known, num_queries, num_keys)
             if expected is not None and (batch, expected) != (history.batch, history.num_tokens):
                 raise ValueError(
@@ -296,42 +130,28 @@ class CompiledGraph:
                 )
             history = self._runtime.history(pending, past) if past_is_known else None
             unknown = "the tokens already in the cache are not known"
+        is_text = template is None and pending is not None and pending.is_text
+        if is_disabled():
+            return history, "disabled"
+        if is_text:
+            return history, _NO_IMAGE_QUERY
         if history is None:
-            if pending is not None and pending.is_text:
-                return None, _NO_IMAGE_QUERY
-            if is_disabled():
-                return None, "disabled"
             self._runtime.warn_once(
                 f"prefill ran dense: {unknown}. Give the template of the whole sequence: "
                 "blindsight.use_template(span_id, is_sink)."
             )
             return None, unknown
-        if is_disabled():
-            return history, "disabled"
-        if template is None and pending is not None and pending.is_text:
-            return history, _NO_IMAGE_QUERY
         if not history.restricts_queries_from(history.num_tokens - num_queries):
             return history, _NO_IMAGE_QUERY
         if not any(self._profile.categories[layer].any() for layer in layers):
             return history, "all its heads are dense"
         return history, None
 
-    def _sizes(self, args: Sequence[Any]) -> tuple[int, int, int]:
-        """Return B, Q and the largest K of the graph's attention."""
-        values = {symbol: args[at] for symbol, at in self._symbols.items()}
-        query = _shape(self._calls[0].attention.query)
-        keys = [_shape(call.attention.key)[2] for call in self._calls]
-        return (
-            _evaluate(query[0], values),
-            _evaluate(query[2], values),
-            max(_evaluate(size, values) for size in keys),
-        )
-
     def _past(
         self, args: Sequence[Any], num_queries: int, num_keys: int
     ) -> tuple[History | None, bool]:
         """Return the tokens in the cache before the call (None: none), and if that is known."""
-        cache = self._cache
+        cache = self._plan.cache
         pending = self._runtime.pending
         # Reading a counter on a device waits for it: not for a decoded token.
         decodes = pending is not None and pending.is_text and num_queries == 1
@@ -358,19 +178,20 @@ class CompiledGraph:
         """Return T, or None where only the user knows how much is in the cache."""
         if past_is_known:
             return num_queries + (0 if past is None else past.num_tokens)
-        if self._cache.length is not None:
-            return num_queries + int(args[self._cache.length])
+        cache = self._plan.cache
+        if cache.length is not None:
+            return num_queries + int(args[cache.length])
         types = self._profile.fingerprint["layer_types"].split(",")
-        grows = self._cache.before is not None and num_keys > args[self._cache.before].shape[2]
+        grows = cache.before is not None and num_keys > args[cache.before].shape[2]
         slides = "sliding_attention" in types and len(self._calls) < len(types)
         return num_keys if grows and not slides else None
 
     def _remember(self, args: Sequence[Any], outputs: Any, history: History | None) -> None:
         """Attach what is known of the sequence to the tensors that hold its keys."""
-        caches = self._runtime.caches
-        holders = [outputs[at] for at in self._cache.after]
-        if self._cache.before is not None and self._cache.in_place:
-            holders.append(args[self._cache.before])
+        cache, caches = self._plan.cache, self._runtime.caches
+        holders = [outputs[at] for at in cache.after]
+        if cache.before is not None and cache.in_place:
+            holders.append(args[cache.before])
         for keys in holders:
             if history is None:
                 caches.drop(keys)
@@ -379,10 +200,13 @@ class CompiledGraph:
 
     def _run_own(self, args: Sequence[Any]) -> Any:
         if self._own is None:
-            self._own = self._compile(copy_graph_module(self._gm), args)
+            self._own = self._compile(copy_graph_module(self._plan.gm), args)
         return self._own(*args)
 
-    def _run_rewritten(self, args: Sequence[Any], layers: tuple[int, ...], history: History) -> Any:
+    def _run_rewritten(
+        self, args: Sequence[Any], layers: tuple[int, ...], history: History
+    ) -> tuple[Any, str]:
+        """Return the outputs, and in which form the graph ran."""
         if torch.is_grad_enabled() and any(
             isinstance(arg, Tensor) and arg.requires_grad for arg in args
         ):
@@ -391,8 +215,7 @@ class CompiledGraph:
                 "under torch.inference_mode() or torch.no_grad(), or under blindsight.disabled() "
                 "to run it dense."
             )
-        query = fake_tensor(self._calls[0].attention.query)
-        device = torch.device("cpu") if query is None else query.device
+        device = self._plan.device
         # A call whose layer is dense stays the model's own, where the graph itself tells the layer.
         chosen = tuple(
             at
@@ -402,21 +225,50 @@ class CompiledGraph:
         rows = tuple(layers[at] for at in chosen)
         if rows not in self._rows:
             self._rows[rows] = self._profile.categories[list(rows)].to(device, torch.int32)
+        form = self._form(args, history, rows)
         template = history.on(device)
         inputs = (*args, template.span_id, template.is_sink, self._rows[rows])
-        sizes = tuple(args[at] for at in self._symbols.values())
-        key = (chosen, sizes, template.num_tokens)
+        sizes = tuple(args[at] for at in self._plan.symbols.values())
+        key = (form, chosen, sizes, template.num_tokens)
         if key not in self._variants:
-            gm = copy_graph_module(self._gm)
-            attention = find_attention(gm, layer_pattern=self._profile.rule.layer_pattern)
-            positions = {call.attention.node.name for call in self._calls}
-            ours = [one for one in attention if one.node.name in positions]
-            replace_attention_pass(gm, attention=[ours[at] for at in chosen])
+            gm = self._rewrite(chosen, form, self._plan.size_of(args))
             self._variants[key] = self._compile(gm, inputs)
             while len(self._variants) > _MAX_VARIANTS:
                 self._variants.popitem(last=False)
         self._variants.move_to_end(key)
-        return self._variants[key](*inputs)
+        return self._variants[key](*inputs), f"sparse, {form.name.lower()}"
+
+    def _form(self, args: Sequence[Any], history: History, rows: tuple[int, ...]) -> MaskForm:
+        """Choose the form of the masks for this prompt."""
+        if not any(call.lifted.tier == 1 for call in self._calls):
+            return MaskForm.MATERIALISED
+        if not self._facts.hold(args):
+            self._runtime.warn_once(
+                "a mask is read element by element: what its interval form rests on does not "
+                f"hold for this prompt ({self._facts.names})."
+            )
+            return MaskForm.MATERIALISED
+        num_queries = self._plan.sizes(args)[1]
+        return best_form(history, num_queries, self._profile.categories[list(rows)])
+
+    def _rewrite(
+        self,
+        chosen: Sequence[int],
+        form: MaskForm,
+        size_of: Callable[[int | torch.SymInt], int],
+    ) -> fx.GraphModule:
+        gm = copy_graph_module(self._plan.gm)
+        by_name = {
+            attention.node.name: attention
+            for attention in find_attention(gm, layer_pattern=self._profile.rule.layer_pattern)
+        }
+        attention = [by_name[self._calls[at].attention.node.name] for at in chosen]
+        lifted = None
+        if form is not MaskForm.MATERIALISED:
+            lifted = [lift_mask(gm, call) for call in attention]
+        return replace_attention_pass(
+            gm, attention=attention, lifted=lifted, form=form, size_of=size_of
+        )
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile for exactly these sizes, outside of Dynamo, which has long left the graph."""
@@ -424,40 +276,3 @@ class CompiledGraph:
 
         with compile_lock:
             return self._inner(gm, list(inputs))
-
-
-def _tier(attention: Attention) -> str:
-    if attention.attn_mask is not None:
-        return "materialised"
-    return "causal" if attention.is_causal else "none"
-
-
-def _symbols(gm: fx.GraphModule) -> dict[object, int]:
-    """Return the positions of the inputs that are symbolic sizes, by symbol."""
-    return {
-        node.meta["example_value"].node.expr: position
-        for position, node in enumerate(placeholders(gm))
-        if isinstance(node.meta.get("example_value"), torch.SymInt)
-    }
-
-
-def _shape(node: fx.Node) -> Sequence[int | torch.SymInt]:
-    tensor = fake_tensor(node)
-    if tensor is None:
-        raise ValueError(f"node {node} must be a tensor with a known shape, and Dynamo gave none.")
-    return tensor.shape
-
-
-def _evaluate(size: int | torch.SymInt, values: dict[object, int]) -> int:
-    """Return a size of the graph for the present values of its symbols."""
-    return size if isinstance(size, int) else int(size.node.expr.subs(values))
-
-
-def _example(placeholder: fx.Node) -> object:
-    """Return the real tensor that an input was traced with, where Dynamo still has it."""
-    return getattr(placeholder.meta.get("grapharg"), "example", None)
-
-
-def _runs_head(gm: fx.GraphModule) -> bool:
-    """Whether a graph computes logits: when it runs, the decoder has run."""
-    return any(source_name(node).endswith("lm_head.weight") for node in placeholders(gm))

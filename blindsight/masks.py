@@ -10,7 +10,9 @@ For a query in an image other than the first of its sequence
     keep(c, b, q, k) = lower[b, c, q] <= k <= upper[b, c, q]  or  visible[b, c, k]
 
 and every other query sees everything. A row depends on nothing that comes after it, so a prompt
-prefilled whole, in chunks or turn by turn gives the same numbers.
+prefilled whole, in chunks or turn by turn gives the same numbers. What the model's own mask
+allows is an interval per query too, see :class:`BaseMask`; :mod:`blindsight.intervals` joins both
+in an order of tokens where nothing is left but intervals.
 """
 
 from __future__ import annotations
@@ -22,6 +24,32 @@ from torch import Tensor
 
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.template import span_edges
+
+
+class BaseMask(NamedTuple):
+    """What the model itself lets a query see: a range of key columns, less the invalid ones.
+
+    ``base(b, q, k) = valid[b, k] and lower[b, q] <= k <= upper[b, q]``. Causal masks, sliding
+    windows, images that see all of themselves, chunks and packed sequences are of this form, with
+    padding on any side, and so is what several of them allow together. Key columns at or beyond
+    T must be hidden, by either condition.
+
+    Attributes:
+        lower, upper: ``[B, Q]`` int32, first and last key column; ``lower > upper`` if none.
+        valid: ``[B, K]`` bool, False for padding.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    valid: Tensor
+
+    def intersect(self, other: BaseMask) -> BaseMask:
+        """Return what both masks allow."""
+        return BaseMask(
+            torch.maximum(self.lower, other.lower),
+            torch.minimum(self.upper, other.upper),
+            self.valid & other.valid,
+        )
 
 
 class Keep(NamedTuple):
@@ -42,7 +70,31 @@ def key_offset(num_tokens: int, num_keys: int) -> int:
     return max(num_tokens - num_keys, 0)
 
 
-def keep_intervals(span_id: Tensor, is_sink: Tensor, num_queries: int, num_keys: int) -> Keep:
+def causal_base(
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    num_tokens: int,
+    device: torch.device | str | None = None,
+) -> BaseMask:
+    """Return the causal mask of the last ``num_queries`` tokens, without padding."""
+    begin = num_tokens - num_queries - key_offset(num_tokens, num_keys)
+    itself = torch.arange(begin, begin + num_queries, dtype=torch.int32, device=device)
+    return BaseMask(
+        torch.zeros_like(itself).expand(batch, -1),
+        itself.expand(batch, -1),
+        torch.ones(batch, num_keys, dtype=torch.bool, device=device),
+    )
+
+
+def keep_intervals(
+    span_id: Tensor,
+    is_sink: Tensor,
+    num_queries: int,
+    num_keys: int,
+    *,
+    first_span: Tensor | None = None,
+) -> Keep:
     """Return what each category keeps, for the last ``num_queries`` tokens of the sequence.
 
     Args:
@@ -50,6 +102,8 @@ def keep_intervals(span_id: Tensor, is_sink: Tensor, num_queries: int, num_keys:
         is_sink: ``[B, T]`` bool.
         num_queries: Q, at most T.
         num_keys: K.
+        first_span: ``[B, Q]`` bool, the queries in the first span of their sequence, where
+            several sequences are packed into a row; by default those of span 1.
     """
     batch, num_tokens = span_id.shape
     past = num_tokens - num_queries
@@ -63,7 +117,7 @@ def keep_intervals(span_id: Tensor, is_sink: Tensor, num_queries: int, num_keys:
 
     first, last = span_edges(span_id)
     itself = torch.arange(past, num_tokens, device=span_id.device) - offset
-    free = span_id[:, past:] <= 1
+    free = is_unrestricted(span_id[:, past:], first_span)
     everything = torch.zeros_like(free, dtype=torch.int64)
     lower = per_category(everything, itself.expand(batch, -1), first[:, past:] - offset)
     upper = per_category(
@@ -72,14 +126,19 @@ def keep_intervals(span_id: Tensor, is_sink: Tensor, num_queries: int, num_keys:
     lower = torch.where(free[:, None], 0, lower)
     upper = torch.where(free[:, None], num_keys - 1, upper)
 
-    is_text = _to_columns(span_id == 0, offset, num_keys, fill=True)
-    is_anchor = is_text | _to_columns(is_sink, offset, num_keys, fill=False)
+    is_text = to_columns(span_id == 0, offset, num_keys, fill=True)
+    is_anchor = is_text | to_columns(is_sink, offset, num_keys, fill=False)
     visible = torch.stack([torch.ones_like(is_text), is_anchor, is_text, is_anchor], dim=1)
     return Keep(lower.to(torch.int32), upper.to(torch.int32), visible)
 
 
-def _to_columns(flags: Tensor, offset: int, num_keys: int, *, fill: bool) -> Tensor:
-    """Return the flags of tokens ``[B, T]`` by key column ``[B, K]``."""
+def is_unrestricted(query_span: Tensor, first_span: Tensor | None = None) -> Tensor:
+    """Whether a query ``[B, Q]`` sees all that the base mask allows, whatever the category."""
+    return (query_span == 0) | (query_span == 1 if first_span is None else first_span)
+
+
+def to_columns(flags: Tensor, offset: int, num_keys: int, *, fill: bool = False) -> Tensor:
+    """Return what tokens are ``[B, T]`` by key column ``[B, K]``."""
     flags = flags[:, offset:]
     missing = num_keys - flags.shape[1]
     return torch.nn.functional.pad(flags, (0, missing), value=fill) if missing > 0 else flags

@@ -17,18 +17,20 @@ class Verdict:
         graph: Number of the graph, in the order in which Dynamo compiled them.
         path: Dotted path of the module, seen from the compiled frame.
         layer: Layer of the profile, or None (not the decoder's, or one graph serves several).
-        tier: How the model's own mask is known: ``"causal"`` or ``"none"`` (from the call's
-            arguments), or ``"materialised"`` (the tensor is read, element by element).
+        tier: How the model's own mask is known: 1 as intervals, 2 as an expression, 3 not at all.
+            Masks of tiers 2 and 3 are read as the model makes them, element by element.
+        mask: Why the tier is not 1.
         categories: For example ``"2 DENSE, 6 SINK"``.
         rewritten: Whether prompts with several images run the rewritten call.
         reason: Why the call is, or is not, rewritten.
-        runs: How often it ran rewritten (``"sparse"``), or dense, by reason.
+        runs: How often it ran: ``"sparse, sorted"`` and the like, or dense, by reason.
     """
 
     graph: int
     path: str
     layer: int | None
-    tier: str
+    tier: int
+    mask: str
     categories: str
     rewritten: bool
     reason: str
@@ -40,7 +42,7 @@ def _cells(row: Verdict) -> tuple[str, ...]:
         str(row.graph),
         "-" if row.layer is None else str(row.layer),
         row.path or "(frame)",
-        row.tier,
+        f"tier {row.tier}" + (f": {row.mask}" if row.mask else ""),
         row.categories or "-",
         f"{'rewritten' if row.rewritten else 'left alone'}: {row.reason}",
         ", ".join(f"{count} {how}" for how, count in sorted(row.runs.items())) or "-",

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +95,7 @@ class History:
         self._template = template
         self._on_device: dict[torch.device, Template] = {}
         self._restricts: dict[int, bool] = {}
+        self.memo: dict[object, Any] = {}  # what others found out of this sequence
         known = kinds if template is None else template.span_id
         assert known is not None
         self.batch, self.num_tokens = known.shape
@@ -158,6 +160,7 @@ class _Pending:
 
 class _Thread(threading.local):
     pending: _Pending | None = None
+    explicit: tuple[Template, History] | None = None
 
 
 class Caches:
@@ -237,6 +240,13 @@ class Runtime:
                 joined = past.extended(pending.kinds)
             pending.joined[id(past)] = (past, joined)
         return pending.joined[id(past)][1]
+
+    def explicit_history(self, template: Template) -> History:
+        """Return the history of a template given by hand, one for all graphs of a call."""
+        known = self._thread.explicit
+        if known is None or known[0] is not template:
+            known = self._thread.explicit = (template, History(self.rule, template=template))
+        return known[1]
 
     def serve(self, layers: Sequence[int]) -> None:
         """Take note that these layers of the forward under way have run."""

@@ -76,6 +76,15 @@ class Attention:
         return None if query is None else int(query.shape[-1])
 
 
+def has_attention(gm: fx.GraphModule) -> bool:
+    """Whether a graph has any attention call."""
+    return any(_is_attention(node) for node in gm.graph.nodes)
+
+
+def _is_attention(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in _ATTENTION_TARGETS
+
+
 def find_attention(gm: fx.GraphModule, *, layer_pattern: str) -> list[Attention]:
     """Return the attention calls of a graph, in its order; nothing is changed.
 
@@ -86,7 +95,7 @@ def find_attention(gm: fx.GraphModule, *, layer_pattern: str) -> list[Attention]
     inputs = [source_name(node) for node in placeholders(gm)]
     found = []
     for node in gm.graph.nodes:
-        if node.op != "call_function" or node.target not in _ATTENTION_TARGETS:
+        if not _is_attention(node):
             continue
         call = {**_DEFAULTS, **dict(zip(_PARAMETERS, node.args, strict=False)), **node.kwargs}
         path, module_class = module_of(node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import re
 from collections.abc import Iterator
 
@@ -10,6 +11,11 @@ import torch
 from torch import Tensor, fx
 
 # Attributes that Dynamo keeps on the graph module and AOTAutograd reads from it.
+_IN_PLACE_OPERATORS = frozenset(
+    name
+    for name in dir(operator)
+    if name.startswith("i") and name not in ("index", "inv", "invert")
+) | {"setitem", "delitem"}
 _DYNAMO_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks")
 
 
@@ -92,8 +98,12 @@ def erase_unused(gm: fx.GraphModule, candidates: list[fx.Node]) -> None:
 
 def _acts(node: fx.Node) -> bool:
     """Whether a node may have an effect other than its result."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.endswith("_") or "vmap" in name or "batch_dim" in name
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    name = getattr(node.target, "__name__", "")
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name in _IN_PLACE_OPERATORS
+    return name.endswith("_") or "nesting" in name
 
 
 def same_size(a: object, b: object) -> bool:

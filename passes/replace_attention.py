@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from enum import Enum
 
 import torch
 from torch import fx
 
-from blindsight.attention import category_attention, category_mask
+from blindsight.attention import (
+    materialised_attention,
+    materialised_mask,
+    ordered_attention,
+    ordered_mask,
+    sorted_attention,
+    sorted_mask,
+)
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import add_placeholder, erase_unused, fake_tensor
+from blindsight.passes.lift_mask import Lifted
 
 logger = logging.getLogger(__name__)
 
@@ -18,11 +27,22 @@ logger = logging.getLogger(__name__)
 TEMPLATE_INPUTS = ("blindsight_span_id", "blindsight_is_sink", "blindsight_categories")
 
 
+class MaskForm(Enum):
+    """How a replaced call is masked; see :mod:`blindsight.attention`."""
+
+    SORTED = (sorted_mask, sorted_attention)
+    ORDERED = (ordered_mask, ordered_attention)
+    MATERIALISED = (materialised_mask, materialised_attention)
+
+
 def replace_attention_pass(
     gm: fx.GraphModule,
     example_inputs: Sequence[torch.Tensor] | None = None,
     *,
     attention: Sequence[Attention],
+    lifted: Sequence[Lifted] | None = None,
+    form: MaskForm = MaskForm.SORTED,
+    size_of: Callable[[int | torch.SymInt], int] = int,
 ) -> fx.GraphModule:
     """Replace the given calls; every other node keeps its meaning.
 
@@ -34,6 +54,11 @@ def replace_attention_pass(
         example_inputs: Not read; the usual signature of a pass.
         attention: Calls in ``gm``, from :func:`~blindsight.passes.find_attention.find_attention`,
             in graph order.
+        lifted: What each call's mask was proven to be, from
+            :func:`~blindsight.passes.lift_mask.lift_mask`; without it all masks are read as the
+            model made them. The facts that it rests on must hold.
+        form: For masks that are known as intervals; the others are read as the model made them.
+        size_of: The value of a symbolic size; the graph is then for these sizes alone.
     """
     del example_inputs
     if not attention:
@@ -41,24 +66,21 @@ def replace_attention_pass(
     span_id, is_sink, categories = (add_placeholder(gm, name) for name in TEMPLATE_INPUTS)
     masks: dict[object, fx.Node] = {}
     for row, call in enumerate(attention):
+        proof = None if lifted is None or lifted[row].tier != 1 else lifted[row]
+        make_mask, attend = (MaskForm.MATERIALISED if proof is None else form).value
+        sizes = _sizes(call, size_of)
+        # Layers with the same base mask and number of keys share one mask and its tables.
+        shared = (call.attn_mask, call.is_causal, sizes["num_keys"])
+        if shared not in masks:
+            base = call.attn_mask if proof is None else proof.form
+            options = {"is_causal": call.is_causal} if proof is None else {}
+            with gm.graph.inserting_before(call.node if proof is None else proof.before):
+                template = (base, span_id, is_sink)
+                masks[shared] = _call(gm, call, make_mask, template, {**sizes, **options})
         with gm.graph.inserting_before(call.node):
-            # Layers with the same base mask and number of keys share one mask and its tables.
-            shared = (call.attn_mask, call.is_causal, _num_keys(call))
-            if shared not in masks:
-                masks[shared] = _call(
-                    gm,
-                    call,
-                    category_mask,
-                    (call.query, call.key, call.attn_mask, span_id, is_sink),
-                    {"is_causal": call.is_causal},
-                )
             heads = gm.graph.call_method("select", (categories, 0, row))
-            output = _call(
-                gm,
-                call,
-                category_attention,
-                (call.query, call.key, call.value, masks[shared], heads, call.scale),
-            )
+            args = (call.query, call.key, call.value, masks[shared], heads, call.scale)
+            output = _call(gm, call, attend, args)
             output.meta["example_value"] = fake_tensor(call.node)
         call.node.replace_all_uses_with(output)
         unused = call.node.all_input_nodes
@@ -86,7 +108,15 @@ def _call(
     return node
 
 
-def _num_keys(call: Attention) -> str | None:
-    """Return the number of keys as text: symbolic sizes cannot be hashed."""
-    key = fake_tensor(call.key)
-    return None if key is None else str(key.shape[2])
+def _sizes(call: Attention, size_of: Callable[[int | torch.SymInt], int]) -> dict[str, int]:
+    query, key = fake_tensor(call.query), fake_tensor(call.key)
+    if query is None or key is None:
+        raise ValueError(
+            f"queries and keys of {call.node} must have known shapes, and the graph has none. "
+            "Trace it with Dynamo or torch.export."
+        )
+    return {
+        "batch": size_of(query.shape[0]),
+        "num_queries": size_of(query.shape[2]),
+        "num_keys": size_of(key.shape[2]),
+    }

@@ -351,3 +351,57 @@ def assert_close_to_reference(
             f"{int(valid.sum())} valid positions are beyond it, the first (row, position): "
             f"{wrong[:10]}"
         )
+
+
+def oracle_base(
+    num_tokens: int,
+    num_queries: int,
+    num_keys: int,
+    *,
+    sight: str,
+    valid: torch.Tensor,
+    image_id: torch.Tensor,
+    window: int | None = None,
+    distance: int | None = None,
+    chunk: int | None = None,
+    sequence_id: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What a model's own mask allows: bool [B, Q, K], all of the given conditions together.
+
+    Args:
+        sight: "all", "causal", or "causal or image" (Gemma 3: an image sees all of itself).
+        valid: bool [B, K], False for padding.
+        image_id: [B, T], which image a token belongs to, 0 for none.
+        window: a query sees itself and the window - 1 tokens before it, and whatever comes after.
+        distance: a query sees tokens fewer than this many away, on both sides.
+        chunk: a query sees the tokens of its chunk of this many tokens.
+        sequence_id: [B, T], a query sees the tokens of its sequence.
+    """
+    past = num_tokens - num_queries
+    first_key = max(num_tokens - num_keys, 0)
+    # lists: reading a tensor element by element takes seconds
+    key_valid, image = valid.tolist(), image_id.tolist()
+    sequence = torch.zeros_like(image_id).tolist() if sequence_id is None else sequence_id.tolist()
+
+    def is_allowed(b: int, row: int, column: int) -> bool:
+        q, k = past + row, first_key + column
+        if k >= num_tokens or not key_valid[b][column]:
+            return False
+        same_image = image[b][q] != 0 and image[b][q] == image[b][k]
+        return (
+            (sight == "all" or k <= q or (sight == "causal or image" and same_image))
+            and (window is None or k > q - window)
+            and (distance is None or abs(q - k) < distance)
+            and (chunk is None or q // chunk == k // chunk)
+            and sequence[b][q] == sequence[b][k]
+        )
+
+    return torch.tensor(
+        [
+            [
+                [is_allowed(b, row, column) for column in range(num_keys)]
+                for row in range(num_queries)
+            ]
+            for b in range(valid.shape[0])
+        ]
+    )

@@ -1,12 +1,15 @@
-"""Hypothesis strategies: templates of batches, profiles' categories, head counts.
+"""Hypothesis strategies: templates of batches, models' own masks, categories, head counts.
 
-Legend: B batch, T tokens, L layers, H query heads, G key/value heads.
+Legend: B batch, T tokens of the whole sequence, Q query rows, K key columns, L layers, H query
+heads, G key/value heads.
 """
 
 from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
+
+from blindsight.masks import BaseMask
 
 
 @dataclass(frozen=True)
@@ -128,3 +131,170 @@ def gqa_heads(*, max_heads: int = 8) -> st.SearchStrategy[tuple[int, int]]:
         if num_heads % num_kv_heads == 0
     ]
     return st.sampled_from(pairs)
+
+
+@dataclass(frozen=True)
+class BaseCase:
+    """One attention call: a template, which rows and columns of it, and the model's own mask.
+
+    The conditions are those of `oracles.oracle_base`. `first_span` says in words of rows what
+    `sequence_id` says in words of tokens.
+    """
+
+    template: Template
+    num_queries: int
+    num_keys: int
+    sight: str
+    window: int | None
+    distance: int | None
+    chunk: int | None
+    sequence_id: torch.Tensor | None  # int64 [B, T], never decreasing
+    image_id: torch.Tensor  # int64 [B, T]
+    valid: torch.Tensor  # bool [B, K]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.template.span_id.shape[1]
+
+    @property
+    def first_key(self) -> int:
+        return max(self.num_tokens - self.num_keys, 0)
+
+    @property
+    def first_span(self) -> torch.Tensor | None:
+        """bool [B, Q], or None where rows are not packed."""
+        if self.sequence_id is None:
+            return None
+        flags = torch.zeros_like(self.template.is_sink)
+        for b, spans in enumerate(self.template.span_id.tolist()):
+            first: dict[int, int] = {}
+            for t, (span, sequence) in enumerate(
+                zip(spans, self.sequence_id[b].tolist(), strict=True)
+            ):
+                flags[b, t] = span != 0 and first.setdefault(sequence, span) == span
+        return flags[:, self.num_tokens - self.num_queries :]
+
+    def interval_form(self) -> BaseMask:
+        """The base mask as the implementation takes it: each condition bounds a row's interval."""
+        num_tokens = self.num_tokens
+        query = torch.arange(num_tokens - self.num_queries, num_tokens).expand(
+            self.template.span_id.shape[0], -1
+        )
+        lower, upper = torch.zeros_like(query), torch.full_like(query, num_tokens - 1)
+
+        def extent(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """First and last token with a query's id."""
+            same = ids[:, None, :] == ids.gather(1, query)[:, :, None]
+            return same.int().argmax(2), num_tokens - 1 - same.flip(2).int().argmax(2)
+
+        if self.sight != "all":
+            upper = query
+        if self.sight == "causal or image":
+            image = self.image_id.gather(1, query)
+            upper = torch.where(image != 0, torch.maximum(query, extent(self.image_id)[1]), upper)
+        if self.window is not None:
+            lower = torch.maximum(lower, query - self.window + 1)
+        if self.distance is not None:
+            lower = torch.maximum(lower, query - self.distance + 1)
+            upper = torch.minimum(upper, query + self.distance - 1)
+        if self.chunk is not None:
+            begin = query - query % self.chunk
+            lower = torch.maximum(lower, begin)
+            upper = torch.minimum(upper, begin + self.chunk - 1)
+        if self.sequence_id is not None:
+            first, last = extent(self.sequence_id)
+            lower, upper = torch.maximum(lower, first), torch.minimum(upper, last)
+        return BaseMask((lower - self.first_key).int(), (upper - self.first_key).int(), self.valid)
+
+    def __repr__(self) -> str:
+        sequences = None if self.sequence_id is None else self.sequence_id.tolist()
+        return (
+            f"BaseCase({self.template}, Q={self.num_queries}, K={self.num_keys}, "
+            f"sight={self.sight!r}, window={self.window}, distance={self.distance}, "
+            f"chunk={self.chunk}, sequence_id={sequences}, "
+            f"invalid={(~self.valid).nonzero().tolist()})"
+        )
+
+
+@st.composite
+def base_masks(
+    draw: st.DrawFn,
+    *,
+    max_spans: int = 5,
+    max_span: int = 30,
+    max_text: int = 12,
+    max_batch: int = 2,
+) -> BaseCase:
+    """Attention calls with every base mask of interval form, and any of them together.
+
+    Causal, bidirectional, sliding windows to one side or both, Gemma 3's masks (images see
+    themselves, with a window or without), chunks, packed sequences; padding left, right and in
+    holes; prefills, later chunks of one, sliding and static caches.
+    """
+    template = draw(
+        templates(max_spans=max_spans, max_span=max_span, max_text=max_text, max_batch=max_batch)
+    )
+    num_rows, num_tokens = template.span_id.shape
+    some_length = st.integers(1, num_tokens)
+    num_queries = draw(st.one_of(st.just(num_tokens), some_length), label="num_queries")
+    num_keys = draw(
+        st.one_of(st.just(num_tokens), some_length, st.integers(num_tokens, num_tokens + 40)),
+        label="num_keys",
+    )
+    first_key = max(num_tokens - num_keys, 0)
+
+    sight = draw(st.sampled_from(["causal", "causal or image", "all"]), label="sight")
+    # often none of these, often one
+    limits = draw(
+        st.one_of(
+            st.just(frozenset()),
+            st.sampled_from(["window", "distance", "chunk", "packed"]).map(
+                lambda x: frozenset([x])
+            ),
+            st.frozensets(st.sampled_from(["window", "distance", "chunk", "packed"])),
+        ),
+        label="limits",
+    )
+
+    def limit(name: str) -> int | None:
+        return draw(some_length, label=name) if name in limits else None
+
+    sequence_id = None
+    if "packed" in limits:
+        starts = draw(
+            st.lists(
+                st.lists(st.integers(0, num_tokens - 1), max_size=4),
+                min_size=num_rows,
+                max_size=num_rows,
+            ),
+            label="starts of sequences",
+        )
+        sequence_id = torch.zeros_like(template.span_id)
+        for b, row in enumerate(starts):
+            for start in row:
+                sequence_id[b, start:] += 1
+
+    image_id = template.span_id.clone()
+    if draw(st.booleans(), label="delimiters stay causal"):
+        inside = torch.nn.functional.pad(template.span_id, (1, 1))
+        image_id[(inside[:, :-2] != image_id) | (inside[:, 2:] != image_id)] = 0
+
+    valid = torch.ones(num_rows, num_keys, dtype=torch.bool)
+    if draw(st.booleans(), label="padding is hidden"):
+        tokens = template.attention_mask[:, first_key:]
+        valid[:, : tokens.shape[1]] = tokens
+    columns = st.tuples(st.integers(0, num_rows - 1), st.integers(0, num_keys - 1))
+    for b, column in draw(st.lists(columns, max_size=4), label="holes"):
+        valid[b, column] = False
+    return BaseCase(
+        template=template,
+        num_queries=num_queries,
+        num_keys=num_keys,
+        sight=sight,
+        window=limit("window"),
+        distance=limit("distance"),
+        chunk=limit("chunk"),
+        sequence_id=sequence_id,
+        image_id=image_id,
+        valid=valid,
+    )

@@ -1,0 +1,224 @@
+"""The mask of every category as intervals of keys per query row, in an order of tokens for it.
+
+Shapes: B batch, C categories, Q and K lengths of queries and keys in tokens, T tokens of the
+whole sequence, L any of them. Rows and columns are numbered as in :mod:`blindsight.masks`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from blindsight.categories import NUM_CATEGORIES, HeadCategory
+from blindsight.masks import BaseMask, is_unrestricted, key_offset, to_columns
+from blindsight.template import span_edges
+
+NUM_PARTS = 3  # of a row: text, sinks, other tokens of spans
+
+
+class TokenOrder(NamedTuple):
+    """An order of tokens that puts those together which a sparse mask treats alike.
+
+    ``[text | sinks | other tokens of spans | padding]``, each by position. Text tokens lie
+    between all images, and are dense rows and columns: in prompt order nearly every block holds
+    one. Sorted, they fill a few blocks of their own.
+
+    Attributes:
+        query: ``[B, Q]`` int64, the query row at each sorted position.
+        key: ``[B, K]`` int64, the key column at each sorted position.
+        inverse_query: ``[B, Q]`` int64, the sorted position of each query row.
+    """
+
+    query: Tensor
+    key: Tensor
+    inverse_query: Tensor
+
+
+class SortedBounds(NamedTuple):
+    """The mask of every category in sorted order: one interval for each group of keys.
+
+    ``allowed(c, b, q, k) = any(lower[b, c, p, q] <= k < upper[b, c, p, q] for p in 0, 1, 2)``
+    where q and k are sorted positions, and p is text, sinks, other tokens of spans.
+
+    Attributes:
+        lower, upper: ``[B, C, 3, Q]`` int32, half-open; ``lower == upper`` where empty. The
+            intervals of a part never leave its group.
+    """
+
+    lower: Tensor
+    upper: Tensor
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Return both as ``[B, 3 * C, Q]``, the form that :func:`allowed_sorted` loads from."""
+        return self.lower.flatten(1, 2), self.upper.flatten(1, 2)
+
+    def num_pairs(self) -> Tensor:
+        """Return the number of pairs that each category allows, ``[B, C]`` int64."""
+        return (self.upper - self.lower).sum((2, 3))
+
+
+def sorted_bounds(
+    base: BaseMask,
+    span_id: Tensor,
+    is_sink: Tensor,
+    num_queries: int,
+    num_keys: int,
+    *,
+    first_span: Tensor | None = None,
+) -> tuple[SortedBounds, TokenOrder]:
+    """Intersect a base mask with what each category keeps, and sort the tokens.
+
+    Every bound is a number of valid keys of a group, so a few prefix sums give them all: time
+    and memory are O(Q + K).
+
+    Args:
+        base: What the model's own mask allows.
+        span_id: ``[B, T]``, contiguous runs numbered 1..n, 0 for text.
+        is_sink: ``[B, T]`` bool.
+        num_queries: Q, at most T.
+        num_keys: K.
+        first_span: ``[B, Q]`` bool, the queries in the first span of their sequence, where
+            several sequences are packed into a row; by default those of span 1.
+    """
+    num_tokens = span_id.shape[1]
+    past = num_tokens - num_queries
+    offset = key_offset(num_tokens, num_keys)
+
+    filled = min(num_tokens, num_keys)
+    valid = pad(base.valid[:, :filled], (0, num_keys - filled))
+    groups = _groups(
+        to_columns(span_id, offset, num_keys),
+        to_columns(is_sink, offset, num_keys),
+        valid,
+    )
+    ranks, key_rank = _rank_in_groups(groups)
+    key_order = _inverse(key_rank)
+    if num_queries == num_keys == num_tokens:
+        query_order, inverse_query = key_order, key_rank
+    else:
+        missing = max(offset - past, 0)  # queries that the keys no longer cover
+        query_valid = pad(valid[:, past + missing - offset : filled], (missing, 0), value=True)
+        _, inverse_query = _rank_in_groups(
+            _groups(span_id[:, past:], is_sink[:, past:], query_valid)
+        )
+        query_order = _inverse(inverse_query)
+
+    ranges = _column_ranges(base, span_id, num_queries, num_keys, first_span)  # [B, 6, Q]
+    ranges = ranges.gather(2, query_order[:, None].expand_as(ranges))
+    text = ranks[:, 0, None].expand(-1, 2, -1).gather(2, ranges[:, :2])
+    sink = ranks[:, 1, None].expand(-1, 4, -1).gather(2, ranges[:, :4])
+    span = ranks[:, 2, None].expand(-1, 6, -1).gather(2, ranges)
+
+    def of_categories(side: int) -> Tensor:
+        every_text = text[:, side]
+        every_sink, own_sink = sink[:, side], sink[:, side + 2]
+        every_token, own_token, itself = (span[:, side + 2 * i] for i in range(3))
+        parts = {
+            HeadCategory.DENSE: (every_text, every_sink, every_token),
+            HeadCategory.SINK: (every_text, every_sink, itself),
+            HeadCategory.DOCUMENT: (every_text, own_sink, own_token),
+            HeadCategory.DOCUMENT_SINK: (every_text, every_sink, own_token),
+        }
+        rows = [row for category in HeadCategory for row in parts[category]]
+        return torch.stack(rows, dim=1).reshape(-1, NUM_CATEGORIES, NUM_PARTS, num_queries)
+
+    return SortedBounds(of_categories(0), of_categories(1)), TokenOrder(
+        query_order, key_order, inverse_query
+    )
+
+
+def allowed_sorted(
+    b: Tensor,
+    h: Tensor,
+    q: Tensor,
+    k: Tensor,
+    categories: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+) -> Tensor:
+    """Whether head h may see sorted key k from sorted query q: the ``mask_mod`` of the bounds.
+
+    Nothing is loaded by k, so a kernel loads the bounds once for each tile of queries.
+
+    Args:
+        b, h, q, k: Indices, of any shapes that broadcast.
+        categories: ``[H]`` int32 codes.
+        lower, upper: ``[B, 3 * C, Q]``, from :meth:`SortedBounds.rows`.
+    """
+    text = NUM_PARTS * categories[h]
+    sink, span = text + 1, text + 2
+    # Integers among the indices would be a view of the captured tensor, which export refuses.
+    return (
+        ((lower[b, text, q] <= k) & (k < upper[b, text, q]))
+        | ((lower[b, sink, q] <= k) & (k < upper[b, sink, q]))
+        | ((lower[b, span, q] <= k) & (k < upper[b, span, q]))
+    )
+
+
+def _groups(span_id: Tensor, is_sink: Tensor, valid: Tensor) -> Tensor:
+    """Return the flags of text, sinks and other span tokens ``[B, 3, L]``; padding has none."""
+    in_span = (span_id > 0) & valid
+    sinks = in_span & is_sink
+    return torch.stack([valid & ~in_span, sinks, in_span & ~sinks], dim=1)
+
+
+def _rank_in_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where the groups put tokens in sorted order.
+
+    Returns:
+        ranks: ``[B, 3, L + 1]`` int32, the sorted position that a token of group p would have
+            at each position: the start of the group, plus its tokens before.
+        rank: ``[B, L]`` int64, the sorted position of each token.
+    """
+    length = groups.shape[2]
+    ranks = pad(groups.cumsum(2, dtype=torch.int32), (1, 0))
+    sizes = ranks[:, :, -1:]
+    position = torch.arange(length, dtype=torch.int32, device=groups.device)
+    before = ranks[:, :, :-1]
+    padding = position + (sizes - before).sum(1, dtype=torch.int32)
+    ranks = ranks + pad(sizes.cumsum(1, dtype=torch.int32)[:, :-1], (0, 0, 1, 0))
+    before = ranks[:, :, :-1]
+    rank = torch.where(groups[:, 2], before[:, 2], padding)
+    rank = torch.where(groups[:, 1], before[:, 1], rank)
+    rank = torch.where(groups[:, 0], before[:, 0], rank)
+    return ranks, rank.to(torch.int64)
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    """Return the inverse of permutations ``[B, L]``."""
+    position = torch.arange(permutation.shape[1], device=permutation.device)
+    return torch.empty_like(permutation).scatter(1, permutation, position.expand_as(permutation))
+
+
+def _column_ranges(
+    base: BaseMask,
+    span_id: Tensor,
+    num_queries: int,
+    num_keys: int,
+    first_span: Tensor | None,
+) -> Tensor:
+    """Return half-open ranges of key columns per query row, inside the base mask's.
+
+    Returns:
+        ``[B, 6, Q]`` int64: begin and end of all that base allows, of the query's own span in
+        that, and of the query itself in that. The last two are everything where the row is
+        dense: in text, and in a first span.
+    """
+    num_tokens = span_id.shape[1]
+    past = num_tokens - num_queries
+    offset = key_offset(num_tokens, num_keys)
+    first, last = (edge[:, past:] - offset for edge in span_edges(span_id))
+    itself = torch.arange(past - offset, num_tokens - offset, device=span_id.device)
+    free = is_unrestricted(span_id[:, past:], first_span)
+
+    begin = base.lower.to(torch.int64).clamp(0, num_keys)
+    end = (base.upper.to(torch.int64) + 1).clamp(0, num_keys)
+    end = torch.maximum(end, begin)
+    own_begin = torch.where(free, begin, first).clamp(begin, end)
+    own_end = torch.where(free, end, last + 1).clamp(own_begin, end)
+    self_begin = torch.where(free, begin, itself).clamp(begin, end)
+    self_end = torch.where(free, end, itself + 1).clamp(self_begin, end)
+    return torch.stack([begin, end, own_begin, own_end, self_begin, self_end], dim=1)

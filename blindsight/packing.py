@@ -1,0 +1,52 @@
+"""Packed sequences: several prompts in one row, told apart by ids of the model's own mask.
+
+Shapes: B batch, Q query rows, T tokens of the whole row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from blindsight.base_mask import Expression, Form, base_mask_of
+from blindsight.template import span_edges
+
+
+def first_span_of(form: Form, span_id: Tensor, num_queries: int, num_keys: int) -> Tensor | None:
+    """Return which queries are in the first span of their packed sequence, ``[B, Q]`` bool.
+
+    Args:
+        form: The model's own mask, see :mod:`blindsight.base_mask`.
+        span_id: ``[B, T]``.
+        num_queries, num_keys: Q and K.
+
+    Returns:
+        None where nothing is packed: then it is span 1.
+    """
+    batch, num_tokens = span_id.shape
+    packed = [part for part in _conjuncts(form) if part[0] == "same" and _are_ids(part[1])]
+    if not packed or not num_queries == num_keys == num_tokens:
+        return None
+    same_sequence = base_mask_of(
+        ("and", *packed),
+        batch=batch,
+        num_queries=num_queries,
+        num_keys=num_keys,
+        device=span_id.device,
+    )
+    first, _ = span_edges(span_id)
+    position = torch.arange(num_tokens, device=span_id.device)
+    begins = (first == position) & (span_id > 0)
+    num_before = pad(begins.cumsum(1), (1, 0))
+    at_sequence = num_before.gather(1, same_sequence.lower.clamp(min=0).to(torch.int64))
+    return (span_id > 0) & (num_before.gather(1, first) == at_sequence)
+
+
+def _conjuncts(form: Form) -> tuple[Form, ...]:
+    return form[1:] if form[0] == "and" else (form,)
+
+
+def _are_ids(values: tuple[Expression, ...]) -> bool:
+    """Whether rows are told apart by data, and not by where they are (as chunks are)."""
+    return all(isinstance(value, tuple) and value[0] == "load" for value in values)

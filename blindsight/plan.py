@@ -1,0 +1,258 @@
+"""What to rewrite of a graph, decided once, when Dynamo hands it over.
+
+Shapes: B batch, H query heads, Q and K lengths in tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from blindsight.categories import summarize_categories
+from blindsight.families import DECODER_ATTENTION_CLASSES
+from blindsight.layers import layer_of_path
+from blindsight.passes.find_attention import (
+    Attention,
+    find_attention,
+    find_eager_attention,
+    find_input_ids,
+    find_key_cache,
+    has_attention,
+)
+from blindsight.passes.graph import copy_graph_module, fake_tensor, placeholders, source_name
+from blindsight.passes.lift_mask import Lifted, lift_mask
+from blindsight.report import Verdict
+
+if TYPE_CHECKING:
+    from blindsight.backend import BlindsightBackend
+
+
+@dataclass(frozen=True)
+class PlannedCall:
+    """An attention call of the decoder, what its mask is, and its row of the report."""
+
+    attention: Attention
+    layer: int | None  # None: told per call by the parameters
+    lifted: Lifted
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class CacheInputs:
+    """Where a graph finds and leaves the keys of one cache (see ``KeyCache``), by position."""
+
+    before: int | None = None
+    after: tuple[int, ...] = ()
+    length: int | None = None
+    in_place: bool = False
+
+
+@dataclass
+class Plan:
+    """What is known of a graph before it runs.
+
+    Attributes:
+        gm: A copy of the graph, to be copied again for each form that is compiled.
+        calls: The decoder's attention that may be rewritten.
+        problem: Why the profile cannot be applied (strict), or None.
+        input_ids: Position of the input that shows the prompt's tokens, or None.
+        runs_head: Whether the graph computes logits: when it runs, the decoder has run.
+        cache: The cache that tells the sequence's history; one layer's stands for all.
+        symbols: Positions of the inputs that are symbolic sizes, by symbol.
+    """
+
+    gm: fx.GraphModule
+    calls: list[PlannedCall] = field(default_factory=list)
+    problem: str | None = None
+    input_ids: int | None = None
+    runs_head: bool = False
+    cache: CacheInputs = field(default_factory=CacheInputs)
+    symbols: dict[object, int] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        query = fake_tensor(self.calls[0].attention.query)
+        return torch.device("cpu") if query is None else query.device
+
+    def size_of(self, args: Sequence[Any]) -> Callable[[int | torch.SymInt], int]:
+        """Return the function that gives the graph's sizes their values for these inputs."""
+        values = {symbol: args[at] for symbol, at in self.symbols.items()}
+        return lambda size: size if isinstance(size, int) else int(size.node.expr.subs(values))
+
+    def sizes(self, args: Sequence[Any]) -> tuple[int, int, int]:
+        """Return B, Q and the largest K of the graph's attention, for these inputs."""
+        size_of = self.size_of(args)
+        query = _shape(self.calls[0].attention.query)
+        keys = [_shape(call.attention.key)[2] for call in self.calls]
+        return size_of(query[0]), size_of(query[2]), max(map(size_of, keys))
+
+
+def plan_graph(backend: BlindsightBackend, gm: fx.GraphModule, number: int) -> Plan:
+    """Decide what to rewrite of a graph, and add its attention to the backend's verdicts."""
+    return _Planner(backend, gm, number).plan
+
+
+class _Planner:
+    def __init__(self, backend: BlindsightBackend, gm: fx.GraphModule, number: int) -> None:
+        self._backend = backend
+        self._profile = backend.profile
+        self._inputs = placeholders(gm)
+        self._number = number
+        # Without attention the graph goes on as it is.
+        copied = copy_graph_module(gm) if has_attention(gm) else gm
+        self.plan = Plan(copied, input_ids=find_input_ids(gm), symbols=_symbols(gm))
+        self.plan.runs_head = any(source_name(x).endswith("lm_head.weight") for x in self._inputs)
+        pattern = self._profile.rule.layer_pattern
+        for attention in find_attention(copied, layer_pattern=pattern):
+            self._add(attention)
+        written_out = find_eager_attention(
+            gm, layer_pattern=pattern, module_classes=DECODER_ATTENTION_CLASSES
+        )
+        if written_out:
+            self._refuse(
+                f"attention of {written_out[0]} must be one call of scaled_dot_product_attention, "
+                "got one that is written out. Load the model with attn_implementation='sdpa'"
+            )
+        if self.plan.calls:
+            self.plan.cache = self._find_cache()
+
+    def _add(self, attention: Attention) -> None:
+        layer, reason = self._place(attention)
+        lifted = lift_mask(self.plan.gm, attention)
+        verdict = Verdict(
+            graph=self._number,
+            path=attention.path,
+            layer=layer,
+            tier=lifted.tier,
+            mask=lifted.reason,
+            categories="",
+            rewritten=False,
+            reason=reason or "its heads keep what their categories keep",
+        )
+        self._backend.verdicts.append(verdict)
+        if reason is not None:
+            return
+        verdict.rewritten = True
+        if layer is None:
+            verdict.categories = "as the layer's"
+        else:
+            heads = self._profile.categories[layer].tolist()
+            verdict.categories = summarize_categories(heads)
+            if not any(heads):
+                verdict.rewritten, verdict.reason = False, "all its heads are dense"
+        self.plan.calls.append(PlannedCall(attention, layer, lifted, verdict))
+
+    def _place(self, attention: Attention) -> tuple[int | None, str | None]:
+        """Return the layer of a call, if it is the graph that tells it, or why it is not ours."""
+        where = attention.path or "a frame of its own"
+        layer = layer_of_path(attention)
+        layer_map = self._backend.layer_map
+        known_class = attention.module_class in DECODER_ATTENTION_CLASSES
+        if layer is None and layer_map is not None:
+            examples = [_example(self._inputs[at]) for at in attention.parameters]
+            if not known_class and layer_map.layer_of(examples) is None:
+                return None, "not the decoder's"
+        elif layer is None:
+            if not known_class and not self._resembles_decoder(attention):
+                return None, "not the decoder's"
+            return None, self._refuse(
+                f"the layer of attention at {where} must be known, but its compiled frame "
+                "begins inside the decoder and may serve several layers. Give the model: "
+                "blindsight_backend(profile, model=model)"
+            )
+        if layer is not None and layer >= self._profile.num_layers:
+            return None, self._refuse(
+                f"attention at {where} is layer {layer}, but the profile has "
+                f"{self._profile.num_layers} layers. Use the profile of this model"
+            )
+        head_dim = int(self._profile.fingerprint["head_dim"])
+        for name, found, expected in (
+            ("heads", attention.num_heads, self._profile.num_heads),
+            ("head dim", attention.head_dim, head_dim),
+        ):
+            if found is not None and found != expected:
+                return None, self._refuse(
+                    f"{name} of attention at {where} must be {expected} as in the profile, got "
+                    f"{found}. Use the profile of this model"
+                )
+        if attention.dropout_p:
+            return None, self._refuse(
+                f"dropout of attention at {where} must be 0, got {attention.dropout_p}. "
+                "FlexAttention has none: call model.eval()"
+            )
+        return layer, None
+
+    def _resembles_decoder(self, attention: Attention) -> bool:
+        """Whether a call in a frame of unknown origin could be the decoder's."""
+        masked = attention.is_causal or attention.attn_mask is not None
+        shape = (attention.num_heads, attention.head_dim)
+        ours = (self._profile.num_heads, int(self._profile.fingerprint["head_dim"]))
+        inside_another_stack = any(part.isdigit() for part in attention.path.split("."))
+        return masked and shape == ours and not inside_another_stack
+
+    def _find_cache(self) -> CacheInputs:
+        gm, calls = self.plan.gm, self.plan.calls
+        inputs = placeholders(gm)
+        outputs = gm.graph.output_node().args[0]
+        types = self._profile.fingerprint["layer_types"].split(",")
+        # A cache that slides forgets its first tokens, so any other says more.
+        by_use = sorted(
+            calls, key=lambda call: call.layer is not None and "sliding" in types[call.layer]
+        )
+        for call in by_use:
+            found = find_key_cache(gm, call.attention)
+            after = tuple(at for at, node in enumerate(outputs) if node in found.after)  # type: ignore[arg-type]
+            if found.before is not None or after:
+                if call.layer is None:
+                    self._check_recompile_limit()
+                return CacheInputs(
+                    before=None if found.before is None else inputs.index(found.before),
+                    after=after,
+                    length=None if found.length is None else inputs.index(found.length),
+                    in_place=found.in_place,
+                )
+        return CacheInputs()
+
+    def _check_recompile_limit(self) -> None:
+        limit = torch._dynamo.config.recompile_limit
+        if self._profile.num_layers > limit:
+            self._refuse(
+                "torch._dynamo.config.recompile_limit must be at least the number of layers, "
+                f"{self._profile.num_layers}, for a decoder that is compiled layer by layer with "
+                f"a cache, got {limit}: the layers beyond it would run uncompiled, and dense. "
+                f"Set it to {4 * self._profile.num_layers}"
+            )
+
+    def _refuse(self, problem: str) -> str:
+        """Make a problem an error of every call (strict), or warn of it; return it."""
+        if self._backend.strict:
+            sentence = problem[0].upper() + problem[1:]
+            self.plan.problem = f"{sentence}, or leave such attention dense with strict=False."
+        else:
+            self._backend.runtime.warn_once(f"left dense: {problem}.")
+        return problem
+
+
+def _symbols(gm: fx.GraphModule) -> dict[object, int]:
+    return {
+        node.meta["example_value"].node.expr: position
+        for position, node in enumerate(placeholders(gm))
+        if isinstance(node.meta.get("example_value"), torch.SymInt)
+    }
+
+
+def _shape(node: fx.Node) -> Sequence[int | torch.SymInt]:
+    tensor = fake_tensor(node)
+    if tensor is None:
+        raise ValueError(f"node {node} must be a tensor with a known shape, and Dynamo gave none.")
+    return tensor.shape
+
+
+def _example(placeholder: fx.Node) -> Tensor | None:
+    """Return the real tensor that an input was traced with, where Dynamo still has it."""
+    example = getattr(placeholder.meta.get("grapharg"), "example", None)
+    return example if isinstance(example, Tensor) else None
