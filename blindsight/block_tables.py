@@ -77,7 +77,7 @@ class BlockRuns(NamedTuple):
             max_listed: Number of blocks that no row lists more than: the width of the tables, by
                 default M. Blocks beyond it would be lost.
         """
-        width = num_blocks if max_listed is None else min(max_listed, num_blocks)
+        width = _width(num_blocks, max_listed)
         (begin, end), (full_begin, full_end) = self
         # What is partial lies on either side of what is full.
         partial = torch.stack([begin, full_end], -1), torch.stack([full_begin, end], -1)
@@ -161,7 +161,7 @@ def tables_of_prompt_order(
         max_listed: As for :meth:`BlockRuns.tables`.
     """
     listed, full = _blocks_of_prompt_order(base, keep, num_keys, block_size)
-    width = listed.shape[-1] if max_listed is None else min(max_listed, listed.shape[-1])
+    width = _width(listed.shape[-1], max_listed)
     return BlockTables(*_list_blocks(listed & ~full, width), *_list_blocks(full, width))
 
 
@@ -282,6 +282,11 @@ def _blocks_of_prompt_order(
 
 def _sizes(block_size: BlockSize) -> tuple[int, int]:
     return (block_size, block_size) if isinstance(block_size, int) else block_size
+
+
+def _width(num_blocks: int, max_listed: int | None) -> int:
+    """Return the width of tables; kernels read ahead, so there is an entry even if none counts."""
+    return num_blocks if max_listed is None else max(1, min(max_listed, num_blocks))
 
 
 def _ceil_div(x: Tensor, divisor: int) -> Tensor:

@@ -239,8 +239,14 @@ class CompiledGraph:
         return self._variants[key](*inputs), f"sparse, {form.name.lower()}"
 
     def _form(self, args: Sequence[Any], history: History, rows: tuple[int, ...]) -> MaskForm:
-        """Choose the form of the masks for this prompt."""
-        if not any(call.lifted.tier == 1 for call in self._calls):
+        """Choose the form of this prompt's masks; one that was not lifted is read in any case."""
+        reasons = {call.lifted.reason for call in self._calls if call.lifted.tier != 1}
+        for reason in sorted(reasons):
+            self._runtime.warn_once(
+                f"a mask is read element by element, which is slower: {reason}. The report says "
+                "whose."
+            )
+        if all(call.lifted.tier != 1 for call in self._calls):
             return MaskForm.MATERIALISED
         if not self._facts.hold(args):
             self._runtime.warn_once(

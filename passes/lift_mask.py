@@ -401,10 +401,12 @@ class _Reader:
             return False
         if _name(node) == "_add_batch_dim":
             return True
+        hidden = set(self._nesting[node])
         return any(
-            bool(_axes(self.read(parent).expression) & set(self._nesting[node]))
+            self._is_hidden(parent)
+            if fake_tensor(parent) is None
+            else bool(_axes(self.read(parent).expression) & hidden)
             for parent in node.all_input_nodes
-            if fake_tensor(parent) is not None
         )
 
     def _is_plain_data(self, node: fx.Node, value: _Value) -> bool:
@@ -612,29 +614,36 @@ class _Reader:
         self, name: str, operands: Sequence[_Operand], parts: Sequence[Any], dtype: torch.dtype
     ) -> Expression:
         """Compute with numbers that conditions choose, in the precision of the graph."""
-        tensors = [operand.dtype for operand in operands if isinstance(operand, _Value)]
-        if any(_kind(operand) == "bool" for operand in operands):
-            tensors = [torch.int64]
-        if "complex" in {_kind(operand) for operand in operands}:
+        kinds = {_kind(operand) for operand in operands}
+        if "complex" in kinds:
             raise _CannotRead
-        wide = dtype if name not in _FLIPPED else (tensors or [torch.int64])[0]
         function = _FOLD[name]
 
         def compute(a: Any, b: Any) -> Any:
-            if name in ("floordiv", "mod") and b == 0:
+            if a != a or b != b or (name in ("floordiv", "mod") and b == 0):
                 raise _CannotRead
-            result = function(a, b)
-            return result if name in _FLIPPED else _number(result, wide)
+            return _number(function(a, b), dtype)
 
-        if name in _FLIPPED:
-            if _leaves(parts[0]) is not None and _is_constant(parts[0]):
-                return _choose_on_leaves(parts[1], lambda b: compute(parts[0], b))
-            if _is_constant(parts[1]):
-                return _choose_on_leaves(parts[0], lambda a: compute(a, parts[1]))
-            raise _CannotRead
-        return _on_leaves(
-            parts[0], lambda a: _on_leaves(parts[1], lambda b: cast(Any, compute(a, b)))
-        )
+        if name not in _FLIPPED:
+            return _on_leaves(parts[0], lambda a: _on_leaves(parts[1], lambda b: compute(a, b)))
+        narrow = [
+            operand.dtype
+            for operand in operands
+            if isinstance(operand, _Value) and operand.kind == "float"
+        ]
+
+        def compare(a: Any, b: Any) -> bool:
+            # A number may be rounded before it is compared; it must not matter.
+            found = {bool(function(_number(a, d), _number(b, d))) for d in narrow}
+            if a != a or b != b or found - {function(a, b)}:
+                raise _CannotRead
+            return bool(function(a, b))
+
+        if _is_constant(parts[0]):
+            return _choose_on_leaves(parts[1], lambda b: compare(parts[0], b))
+        if _is_constant(parts[1]):
+            return _choose_on_leaves(parts[0], lambda a: compare(a, parts[1]))
+        raise _CannotRead
 
     def _comparison(self, name: str, kinds: set[str], parts: list[Expression]) -> Expression:
         if kinds == {"bool"} and name in ("eq", "ne"):
@@ -654,9 +663,7 @@ class _Reader:
         if not isinstance(value, _Value):
             raise _CannotRead
         if dtype != value.dtype:
-            if name not in _CASTS and name != "view":
-                raise _CannotRead
-            if name == "view":  # of the bits
+            if name not in _CASTS:
                 raise _CannotRead
             return self._cast(value.expression, value.kind, dtype)
         if name in _CASTS or name in _SAME_VALUES:

@@ -23,6 +23,9 @@ from models import (
 )
 from oracles import assert_close_to_reference, oracle_template, reference_copy, run_reference
 
+# Layers that are compiled one by one are given their masks ready made
+pytestmark = pytest.mark.filterwarnings("ignore:a mask is read element by element")
+
 MIXED = [0, 1, 2, 3]
 
 
@@ -164,6 +167,21 @@ def test_qwen3_with_12_layers(use_cache: bool) -> None:
     rewritten = [row for row in backend.report().rows if row.rewritten]
     assert (len(rewritten) == 12) == use_cache
     assert sum(row.runs.total() for row in rewritten) == 12
+
+
+def test_a_mask_that_is_not_lifted_is_said_to_be_read(inputs: Any) -> None:
+    model = without_vision(tiny_model("qwen2_5_vl"))
+    allowed = torch.ones(*2 * inputs["input_ids"].shape[1:], dtype=torch.bool).tril()[None, None]
+    given = {**inputs, "attention_mask": allowed}
+    given["position_ids"] = torch.arange(allowed.shape[-1]).expand(3, 1, -1)
+    backend = blindsight_backend(profile_of(model), inner="eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", BlindsightWarning)
+        logits = torch.compile(model, backend=backend)(**given, use_cache=False).logits
+    assert ["read element by element" in str(w.message) for w in caught].count(True) == 1
+    assert {row.tier for row in backend.report().rows} == {3}
+    del given["attention_mask"]
+    check(model, profile_of(model), given, logits)
 
 
 def test_qwen3_beyond_the_recompile_limit_is_an_error() -> None:

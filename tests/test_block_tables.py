@@ -165,12 +165,24 @@ def test_narrow_tables_list_the_same_blocks(case, block_size):
         (wide, narrow, longest),
         (wide_prompt, narrow_prompt, longest_prompt),
     ):
-        assert other.partial.shape[-1] == other.full.shape[-1] == width
+        assert other.partial.shape[-1] == other.full.shape[-1] == max(width, 1)
         for i in (0, 2):
             assert torch.equal(
                 dense_blocks(one[i], one[i + 1], num_key_blocks),
                 dense_blocks(other[i], other[i + 1], num_key_blocks),
             )
+
+
+def test_tables_of_rows_that_see_nothing():
+    base, keep, bounds = both_orders([8, 24])
+    base = base._replace(valid=torch.zeros_like(base.valid))
+    bounds = SortedBounds(bounds.lower, bounds.lower)
+    for tables in (
+        tables_of_sorted(bounds, 32, 16, max_listed=0),
+        tables_of_prompt_order(base, keep, 32, 16, max_listed=0),
+    ):
+        assert not tables.num_partial.any() and not tables.num_full.any()
+        assert tables.partial.shape == tables.full.shape == (1, 4, 2, 1)
 
 
 @given(base_masks(), block_sizes(), st.lists(st.integers(0, 3), min_size=1, max_size=5))

@@ -40,6 +40,9 @@ from oracles import (
     run_reference,
 )
 
+# Qwen3-VL's layers are given their masks ready made
+pytestmark = pytest.mark.filterwarnings("ignore:a mask is read element by element")
+
 NUM_LAYERS = 3
 # Mixed in every layer, and no two layers alike: a swapped head or layer is seen.
 CATEGORIES = [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]]
@@ -227,7 +230,7 @@ def test_other_forms_of_the_mask(family: str, form_name: str, form: Any) -> None
 
 @pytest.mark.inductor
 @pytest.mark.parametrize(
-    ("scenario", "form_name"), [("left_padding", "SORTED"), ("long", "SORTED"), ("long", "ORDERED")]
+    ("scenario", "form_name"), [("left_padding", "ORDERED"), ("long", "SORTED")]
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_on_inductor(family: str, scenario: str, form_name: str, form: Any) -> None:
@@ -258,7 +261,9 @@ def caches(case: Case) -> dict[str, Callable[[], Any]]:
 
 
 @pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=NIGHTLY)])
-@pytest.mark.parametrize("cache", ["made_by_the_model", "dynamic", "static"])
+@pytest.mark.parametrize(
+    "cache", [pytest.param("made_by_the_model", marks=NIGHTLY), "dynamic", "static"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whole_and_two_turns_agree(family: str, cache: str, inner: str) -> None:
     """The second turn knows the images of the first from the cache that it is given."""
@@ -368,6 +373,8 @@ def test_generate_gives_the_tokens_of_the_reference(family: str, cache: str) -> 
     case = case_of(family, torch.float32, "left_padding")
     options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
     options |= {"output_scores": True, "cache_implementation": cache}
+    # random weights may say "image"; a decoded image token is one of a span, not text
+    options["suppress_tokens"] = [START_ID, END_ID, IMAGE_ID, VIDEO_ID]
     if cache == "dynamic":
         del options["cache_implementation"]
     expected = generate_reference(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx
 from transformers import DynamicCache, Gemma3TextConfig, StaticCache
@@ -647,6 +647,20 @@ LOOK_ALIKES: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
         2,
         lambda x, data: (grid(x)[1] > 3).where(grid(x)[1] <= grid(x)[0], grid(x)[1] < 2),
     ),
+    "compared with the lowest number": (
+        1,
+        lambda x, data: (
+            torch.where(grid(x)[1] <= grid(x)[0], 0.0, torch.finfo(torch.float32).min)
+            > torch.finfo(torch.float32).min
+        ),
+    ),
+    "compared with a number that is rounded": (
+        3,
+        lambda x, data: (
+            torch.where(grid(x)[1] <= grid(x)[0], 0.0, torch.finfo(torch.bfloat16).min).bfloat16()
+            > torch.finfo(torch.bfloat16).min * 1.001
+        ),
+    ),
     "exclusive or": (
         2,
         lambda x, data: (grid(x)[1] <= grid(x)[0]) ^ (grid(x)[1] == 0),
@@ -779,6 +793,20 @@ def test_form_may_be_an_argument_of_a_node(dynamic: bool) -> None:
     column = torch.arange(LENGTH)
     inside = (lower[..., None] <= column) & (column <= upper[..., None]) & valid[:, None]
     assert hold and torch.equal(inside, allowed[:, 0])
+
+
+@pytest.mark.parametrize(
+    "opaque",
+    [
+        lambda b, h, q, k: torch.stack([q, k]).amax() < 5,
+        lambda b, h, q, k: torch.stack([q, k]).chunk(2)[1][0] <= q,
+        lambda b, h, q, k: torch.stack([k, k]).sum() < 5,
+    ],
+)
+def test_what_is_not_understood_inside_a_vmap_is_opaque(opaque: Callable[..., Tensor]) -> None:
+    function = vmapped(and_mask_function=lambda _: opaque)
+    (run,) = Compiled(function)(hidden(), paddings()[1], IMAGES)
+    check(run, tier=3)
 
 
 # Facts.
@@ -925,7 +953,6 @@ def random_masks() -> st.SearchStrategy[Callable[..., Callable[..., Tensor]]]:
     return st.recursive(atoms, join, max_leaves=5)
 
 
-@settings(max_examples=40)
 @given(data=st.data(), make=random_masks(), use_vmap=st.booleans())
 def test_whatever_is_lifted_is_exact(data: st.DataObject, make: Any, use_vmap: bool) -> None:
     num_queries = data.draw(st.integers(1, 6))
