@@ -13,11 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import shlex
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from common import Config, conditions, print_table
 from torch.nn.attention.flex_attention import create_block_mask
 
 from blindsight.block_tables import (
@@ -39,43 +34,8 @@ from blindsight.block_tables import (
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.intervals import sorted_bounds
 from blindsight.masks import causal_base, keep_intervals
-from blindsight.template import find_sinks
 
 RESULTS = Path(__file__).parent / "results" / "masks.jsonl"
-
-DELIMITERS = 2  # of each image: it begins and ends with one, and both are in its span
-TAIL = 64  # tokens of text after the last image
-
-
-@dataclass(frozen=True)
-class Config:
-    """A prompt: so many images of so many tokens, each followed by text.
-
-    Attributes:
-        num_images, image_tokens, text_tokens: The prompt; delimiters come on top.
-        block_size: Of queries and keys, in tokens.
-    """
-
-    num_images: int
-    image_tokens: int
-    text_tokens: int
-    block_size: int = 128
-
-    @property
-    def name(self) -> str:
-        return f"{self.num_images} x {self.image_tokens:,} + {self.text_tokens}"
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_images * (self.image_tokens + DELIMITERS + self.text_tokens) + TAIL
-
-    def template(self) -> tuple[Tensor, Tensor]:
-        """Return span_id and is_sink, ``[1, T]``."""
-        ids: list[int] = []
-        for number in range(1, self.num_images + 1):
-            ids += [number] * (self.image_tokens + DELIMITERS) + [0] * self.text_tokens
-        span_id = torch.tensor([ids + [0] * TAIL], dtype=torch.int32)
-        return span_id, find_sinks(span_id, (0,))
 
 
 @dataclass(frozen=True)
@@ -203,39 +163,6 @@ def measure_time(config: Config, *, quick: bool) -> Iterator[Time]:
     yield timed("create_block_mask, eager", lambda: torch_tables(False), n=few, warmup=0)
     yield timed("create_block_mask, compiled: the first", lambda: torch_tables(True), n=1, warmup=0)
     yield timed("create_block_mask, compiled", lambda: torch_tables(True), n=few, warmup=1)
-
-
-def conditions() -> dict[str, Any]:
-    """Return what a number depends on besides the code: commit, versions, hardware, command."""
-
-    def git(*args: str) -> str:
-        command = ["git", *args]
-        root = Path(__file__).parent
-        return subprocess.run(command, capture_output=True, text=True, cwd=root).stdout.strip()
-
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line]
-        cpu = names[0].split(":")[1].strip() if names else cpu
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain")),
-        "command": shlex.join(["python", "bench/masks.py", *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": cpu,
-        "num_cpus": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    print("| " + " | ".join(header) + " |")
-    print("|" + " --- |" * len(header))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-    print()
 
 
 def main() -> None:

@@ -1,0 +1,169 @@
+"""What sorting the tokens gains: attention time, gathers, masks and tables included.
+
+    python bench/order.py [--quick]
+
+One attention call of 8 heads (2 key heads, head dim 128), compiled by Inductor as the rewritten
+graphs are, on this machine's CPU. Prompts of 256-token images with 16 text tokens between. The
+dense baselines are SDPA with is_causal (the fastest there is on a CPU), and with the boolean mask
+that transformers hands it under torch.compile. All in turn, A B C D A B C D. Appends a row for each
+measurement to bench/results/order.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from common import Config, conditions, print_table
+from torch import Tensor, fx
+from torch._inductor.compile_fx import compile_fx
+from torch.nn.functional import scaled_dot_product_attention
+
+from blindsight.attention import ordered_attention, ordered_mask, sorted_attention, sorted_mask
+from blindsight.categories import HeadCategory
+
+RESULTS = Path(__file__).parent / "results" / "order.jsonl"
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 128
+CAUSAL = ("upper", ("index", "q"))
+MIXES = {
+    "DOCUMENT": [HeadCategory.DOCUMENT] * 8,
+    "DOCUMENT_SINK": [HeadCategory.DOCUMENT_SINK] * 8,
+    "2 of each": sorted([*HeadCategory] * 2),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """Median milliseconds of ``n`` calls after a warm-up; compile time in seconds."""
+
+    tokens: int
+    dtype: str
+    heads: str
+    form: str
+    n: int
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    compile_s: float
+
+
+def attend(form: str) -> Callable[..., Tensor]:
+    make_mask, attention = {
+        "sorted": (sorted_mask, sorted_attention),
+        "prompt order": (ordered_mask, ordered_attention),
+    }[form]
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, span_id: Tensor, is_sink: Tensor, heads: Tensor
+    ) -> Tensor:
+        size = query.shape[2]
+        mask = make_mask(CAUSAL, span_id, is_sink, batch=1, num_queries=size, num_keys=size)
+        return attention(query, key, value, mask, heads)
+
+    return run
+
+
+def compiled(
+    function: Callable[..., Tensor], inputs: list[Tensor]
+) -> tuple[Callable[..., object], float]:
+    """Return a function compiled by Inductor alone, and the seconds that took."""
+    graph = fx.Graph()
+    placeholders = [graph.placeholder(f"x{at}") for at in range(len(inputs))]
+    graph.output((graph.call_function(function, tuple(placeholders)),))
+    begin = time.perf_counter()
+    run = compile_fx(fx.GraphModule({}, graph), inputs)
+    run(*inputs)
+    return run, time.perf_counter() - begin
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Tensor:
+    return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def masked_sdpa(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Tensor:
+    groups = NUM_HEADS // NUM_KV_HEADS
+    size = query.shape[2]
+    allowed = torch.ones(size, size, dtype=torch.bool).tril()[None, None]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+
+
+def measure(config: Config, dtype: torch.dtype, *, repeats: int) -> list[Result]:
+    span_id, is_sink = config.template()
+    size = config.num_tokens
+    query = torch.randn(1, NUM_HEADS, size, HEAD_DIM, dtype=dtype)
+    key, value = (torch.randn(1, NUM_KV_HEADS, size, HEAD_DIM, dtype=dtype) for _ in range(2))
+    runs: dict[tuple[str, str], tuple[Callable[..., object], list[Tensor], float]] = {}
+    dense = [query, key, value]
+    runs["-", "SDPA is_causal"] = sdpa, dense, 0.0
+    runs["-", "SDPA boolean mask"] = masked_sdpa, dense, 0.0
+    for name, categories in MIXES.items():
+        heads = torch.tensor(categories, dtype=torch.int32)
+        inputs = [*dense, span_id, is_sink, heads]
+        for form in ("sorted", "prompt order"):
+            run, seconds = compiled(attend(form), inputs)
+            runs[name, form] = run, inputs, seconds
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    for turn in range(repeats + 1):
+        for name, (run, inputs, _) in runs.items():
+            begin = time.perf_counter()
+            run(*inputs)
+            if turn > 0:  # the first is a warm-up
+                times[name].append(1e3 * (time.perf_counter() - begin))
+    return [
+        Result(
+            size,
+            str(dtype).removeprefix("torch."),
+            heads,
+            form,
+            repeats,
+            statistics.median(values),
+            sorted(values)[int(0.2 * len(values))],
+            sorted(values)[int(0.8 * len(values))],
+            runs[heads, form][2],
+        )
+        for (heads, form), values in times.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="short prompts, float32 only")
+    arguments = parser.parse_args()
+    images = (7, 15, 30) if arguments.quick else (7, 15, 30, 60)
+    dtypes = [torch.float32] if arguments.quick else [torch.float32, torch.bfloat16]
+    told = conditions()
+    table = []
+    RESULTS.parent.mkdir(exist_ok=True)
+    for dtype in dtypes:
+        for num_images in images:
+            results = measure(
+                Config(num_images, 256, 16), dtype, repeats=5 if num_images < 60 else 3
+            )
+            with RESULTS.open("a") as file:
+                for result in results:
+                    file.write(json.dumps({**told, **asdict(result)}) + "\n")
+            causal = results[0].median_ms
+            for result in results:
+                table.append(
+                    [
+                        f"{result.tokens:,}",
+                        result.dtype,
+                        result.heads,
+                        result.form,
+                        f"{result.median_ms:.0f}",
+                        f"{causal / result.median_ms:.2f}",
+                    ]
+                )
+    print_table(["tokens", "dtype", "heads", "form", "ms", "x faster than SDPA is_causal"], table)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
