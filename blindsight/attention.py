@@ -191,9 +191,7 @@ def sorted_mask(
         span_id, is_sink: ``[B, T]``, the template.
         batch, num_queries, num_keys: B, Q, K.
     """
-    sizes = {"batch": batch, "num_queries": num_queries, "num_keys": num_keys}
-    base = base_mask_of(form, **sizes, device=span_id.device)
-    first_span = first_span_of(form, span_id, num_queries, num_keys)
+    base, first_span = _lifted_base(form, span_id, batch, num_queries, num_keys)
     bounds, order = sorted_bounds(
         base, span_id, is_sink, num_queries, num_keys, first_span=first_span
     )
@@ -237,9 +235,7 @@ def ordered_mask(
     num_keys: int,
 ) -> OrderedMask:
     """As :func:`sorted_mask`, in prompt order."""
-    sizes = {"batch": batch, "num_queries": num_queries, "num_keys": num_keys}
-    base = base_mask_of(form, **sizes, device=span_id.device)
-    first_span = first_span_of(form, span_id, num_queries, num_keys)
+    base, first_span = _lifted_base(form, span_id, batch, num_queries, num_keys)
     keep = keep_intervals(span_id, is_sink, num_queries, num_keys, first_span=first_span)
     tables = tables_of_prompt_order(base, keep, num_keys)
     parts = [_realize(part, span_id) for part in (*base, *keep)]
@@ -277,6 +273,20 @@ def ordered_attention(
     captures = (categories, *mask.base, *mask.keep)
     tables = mask.tables.of_heads(categories)
     return _flex_attention(query, key, value, tables, mask_mod, captures, scale)
+
+
+def _lifted_base(
+    form: Form, span_id: Tensor, batch: int, num_queries: int, num_keys: int
+) -> tuple[BaseMask, Tensor | None]:
+    """Return the model's own mask, and the queries in the first span of a packed sequence."""
+    base = base_mask_of(
+        form,
+        batch=batch,
+        num_queries=num_queries,
+        num_keys=num_keys,
+        device=span_id.device,
+    )
+    return base, first_span_of(form, span_id, num_queries, num_keys)
 
 
 def _flex_attention(

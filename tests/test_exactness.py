@@ -595,3 +595,13 @@ def test_no_tensor_of_all_pairs_is_left(family: str, attention_mask: bool) -> No
         value = node.meta.get("example_value")
         if isinstance(value, torch.Tensor) and node.op != "placeholder":
             assert list(value.shape).count(case.num_tokens) < 2, node.format_node()
+
+
+def test_where_a_fact_does_not_hold_the_mask_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma's images are intervals only while their groups are contiguous."""
+    monkeypatch.setattr("blindsight.choose.facts_hold", lambda *_, **__: torch.tensor(False))
+    case = case_of("gemma3", torch.float32, "left_padding")
+    model, backend = case.compile()
+    with pytest.warns(blindsight.BlindsightWarning, match="does not hold for this prompt"):
+        case.check(model(**case.inputs, use_cache=False).logits)
+    assert {how for row in backend.report().rows for how in row.runs} == {"sparse, materialised"}
