@@ -152,7 +152,7 @@ def base_mask_of(
     grid = _Grid(batch, num_queries, num_keys, device)
     lower, upper = grid.interval(form)
     valid = torch.ones((batch, num_keys), dtype=torch.bool, device=device)
-    for part in _conjuncts(form):
+    for part in conjuncts(form):
         if part[0] == "valid":
             valid = valid & grid.column(part[1])
     return BaseMask(
@@ -291,7 +291,8 @@ class _Grid:
         return torch.where(some, first, self.num_keys), torch.where(some, last, -1), end - begin
 
 
-def _conjuncts(form: Form) -> tuple[Form, ...]:
+def conjuncts(form: Form) -> tuple[Form, ...]:
+    """Return the forms that all must allow a key."""
     return form[1:] if form[0] == "and" else (form,)
 
 

@@ -53,13 +53,9 @@ class FactCheck:
             values = dict(zip(self._nodes, self._module(*args), strict=True))
         size_of = self._plan.size_of(args)
         for facts, attention in self._checks.values():
-            query, key = fake_tensor(attention.query), fake_tensor(attention.key)
-            assert query is not None and key is not None
             held = facts_hold(
                 _map_nodes(facts, values.__getitem__),
-                batch=size_of(query.shape[0]),
-                num_queries=size_of(query.shape[2]),
-                num_keys=size_of(key.shape[2]),
+                **attention.sizes(size_of),
                 device=self._plan.device,
             )
             if not bool(held):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from blindsight.base_mask import Expression, Form, base_mask_of
+from blindsight.base_mask import Expression, Form, base_mask_of, conjuncts
 from blindsight.template import span_edges
 
 
@@ -25,7 +25,7 @@ def first_span_of(form: Form, span_id: Tensor, num_queries: int, num_keys: int) 
         None where nothing is packed: then it is span 1.
     """
     batch, num_tokens = span_id.shape
-    packed = [part for part in _conjuncts(form) if part[0] == "same" and _are_ids(part[1])]
+    packed = [part for part in conjuncts(form) if part[0] == "same" and _are_ids(part[1])]
     if not packed or not num_queries == num_keys == num_tokens:
         return None
     same_sequence = base_mask_of(
@@ -41,10 +41,6 @@ def first_span_of(form: Form, span_id: Tensor, num_queries: int, num_keys: int) 
     num_before = pad(begins.cumsum(1), (1, 0))
     at_sequence = num_before.gather(1, same_sequence.lower.clamp(min=0).to(torch.int64))
     return (span_id > 0) & (num_before.gather(1, first) == at_sequence)
-
-
-def _conjuncts(form: Form) -> tuple[Form, ...]:
-    return form[1:] if form[0] == "and" else (form,)
 
 
 def _are_ids(values: tuple[Expression, ...]) -> bool:

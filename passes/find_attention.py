@@ -75,6 +75,27 @@ class Attention:
         query = fake_tensor(self.query)
         return None if query is None else int(query.shape[-1])
 
+    def sizes(self, size_of: Callable[[int | torch.SymInt], int]) -> dict[str, int]:
+        """Return B, Q and K as arguments of the functions that make masks.
+
+        Args:
+            size_of: The value of a symbolic size.
+
+        Raises:
+            ValueError: The graph does not say what shapes its tensors have.
+        """
+        query, key = fake_tensor(self.query), fake_tensor(self.key)
+        if query is None or key is None:
+            raise ValueError(
+                f"queries and keys of {self.node} must have known shapes, and the graph has none. "
+                "Trace it with Dynamo or torch.export."
+            )
+        return {
+            "batch": size_of(query.shape[0]),
+            "num_queries": size_of(query.shape[2]),
+            "num_keys": size_of(key.shape[2]),
+        }
+
 
 def has_attention(gm: fx.GraphModule) -> bool:
     """Whether a graph has any attention call."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 import re
 from collections.abc import Iterator
 
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor, fx
 
 # Attributes that Dynamo keeps on the graph module and AOTAutograd reads from it.
-_IN_PLACE_OPERATORS = frozenset(
-    name
-    for name in dir(operator)
-    if name.startswith("i") and name not in ("index", "inv", "invert")
-) | {"setitem", "delitem"}
+# Names in the operator module that write into their first argument.
+IN_PLACE_OPERATORS = {
+    *("setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
+    *("iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "iconcat"),
+}
 _DYNAMO_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks")
 
 
@@ -102,7 +101,7 @@ def _acts(node: fx.Node) -> bool:
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     name = getattr(node.target, "__name__", "")
     if getattr(node.target, "__module__", "") == "_operator":
-        return name in _IN_PLACE_OPERATORS
+        return name in IN_PLACE_OPERATORS
     return name.endswith("_") or "nesting" in name
 
 

@@ -39,7 +39,7 @@ from blindsight.passes.expressions import (
     substitute,
     where,
 )
-from blindsight.passes.graph import fake_tensor, same_size
+from blindsight.passes.graph import IN_PLACE_OPERATORS, fake_tensor, same_size
 
 _Axis = int | str  # a dimension of a node, a level of vmap, or "b", "h", "q", "k"
 
@@ -96,10 +96,6 @@ _FRESH = {
     *FLIPPED,
     *ARITHMETIC,
     *_FILLS,
-}
-_IN_PLACE_OPERATORS = {
-    *("setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
-    *("iand", "ior", "ixor", "ilshift", "irshift", "imatmul"),
 }
 
 
@@ -751,7 +747,7 @@ def _overwritten(node: fx.Node) -> list[fx.Node]:
     if isinstance(target, torch._ops.HigherOrderOperator):
         return node.all_input_nodes if "mutation" in name else []
     found = [node.kwargs["out"]] if "out" in node.kwargs else []
-    writes = name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    writes = name in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
     if writes or node.kwargs.get("inplace") is True:
         found.append(node.args[0] if node.args else node.kwargs.get("input"))
     if all(isinstance(written, fx.Node) for written in found):

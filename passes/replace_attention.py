@@ -68,7 +68,7 @@ def replace_attention_pass(
     for row, call in enumerate(attention):
         proof = None if lifted is None or lifted[row].tier != 1 else lifted[row]
         make_mask, attend = (MaskForm.MATERIALISED if proof is None else form).value
-        sizes = _sizes(call, size_of)
+        sizes = call.sizes(size_of)
         # Layers with the same base mask and number of keys share one mask and its tables.
         shared = (call.attn_mask, call.is_causal, sizes["num_keys"])
         if shared not in masks:
@@ -106,17 +106,3 @@ def _call(
             node.meta[name] = origin.node.meta[name]
     node.meta["blindsight"] = f"{function.__name__} of {origin.path or 'the frame'}"
     return node
-
-
-def _sizes(call: Attention, size_of: Callable[[int | torch.SymInt], int]) -> dict[str, int]:
-    query, key = fake_tensor(call.query), fake_tensor(call.key)
-    if query is None or key is None:
-        raise ValueError(
-            f"queries and keys of {call.node} must have known shapes, and the graph has none. "
-            "Trace it with Dynamo or torch.export."
-        )
-    return {
-        "batch": size_of(query.shape[0]),
-        "num_queries": size_of(query.shape[2]),
-        "num_keys": size_of(key.shape[2]),
-    }
