@@ -136,16 +136,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="short prompts, float32 only")
     arguments = parser.parse_args()
-    images = (7, 15, 30) if arguments.quick else (7, 15, 30, 60)
+    images = (7, 15, 30) if arguments.quick else (7, 15, 30, 60, 119)
     dtypes = [torch.float32] if arguments.quick else [torch.float32, torch.bfloat16]
     told = conditions()
     table = []
     RESULTS.parent.mkdir(exist_ok=True)
     for dtype in dtypes:
         for num_images in images:
-            results = measure(
-                Config(num_images, 256, 16), dtype, repeats=5 if num_images < 60 else 3
-            )
+            repeats = 5 if num_images < 60 else 3 if num_images < 119 else 2
+            results = measure(Config(num_images, 256, 16), dtype, repeats=repeats)
             with RESULTS.open("a") as file:
                 for result in results:
                     file.write(json.dumps({**told, **asdict(result)}) + "\n")
