@@ -10,7 +10,7 @@ prefill), D head dim, V vocabulary.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -77,18 +77,11 @@ def reference_logits(
                 f"inputs must have input_ids, or a template be given, got {sorted(inputs)}."
             )
         template = profile.rule.template(inputs["input_ids"])
-    pattern = profile.rule.layer_pattern + r"$"
-    found = ((module, re.search(pattern, name)) for name, module in model.named_modules())
-    layers = {module: int(match.group(1)) for module, match in found if match is not None}
-    if sorted(layers.values()) != list(range(profile.num_layers)):
-        raise ValueError(
-            f"model must have the attention of {profile.num_layers} layers at "
-            f"{profile.rule.layer_pattern!r}, found layers {sorted(layers.values())}."
-        )
+    layers = attention_layers(model, profile.rule.layer_pattern, profile.num_layers)
     token = _run.set(_Run(template, profile, layers))
     try:
         with (
-            _attention_of(model),
+            replaced_attention(model, NAME, _attention),
             disabled(),
             torch.compiler.set_stance("force_eager"),
             torch.no_grad(),
@@ -98,17 +91,44 @@ def reference_logits(
         _run.reset(token)
 
 
+def attention_layers(model: nn.Module, layer_pattern: str, num_layers: int) -> dict[nn.Module, int]:
+    """Return which layer each attention module of the decoder is.
+
+    Raises:
+        ValueError: The modules at ``layer_pattern`` are not those of ``num_layers`` layers.
+    """
+    pattern = layer_pattern + r"$"
+    found = ((module, re.search(pattern, name)) for name, module in model.named_modules())
+    layers = {module: int(match.group(1)) for module, match in found if match is not None}
+    if sorted(layers.values()) != list(range(num_layers)):
+        raise ValueError(
+            f"model must have the attention of {num_layers} layers at {layer_pattern!r}, found "
+            f"layers {sorted(layers.values())}."
+        )
+    return layers
+
+
 @contextmanager
-def _attention_of(model: nn.Module) -> Iterator[None]:
-    """Let the decoder of a model call :func:`_attention` inside this context."""
+def replaced_attention(
+    model: nn.Module, name: str, attention: Callable[..., tuple[Tensor, None]]
+) -> Iterator[None]:
+    """Let the decoder of a model call ``attention`` inside this context, vision towers not.
+
+    It gets the model's own mask as bool ``[B, 1, Q, K]``, whatever it is; never None.
+
+    Args:
+        model: A transformers model.
+        name: What the function is registered as.
+        attention: In the form of transformers' attention functions.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _attention)
+    AttentionInterface.register(name, attention)
     # A name without a mask function of its own would get no mask at all.
-    AttentionMaskInterface.register(NAME, _base_mask)
+    AttentionMaskInterface.register(name, _base_mask)
     config = text_config(config_of(model))
     implementation = config._attn_implementation
-    config._attn_implementation = NAME
+    config._attn_implementation = name
     try:
         yield
     finally:
@@ -165,7 +185,7 @@ def _attention(
     outputs = []
     for begin in range(0, num_queries, step):
         rows = slice(begin, begin + step)
-        kept = [_keep(template, HeadCategory(code), rows) for code in categories]
+        kept = [kept_pairs(template, HeadCategory(code), rows) for code in categories]
         allowed = torch.stack(kept, dim=1) & attention_mask[:, :, rows]  # [B, H, rows, K]
         scores = query[:, :, rows].to(dtype) @ key.transpose(2, 3) * scale
         weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
@@ -174,7 +194,7 @@ def _attention(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _keep(template: Template, category: HeadCategory, rows: slice) -> Tensor:
+def kept_pairs(template: Template, category: HeadCategory, rows: slice) -> Tensor:
     """Return what a category keeps ``[B, rows, K]``, pair by pair, as it is defined."""
     query_span = template.span_id[:, rows, None]
     key_span = template.span_id[:, None, :]

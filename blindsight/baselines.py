@@ -1,0 +1,192 @@
+"""What a profile is compared with; for evaluation only, nothing here is ever compiled.
+
+Shapes: B batch, H query heads, G key/value heads, T tokens of the prompt, Q and K lengths of
+queries and keys in tokens, L layers, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blindsight.categories import HeadCategory
+from blindsight.masked_model import EVERYTHING, Call, Group, Masks, Prompt
+
+
+def shuffled_categories(categories: Tensor, seed: int) -> Tensor:
+    """Return as many heads of each category, drawn anew from all layers: ``[L, H]``."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(categories.numel(), generator=generator)
+    return categories.flatten()[order].view_as(categories)
+
+
+@dataclass(frozen=True)
+class WindowMasking:
+    """The mask of StreamingLLM (arXiv 2309.17453): the first tokens, and a window before a query.
+
+    Every row is masked, text included, in all layers and heads. The positions of tokens stay as
+    they are. Only the mask is compared here, not the eviction from a cache that it was made for.
+
+    Args:
+        share: Of the prompt's dense attention; its window is the longest that costs no more.
+        num_sinks: First tokens of the prompt that stay visible; the paper's choice.
+    """
+
+    share: float
+    num_sinks: int = 4
+
+    @property
+    def key(self) -> str:
+        return f"window share={self.share!r} sinks={self.num_sinks}"
+
+    def masks(self, prompt: Prompt) -> Masks:
+        return _WindowMasks(self, prompt)
+
+
+class _WindowMasks:
+    def __init__(self, masking: WindowMasking, prompt: Prompt) -> None:
+        self._prompt = prompt
+        self._num_sinks = masking.num_sinks
+        self._kept: dict[tuple[int, int], Tensor] = {}
+        dense = prompt.visible[:, :, HeadCategory.DENSE].sum(0)
+        longest = prompt.valid.shape[1]
+        self.window = _largest(
+            lambda window: self._pairs_of_head(window) <= masking.share * dense,
+            torch.ones_like(dense),
+            torch.full_like(dense, longest),
+        )
+
+    def groups(self, call: Call) -> Sequence[Group]:
+        num_queries, num_keys = call.base.shape[2:]
+        shape = (num_queries, num_keys)
+        if shape not in self._kept:
+            key = torch.arange(num_keys, device=call.base.device)
+            query = key[num_keys - num_queries :, None]
+            is_sink = key < (self._begin + self._num_sinks)[:, None]
+            self._kept[shape] = (query - key < self.window[:, None, None]) | is_sink[:, None]
+        return [Group(None, self._kept[shape])]
+
+    @property
+    def _begin(self) -> Tensor:
+        """How much padding comes first, ``[B]``."""
+        return self._prompt.valid.shape[1] - self._prompt.num_tokens
+
+    def count_pairs(self) -> Tensor:
+        return self._pairs_of_head(self.window) * self._prompt.num_heads
+
+    def count_rows(self) -> Tensor:
+        return self._prompt.num_tokens * len(self._prompt.lower)
+
+    def _pairs_of_head(self, window: Tensor) -> Tensor:
+        """Return the pairs of one head in every layer, ``[B]``."""
+        prompt = self._prompt
+        recent = torch.arange(prompt.valid.shape[1], device=window.device) - window[:, None] + 1
+        lower = torch.maximum(prompt.lower, self._begin[:, None])
+        in_window = prompt.upper - torch.maximum(lower, recent) + 1
+        last_sink = torch.minimum(self._begin[:, None] + self._num_sinks, recent) - 1
+        in_sinks = torch.minimum(last_sink, prompt.upper) - lower + 1
+        return ((in_window.clamp(min=0) + in_sinks.clamp(min=0)) * prompt.valid).sum((0, 2))
+
+
+@dataclass(frozen=True)
+class PruningMasking:
+    """Image tokens dropped after an early layer: the rule of FastV (arXiv 2403.06764).
+
+    Image tokens are ranked by the attention that the prompt's last token pays them in layer
+    ``num_layers``, averaged over its heads; those with the least are dropped from all later
+    layers: no row of theirs is computed there, and no row sees them. Delimiters stay. The
+    positions of tokens stay as they are.
+
+    Args:
+        share: Of the prompt's dense attention; so many tokens are dropped that it costs no more,
+            if that is possible at all: text, and the first layers, are never dropped.
+        num_layers: Which run in full; the paper's choice.
+    """
+
+    share: float
+    num_layers: int = 2
+
+    @property
+    def key(self) -> str:
+        return f"pruning share={self.share!r} layers={self.num_layers}"
+
+    def masks(self, prompt: Prompt) -> Masks:
+        return _PruningMasks(self, prompt)
+
+
+class _PruningMasks:
+    def __init__(self, masking: PruningMasking, prompt: Prompt) -> None:
+        if not 0 < masking.num_layers < len(prompt.lower):
+            raise ValueError(
+                f"num_layers must be 1..{len(prompt.lower) - 1}, of the model's "
+                f"{len(prompt.lower)}, got {masking.num_layers}."
+            )
+        self._prompt = prompt
+        self._num_layers = masking.num_layers
+        self._dropped: Tensor | None = None
+        num_tokens = prompt.num_tokens
+        dense = prompt.visible[:, :, HeadCategory.DENSE]  # [L, B]
+        early, late = dense[: masking.num_layers].sum(0), dense[masking.num_layers :].sum(0)
+        causal = num_tokens * (num_tokens + 1)
+
+        def is_cheap(num_kept: Tensor) -> Tensor:
+            share_of_late = num_kept * (num_kept + 1) / causal
+            return early + late * share_of_late <= masking.share * (early + late)
+
+        num_images = prompt.is_image.sum(1)
+        num_kept = _largest(is_cheap, num_tokens - num_images, num_tokens)
+        self.num_dropped = num_tokens - num_kept
+
+    def groups(self, call: Call) -> Sequence[Group]:
+        if call.layer == self._num_layers - 1 and self._dropped is None:
+            self._dropped = self._rank(call)
+        if call.layer < self._num_layers:
+            return EVERYTHING
+        assert self._dropped is not None
+        decoded = call.key.shape[2] - self._dropped.shape[1]
+        return [Group(None, ~torch.nn.functional.pad(self._dropped, (0, decoded))[:, None])]
+
+    def count_pairs(self) -> Tensor:
+        prompt = self._prompt
+        kept = prompt.valid & ~self._dropped_tokens
+        before = torch.nn.functional.pad(kept.cumsum(1), (1, 0)).expand(len(prompt.lower), -1, -1)
+        pairs = before.gather(2, prompt.upper + 1) - before.gather(2, prompt.lower)
+        late = (pairs * kept)[self._num_layers :].sum((0, 2))
+        early = prompt.visible[: self._num_layers, :, HeadCategory.DENSE].sum(0)
+        return (early + late) * prompt.num_heads
+
+    def count_rows(self) -> Tensor:
+        num_late = len(self._prompt.lower) - self._num_layers
+        return self._prompt.num_tokens * len(self._prompt.lower) - self.num_dropped * num_late
+
+    @property
+    def _dropped_tokens(self) -> Tensor:
+        if self._dropped is None:
+            raise ValueError("pairs must be counted after the prefill that ranks the tokens.")
+        return self._dropped
+
+    def _rank(self, call: Call) -> Tensor:
+        """Return which tokens are dropped, ``[B, T]`` bool."""
+        batch, num_heads, _, head_dim = call.query.shape
+        num_kv_heads = call.key.shape[1]
+        last = call.query[:, :, -1].reshape(batch, num_kv_heads, -1, head_dim)
+        scores = last.float() @ call.key.float().transpose(2, 3) * call.scale  # [B, G, H / G, K]
+        scores = scores.masked_fill(~call.base[:, :, -1:], float("-inf"))
+        weights = scores.softmax(-1).reshape(batch, num_heads, -1).mean(1)
+        weights = weights.masked_fill(~self._prompt.is_image, float("inf"))
+        rank = weights.argsort(dim=1, stable=True).argsort(dim=1)
+        return rank < self.num_dropped[:, None]
+
+
+def _largest(is_cheap: Callable[[Tensor], Tensor], lowest: Tensor, highest: Tensor) -> Tensor:
+    """Return the largest number that is cheap, by bisection; ``lowest`` if none is."""
+    lowest, highest = lowest.clone(), highest.clone()
+    while bool((lowest < highest).any()):
+        middle = (lowest + highest + 1) // 2
+        cheap = is_cheap(middle)
+        lowest = torch.where(cheap, middle, lowest)
+        highest = torch.where(cheap, highest, middle - 1).clamp(min=lowest)
+    return lowest

@@ -1,0 +1,548 @@
+"""Evaluation: the same questions to a model as it is, and with a profile.
+
+Accuracy is measured with explicit masks (engine ``reference``): they are what a profile means, need
+no compiler, and take any length of prompt. That what ``torch.compile`` makes of the profile is the
+same is checked on the longest prompt, where prefill is timed too. Engine ``compiled`` sends every
+prompt through the compiled decoder; it compiles for every shape of a batch.
+
+Shapes: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import blindsight
+from blindsight.bootstrap import Differences, Estimate, mean_over_tasks, paired_differences, share
+from blindsight.masked_model import ProfileMasking
+from blindsight.outcomes import (
+    Checkpoint,
+    Outcome,
+    Point,
+    answer_samples,
+    digest_of_samples,
+    digest_of_weights,
+    write_atomically,
+)
+from blindsight.prefill import Batch, CompiledDecoder, Decoder, check_has_vision
+from blindsight.profile import Profile
+from blindsight.samples import Sample, model_inputs
+
+ENGINES = ("reference", "compiled")
+_NO_DIFFERENCE = 3.0  # n questions without one: the rate is below 3 / n, at a level of 95 %
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the answers under one masking amount to, beside those of the dense model.
+
+    Attributes:
+        accuracy: By task.
+        mean: Of the tasks' accuracies.
+        difference: From dense, by the paired bootstrap.
+        worst_task: The task with the lowest difference.
+        num_changed: Answers that are not dense's.
+        num_samples: Answers.
+        kl_mean, kl_p95, kl_max: KL(dense || this) of the next token after the prompt, in nats.
+        attention_flops, decoder_flops: Of all prefills: the two matrix products of attention
+            alone, and with the decoder's linear layers.
+    """
+
+    accuracy: dict[str, Estimate]
+    mean: Estimate
+    difference: Differences
+    worst_task: str
+    num_changed: int
+    num_samples: int
+    kl_mean: float
+    kl_p95: float
+    kl_max: float
+    attention_flops: int
+    decoder_flops: int
+
+    @property
+    def changed(self) -> float:
+        """Share of answers that are not dense's."""
+        return self.num_changed / self.num_samples
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Summary:
+        """Inverse of ``dataclasses.asdict``, through JSON too."""
+
+        def estimates(found: Mapping[str, Any]) -> dict[str, Estimate]:
+            return {task: Estimate(*numbers) for task, numbers in found.items()}
+
+        tasks, mean, worst = data["difference"]
+        difference = Differences(estimates(tasks), Estimate(*mean), Estimate(*worst))
+        return cls(
+            **{
+                **data,
+                "accuracy": estimates(data["accuracy"]),
+                "mean": Estimate(*data["mean"]),
+                "difference": difference,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Prefill of one prompt by the compiled decoder, dense and sparse in turn, in seconds.
+
+    Attributes:
+        num_tokens: Of the prompt, the longest of the questions.
+        inner: What compiled the graphs.
+        dense, sparse: Each run.
+        runs: How the attention of the sparse runs ran, for example ``"sparse, sorted"``.
+        distance: Largest difference of the last logits between compiled and explicit masks.
+        rounding: The same for the dense model: what rounding alone does.
+    """
+
+    num_tokens: int
+    inner: str
+    dense: tuple[float, ...]
+    sparse: tuple[float, ...]
+    runs: tuple[str, ...]
+    distance: float
+    rounding: float
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Timing:
+        tuples = {name: tuple(data[name]) for name in ("dense", "sparse", "runs")}
+        return cls(**{**data, **tuples})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Dense against a profile; ``to_markdown()`` is its table.
+
+    Attributes:
+        dense, sparse: The two summaries.
+        num_questions: By task.
+        num_restricted: Prompts with two images or more; the others are dense under any profile.
+        timing: Prefill, where it was measured.
+        conditions: What the numbers depend on: model, profile, dataset, versions, hardware.
+    """
+
+    dense: Summary
+    sparse: Summary
+    num_questions: dict[str, int]
+    num_restricted: int
+    timing: Timing | None
+    conditions: dict[str, str]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Evaluation:
+        """Inverse of :meth:`to_json`."""
+        data = json.loads(text)
+        timing = data["timing"]
+        return cls(
+            dense=Summary.from_dict(data["dense"]),
+            sparse=Summary.from_dict(data["sparse"]),
+            num_questions=data["num_questions"],
+            num_restricted=data["num_restricted"],
+            timing=None if timing is None else Timing.from_dict(timing),
+            conditions=data["conditions"],
+        )
+
+    def to_markdown(self) -> str:
+        return (
+            "\n".join([*self._accuracy_rows(), "", *self._cost_rows(), "", *self._notes()]) + "\n"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON, or Markdown where the path ends in ``.md``; whole or not at all."""
+        text = self.to_markdown() if Path(path).suffix == ".md" else self.to_json()
+        write_atomically(path, text.encode())
+
+    def _accuracy_rows(self) -> list[str]:
+        dense, sparse = self.dense, self.sparse
+        rows = [["task", "questions", "dense", "profile", "difference"]]
+        for task, number in self.num_questions.items():
+            changes = sparse.difference.tasks[task]
+            is_worst = task == sparse.worst_task and changes.value < 0
+            name = f"{task} (worst)" if is_worst else task
+            rows.append(
+                [
+                    name,
+                    str(number),
+                    _points(dense.accuracy[task]),
+                    _points(sparse.accuracy[task]),
+                    _points(changes, sign=True),
+                ]
+            )
+        number = sum(self.num_questions.values())
+        rows.append(
+            [
+                "**mean of the tasks**",
+                str(number),
+                _points(dense.mean),
+                _points(sparse.mean),
+                _points(sparse.difference.mean, sign=True),
+            ]
+        )
+        return table(rows)
+
+    def _cost_rows(self) -> list[str]:
+        dense, sparse = self.dense, self.sparse
+        rows = [["", "dense", "profile", "profile / dense"]]
+        for name, a, b in (
+            ("attention FLOPs", dense.attention_flops, sparse.attention_flops),
+            ("decoder FLOPs", dense.decoder_flops, sparse.decoder_flops),
+        ):
+            rows.append([name, f"{a:,}", f"{b:,}", f"{b / a:.1%}"])
+        if self.timing is not None:
+            a, b = (statistics.median(x) for x in (self.timing.dense, self.timing.sparse))
+            name = f"prefill of {self.timing.num_tokens:,} tokens, ms"
+            rows.append([name, f"{1e3 * a:.1f}", f"{1e3 * b:.1f}", f"{b / a:.1%}"])
+        rows.append(["answers changed", "", f"{sparse.num_changed:,}", f"{sparse.changed:.1%}"])
+        kl = f"{sparse.kl_mean:.2e} (95th percentile {sparse.kl_p95:.2e}, max {sparse.kl_max:.2e})"
+        rows.append(["KL of the next token, mean, nats", "0", kl, ""])
+        return table(rows)
+
+    def _notes(self) -> list[str]:
+        number = sum(self.num_questions.values())
+        notes = [
+            "Accuracy in percent, with 95 % intervals: Wilson's for shares, the paired bootstrap "
+            "for differences. FLOPs are exact, of all prefills together.",
+            f"{self.num_restricted} of {number} prompts have two images or more; the others are "
+            "dense under any profile.",
+        ]
+        if self.sparse.num_changed == 0:
+            notes.append(
+                f"No answer changed; at 95 % fewer than {_NO_DIFFERENCE / number:.2%} would."
+            )
+        if self.timing is not None:
+            found = self.timing
+            notes.append(
+                f"Prefill of the decoder compiled by {found.inner}, one prompt, median of "
+                f"{len(found.dense)} and {len(found.sparse)} in turn; the sparse runs ran "
+                f"{' and '.join(found.runs)}. Compiled logits differ from explicit masks by "
+                f"{found.distance:.1e}, dense by {found.rounding:.1e} (rounding)."
+            )
+        notes.append(", ".join(f"{name} {value}" for name, value in self.conditions.items()) + ".")
+        return [line for note in notes for line in (f"- {note}",)]
+
+
+def evaluate(
+    model: nn.Module,
+    processor: Any,
+    samples: Sequence[Sample],
+    profile: Profile,
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    engine: str = "reference",
+    inner: str | Callable[..., Any] = "inductor",
+    repeats: int = 5,
+    checkpoint: str | os.PathLike[str] | None = None,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """Answer every sample dense and with a profile, and compare.
+
+    Args:
+        model: A transformers model that reads images.
+        processor: Its processor, see :func:`blindsight.samples.load_processor`.
+        samples: Questions with answers, see :func:`blindsight.samples.load_samples`.
+        profile: What to judge.
+        batch_size: Prompts at once.
+        max_new_tokens: Of an answer; by default as many tokens as the expected one has.
+        engine: ``"reference"`` or ``"compiled"``, see the top of this module.
+        inner: What compiles the graphs.
+        repeats: Prefills that are timed of each kind, in turn; 0 compiles nothing.
+        checkpoint: File of what is answered already; an interrupted run goes on from it.
+        num_resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+        progress: Whether to show a bar.
+
+    Raises:
+        ValueError: The model has no vision part, the profile is another model's, a sample has no
+            image or no answer, the checkpoint is of another run, or compiled and explicit masks
+            disagree.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
+    decoder = decoder_of(model, profile)
+    known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
+    zeros = torch.zeros_like(profile.categories)
+    points = [
+        Point(f"{engine}: {masking.key}", masking)
+        for masking in (ProfileMasking(zeros), ProfileMasking(profile.categories))
+    ]
+    compiled = CompiledDecoder(decoder, profile, inner=inner) if engine == "compiled" else None
+
+    def run_compiled(batch: Batch, point: Point, masks: Any, use_cache: bool) -> Any:
+        assert compiled is not None
+        return compiled.prefill(batch, dense=point.key == points[0].key, use_cache=use_cache)
+
+    was_training = model.training
+    model.eval()
+    try:
+        outcomes = answer_samples(
+            decoder,
+            processor,
+            samples,
+            points if points[0].key != points[1].key else points[:1],
+            checkpoint=known,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            prefill=None if compiled is None else run_compiled,
+            progress=progress,
+        )
+        dense = outcomes[points[0].key]
+        timing = None
+        if repeats:
+            timing = _timing(
+                decoder, processor, samples, profile, dense, known, inner=inner, repeats=repeats
+            )
+    finally:
+        model.train(was_training)
+        if compiled is not None:
+            compiled.close()
+    draws = {"num_resamples": num_resamples, "seed": seed}
+    return Evaluation(
+        dense=summarize(decoder, dense, dense, **draws),
+        sparse=summarize(decoder, dense, outcomes[points[1].key], **draws),
+        num_questions={task: len(rows) for task, rows in by_task(dense).items()},
+        num_restricted=sum(outcome.num_spans > 1 for outcome in dense),
+        timing=timing,
+        conditions={
+            **conditions(model, samples, seed),
+            "profile": profile.digest[:12],
+            "engine": engine,
+        },
+    )
+
+
+def decoder_of(model: nn.Module, profile: Profile) -> Decoder:
+    """Return the decoder of the model that a profile is for.
+
+    Raises:
+        ValueError: The model has no vision part, or the profile is another's.
+    """
+    check_has_vision(getattr(model, "_orig_mod", model))
+    profile.validate(model)
+    return Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+
+
+def run_header(
+    decoder: Decoder, samples: Sequence[Sample], max_new_tokens: int | None
+) -> dict[str, str]:
+    """Return what must be the same for a run to go on."""
+    return {
+        "weights": digest_of_weights(decoder.model),
+        "rule": decoder.rule.to_json(),
+        "samples": digest_of_samples(samples),
+        "max_new_tokens": str(max_new_tokens),
+    }
+
+
+def by_task(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """Return the outcomes of each task, tasks by name."""
+    tasks: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        tasks.setdefault(outcome.task, []).append(outcome)
+    return {task: tasks[task] for task in sorted(tasks)}
+
+
+def summarize(
+    decoder: Decoder,
+    dense: Sequence[Outcome],
+    outcomes: Sequence[Outcome],
+    *,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> Summary:
+    """Return what answers amount to, beside the dense model's to the same questions."""
+    draws = {"num_resamples": num_resamples, "seed": seed}
+    before, after = (
+        {task: [float(row.is_right) for row in rows] for task, rows in by_task(run).items()}
+        for run in (dense, outcomes)
+    )
+    difference = paired_differences(before, after, **draws)
+    accuracy = {task: share(int(sum(right)), len(right)) for task, right in after.items()}
+    kl = torch.tensor([outcome.kl for outcome in outcomes], dtype=torch.float64)
+    attention = 4 * decoder.head_dim * sum(outcome.pairs for outcome in outcomes)
+    linear = 2 * sum(outcome.rows for outcome in outcomes) * decoder.weights_per_layer
+    return Summary(
+        accuracy=accuracy,
+        mean=mean_over_tasks(list(accuracy.values())),
+        difference=difference,
+        worst_task=min(difference.tasks, key=lambda task: difference.tasks[task].value),
+        num_changed=sum(a.answer != b.answer for a, b in zip(dense, outcomes, strict=True)),
+        num_samples=len(outcomes),
+        kl_mean=float(kl.mean()),
+        kl_p95=float(kl.quantile(0.95)),
+        kl_max=float(kl.max()),
+        attention_flops=attention,
+        decoder_flops=attention + linear,
+    )
+
+
+def time_prefill(
+    decoder: Decoder,
+    batch: Batch,
+    profile: Profile,
+    *,
+    inner: str | Callable[..., Any] = "inductor",
+    repeats: int = 5,
+) -> Timing:
+    """Compile the decoder for one batch, check it, and time it, dense and sparse in turn.
+
+    Raises:
+        ValueError: Compiled logits differ from those with explicit masks by more than rounding.
+    """
+    compiled = CompiledDecoder(decoder, profile, inner=inner)
+    try:
+        found = {dense: compiled.prefill(batch, dense=dense).logits for dense in (True, False)}
+        masks = ProfileMasking(profile.categories).masks(batch.prompt)
+        explicit = {
+            True: decoder.prefill(batch, None).logits,
+            False: decoder.prefill(batch, masks).logits,
+        }
+        rounding, distance = (
+            float((found[dense] - explicit[dense]).double().abs().max()) for dense in (True, False)
+        )
+        check_distance(distance, rounding, explicit[False])
+        before = _runs(compiled)
+        compiled.prefill(batch, dense=False)
+        runs = tuple(
+            sorted(how for how, number in _runs(compiled).items() if number > before.get(how, 0))
+        )
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        for at in range(2 * repeats):
+            dense = at % 2 == 0
+            _wait(decoder.device)
+            begin = time.perf_counter()
+            compiled.prefill(batch, dense=dense)
+            _wait(decoder.device)
+            seconds[dense].append(time.perf_counter() - begin)
+        return Timing(
+            num_tokens=int(batch.prompt.num_tokens.max()),
+            inner=compiled.backend.inner.name,
+            dense=tuple(seconds[True]),
+            sparse=tuple(seconds[False]),
+            runs=runs,
+            distance=distance,
+            rounding=rounding,
+        )
+    finally:
+        compiled.close()
+
+
+def check_distance(distance: float, rounding: float, logits: torch.Tensor) -> None:
+    """Check that compiled logits are those with explicit masks.
+
+    The masks being equal, both do the same sums in another order, as they do for the dense model,
+    whose difference says what that is worth; a few units of the last place for where it is zero.
+
+    Raises:
+        ValueError: They differ by more than ten times that.
+    """
+    unit = torch.finfo(logits.dtype).eps * float(logits.abs().max())
+    bound = 10 * max(rounding, 8 * unit)
+    if not distance <= bound:
+        raise ValueError(
+            "compiled logits must be those with explicit masks, but for rounding of "
+            f"{bound:.1e}, got a difference of {distance:.1e}. Please report this."
+        )
+
+
+def longest_prompt(
+    decoder: Decoder, processor: Any, samples: Sequence[Sample], outcomes: Sequence[Outcome]
+) -> Batch:
+    """Return the longest of the answered prompts, alone and so without padding or its mask."""
+    longest = max(outcomes, key=lambda outcome: outcome.num_tokens).sample
+    inputs = model_inputs(processor, [samples[longest]])
+    inputs.pop("attention_mask", None)  # nothing is padded, and dense is at its fastest without
+    return decoder.prepare(inputs)
+
+
+def conditions(model: nn.Module, samples: Sequence[Sample], seed: int) -> dict[str, str]:
+    """Return what numbers depend on besides the code."""
+    parameter = next(model.parameters())
+    config: Any = getattr(model, "config", None)
+    device = parameter.device
+    hardware = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    import transformers
+
+    return {
+        "model": str(getattr(config, "_name_or_path", "") or type(model).__name__),
+        "dataset": str(getattr(samples, "name", "given samples")),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": f"{device.type} ({hardware}, {torch.get_num_threads()} threads)",
+        "blindsight": blindsight.__version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "bootstrap seed": str(seed),
+    }
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table; the first row is its head, numbers to the right."""
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (
+            cell.rjust(width) if at else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "| " + " | ".join([first, *rest]) + " |"
+
+    dashes = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return [line(rows[0]), line(dashes), *map(line, rows[1:])]
+
+
+def _points(estimate: Estimate, *, sign: bool = False) -> str:
+    form = "+.1f" if sign else ".1f"
+    value, low, high = (format(100 * x + 0.0, form) for x in estimate)
+    return f"{value} [{low}, {high}]"
+
+
+def _timing(
+    decoder: Decoder,
+    processor: Any,
+    samples: Sequence[Sample],
+    profile: Profile,
+    outcomes: Sequence[Outcome],
+    known: Checkpoint,
+    *,
+    inner: str | Callable[..., Any],
+    repeats: int,
+) -> Timing:
+    name = f"prefill of {profile.digest} by {inner}, {repeats} times"
+    if name not in known.notes:
+        batch = longest_prompt(decoder, processor, samples, outcomes)
+        found = time_prefill(decoder, batch, profile, inner=inner, repeats=repeats)
+        known.note(name, asdict(found))
+    return Timing.from_dict(known.notes[name])
+
+
+def _runs(compiled: CompiledDecoder) -> dict[str, int]:
+    runs: dict[str, int] = {}
+    for row in compiled.backend.report().rows:
+        for how, number in row.runs.items():
+            runs[how] = runs.get(how, 0) + number
+    return runs
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,253 @@
+"""Run a model as it is, uncompiled, with any mask for any head: what evaluation measures with.
+
+The masks are explicit and dense, so that nothing stands between their definition and the result;
+prompts of a few thousand tokens are fine. Text and vision of the model are its own code.
+
+Shapes: B batch, H query heads, G key/value heads, Q and K lengths in tokens (the queries are the
+last Q of the K tokens), D head dim, C categories, L layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from blindsight.categories import NUM_CATEGORIES, HeadCategory
+from blindsight.reference import kept_pairs, replaced_attention
+from blindsight.runtime import disabled
+from blindsight.template import Template
+
+NAME = "blindsight_masked"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What masks may depend on: the tokens of a batch of prompts, padded.
+
+    Attributes:
+        template: Where the images are, ``[B, T]``.
+        is_image: ``[B, T]`` bool, placeholders of images, their delimiters left out.
+        valid: ``[B, T]`` bool, False for padding, which is on the left.
+        lower, upper: ``[L, B, T]`` ints, the first and last token that the model's own mask lets
+            a query of a layer see.
+        visible: ``[L, B, C]`` int64, the pairs that one head of each layer and category computes.
+        num_heads: H.
+    """
+
+    template: Template
+    is_image: Tensor
+    valid: Tensor
+    lower: Tensor
+    upper: Tensor
+    visible: Tensor
+    num_heads: int
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Without padding, ``[B]``."""
+        return self.valid.sum(1)
+
+
+class Call(NamedTuple):
+    """One attention call.
+
+    Attributes:
+        layer: Whose it is.
+        query: ``[B, H, Q, D]``.
+        key: ``[B, G, K, D]``.
+        base: ``[B, 1, Q, K]`` bool, what the model's own mask allows.
+        scale: Factor of the scores.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    base: Tensor
+    scale: float
+
+
+class Group(NamedTuple):
+    """Heads that share a mask.
+
+    Attributes:
+        heads: Which, or None for all.
+        keep: Bool, broadcastable to ``[B, Q, K]``, what is kept of the model's own mask; None
+            is all of it.
+    """
+
+    heads: Sequence[int] | None
+    keep: Tensor | None
+
+
+EVERYTHING = (Group(None, None),)
+
+
+class Masks(Protocol):
+    """The masks of one batch, from prefill to the last decoded token."""
+
+    def groups(self, call: Call) -> Sequence[Group]:
+        """Return the masks of one call; every head is in one group."""
+
+    def count_pairs(self) -> Tensor:
+        """Return how many pairs of a query and a key the prefill computed, ``[B]``: all layers
+        and heads, padding left out."""
+
+    def count_rows(self) -> Tensor:
+        """Return how many tokens the layers had to compute, all layers, ``[B]``."""
+
+
+class Masking(Protocol):
+    """A rule for masks; see :class:`ProfileMasking` and :mod:`blindsight.baselines`."""
+
+    @property
+    def key(self) -> str:
+        """What tells this rule from others, the same in every process."""
+
+    def masks(self, prompt: Prompt) -> Masks:
+        """Return the masks of a batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class ProfileMasking:
+    """What the categories of a profile keep. ``categories`` are codes, ``[L, H]``."""
+
+    categories: Tensor
+
+    @property
+    def key(self) -> str:
+        digest = hashlib.sha256(str(self.categories.tolist()).encode())
+        return f"categories {digest.hexdigest()[:16]}"
+
+    def masks(self, prompt: Prompt) -> Masks:
+        return _CategoryMasks(self.categories, prompt)
+
+
+class _CategoryMasks:
+    def __init__(self, categories: Tensor, prompt: Prompt) -> None:
+        self._codes: list[list[int]] = categories.tolist()
+        self._prompt = prompt
+        self._kept: dict[int, Tensor] = {}
+
+    def groups(self, call: Call) -> Sequence[Group]:
+        codes = self._codes[call.layer]
+        num_queries, num_keys = call.base.shape[2:]
+        if num_queries != num_keys or not any(codes):
+            return EVERYTHING  # a decoded token is text, and text sees everything
+        groups = []
+        for code in sorted(set(codes)):
+            heads = [head for head, found in enumerate(codes) if found == code]
+            groups.append(Group(heads, self._keep(code)))
+        return groups if len(groups) > 1 else [Group(None, groups[0].keep)]
+
+    def count_pairs(self) -> Tensor:
+        visible = self._prompt.visible
+        heads = [[row.count(code) for code in range(NUM_CATEGORIES)] for row in self._codes]
+        return torch.einsum("lc,lbc->b", torch.tensor(heads).to(visible), visible)
+
+    def count_rows(self) -> Tensor:
+        return self._prompt.num_tokens * len(self._codes)
+
+    def _keep(self, code: int) -> Tensor | None:
+        if code == HeadCategory.DENSE:
+            return None
+        if code not in self._kept:
+            self._kept[code] = kept_pairs(self._prompt.template, HeadCategory(code), slice(None))
+        return self._kept[code]
+
+
+@dataclass
+class _Run:
+    layers: Mapping[nn.Module, int]
+    masks: Masks | None
+    # Layers share masks: each pair of a base mask and a keep is joined once. The tensors are held
+    # so that their ids stay theirs.
+    joined: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    def join(self, base: Tensor, keep: Tensor | None) -> Tensor:
+        if keep is None:
+            return base
+        key = (id(base), id(keep))
+        if key not in self.joined:
+            keep_rows = keep if keep.dim() == 3 else keep[None]
+            self.joined[key] = (base & keep_rows[:, None], base, keep)
+        return self.joined[key][0]
+
+
+_run: ContextVar[_Run | None] = ContextVar("blindsight_masked_run", default=None)
+
+
+@contextmanager
+def masked(
+    model: nn.Module, layers: Mapping[nn.Module, int], masks: Masks | None
+) -> Iterator[None]:
+    """Let the decoder of a model attend through ``masks`` inside this context, uncompiled.
+
+    Args:
+        model: A transformers model.
+        layers: Which layer each attention module of the decoder is, see
+            :func:`blindsight.reference.attention_layers`.
+        masks: None is the model's own mask alone.
+    """
+    token = _run.set(_Run(layers, masks))
+    try:
+        with (
+            replaced_attention(model, NAME, _attention),
+            disabled(),
+            torch.compiler.set_stance("force_eager"),
+            torch.no_grad(),
+        ):
+            yield
+    finally:
+        _run.reset(token)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the form that transformers wants: ``[B, Q, H, D]``. Empty rows give zeros."""
+    run = _run.get()
+    if run is None or attention_mask is None or module not in run.layers:
+        raise ValueError(
+            f"{type(module).__name__} must be a decoder's, run inside masked(), and isn't."
+        )
+    if dropout or kwargs.get("softcap") is not None:
+        raise ValueError(
+            f"attention must be without dropout and softcap, got dropout={dropout}, "
+            f"softcap={kwargs.get('softcap')}."
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = Call(run.layers[module], query, key, attention_mask, scale)
+    groups = EVERYTHING if run.masks is None else run.masks.groups(call)
+    ratio = query.shape[1] // key.shape[1]
+    output = query.new_empty(*query.shape[:3], value.shape[-1])
+    for heads, keep in groups:
+        mask = run.join(attention_mask, keep)
+        if heads is None:
+            sources = [head // ratio for head in range(query.shape[1])]
+            part = query
+        else:
+            sources = [head // ratio for head in heads]
+            part = query[:, heads]
+        found = scaled_dot_product_attention(
+            part, key[:, sources], value[:, sources], attn_mask=mask, scale=scale
+        )
+        if heads is None:
+            output = found
+        else:
+            output[:, heads] = found
+    return output.transpose(1, 2).contiguous(), None

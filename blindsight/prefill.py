@@ -1,0 +1,277 @@
+"""A model taken apart: images and embeddings once for a batch, the decoder once for each mask.
+
+What a vision tower makes of the images does not depend on the decoder's masks. So the call of the
+decoder is recorded once for a batch of prompts, and played again under every mask.
+
+Shapes: B batch, T tokens of the prompts, L layers, C categories, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from blindsight.backend import blindsight_backend
+from blindsight.cost import count_visible
+from blindsight.families import config_of, text_config
+from blindsight.masked_model import Masks, Prompt, masked
+from blindsight.profile import Profile
+from blindsight.reference import attention_layers
+from blindsight.runtime import disabled, use_template
+from blindsight.template import IMAGE, Template, TemplateRule
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Prompts, as the decoder gets them.
+
+    Attributes:
+        prompt: What masks may depend on.
+        inputs: Of the whole model.
+        decoder_inputs: Of its decoder: embeddings, positions and the like.
+    """
+
+    prompt: Prompt
+    inputs: Mapping[str, Any]
+    decoder_inputs: Mapping[str, Any]
+
+
+class Output(NamedTuple):
+    """What a prefill leaves: the last position's logits ``[B, V]``, and the cache."""
+
+    logits: Tensor
+    cache: Any
+
+
+class _Recorded(Exception):
+    """Ends a forward where the decoder would begin."""
+
+    def __init__(self, inputs: dict[str, Any]) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+class Decoder:
+    """The decoder of a model, run on its own.
+
+    Args:
+        model: A transformers model with a vision part and a decoder called ``language_model``.
+        rule: How images are found in a prompt.
+        fingerprint: Of the model, see :func:`blindsight.families.fingerprint`.
+
+    Raises:
+        ValueError: The model is not like that.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, rule: TemplateRule, fingerprint: Mapping[str, str]
+    ) -> None:
+        self.model = getattr(model, "_orig_mod", model)
+        check_has_vision(self.model)
+        self.rule = rule
+        self.layer_types = fingerprint["layer_types"].split(",")
+        self.head_dim = int(fingerprint["head_dim"])
+        self.num_heads = int(fingerprint["num_heads"])
+        self.layers = attention_layers(self.model, rule.layer_pattern, len(self.layer_types))
+        self.decoder = _find_decoder(self.model)
+        self.head: Callable[[Tensor], Tensor] = self.model.get_output_embeddings()
+        self._is_checked = False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.decoder.parameters()).device
+
+    @property
+    def weights_per_layer(self) -> int:
+        """Weights that every token of a decoder layer is multiplied by, the mean over layers."""
+        layers = self.decoder.layers
+        weights = [p.numel() for layer in layers for p in layer.parameters() if p.dim() == 2]
+        return round(sum(weights) / len(self.layer_types))
+
+    def prepare(self, inputs: Mapping[str, Any]) -> Batch:
+        """Run all that comes before the decoder.
+
+        Args:
+            inputs: Of the model's forward, padded on the left: every row ends at the end.
+
+        Raises:
+            ValueError: The decoder is not called as expected, or its output is not what the
+                model makes its logits of.
+        """
+        inputs = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        ids = inputs["input_ids"]
+        valid = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        if not bool(valid[:, -1].all()):
+            raise ValueError("prompts must be padded on the left, got padding at the end.")
+        batch = Batch(self._prompt(inputs, valid), inputs, self._record(inputs))
+        if not self._is_checked:
+            self._check(batch)
+            self._is_checked = True
+        return batch
+
+    def prefill(self, batch: Batch, masks: Masks | None, *, use_cache: bool = False) -> Output:
+        """Run the decoder under masks; None is the model's own."""
+        with masked(self.model, self.layers, masks):
+            return self.finish(self.decoder(**batch.decoder_inputs, use_cache=use_cache))
+
+    def finish(self, outputs: Any) -> Output:
+        """Return the last logits of what a decoder put out."""
+        logits = self.head(outputs.last_hidden_state[:, -1:])[:, 0]
+        return Output(logits, outputs.past_key_values)
+
+    def decode(
+        self,
+        batch: Batch,
+        masks: Masks | None,
+        output: Output,
+        *,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+    ) -> Tensor:
+        """Return what greedy decoding gives after a prefill: ``[B, n]`` ids, ``n`` at least 1.
+
+        It ends after ``max_new_tokens``, or when every row had one of ``stop_ids``; what a row
+        has after its first of them is of no meaning.
+        """
+        tokens = [output.logits.argmax(-1, keepdim=True)]
+        stops = torch.tensor(list(stop_ids), device=tokens[0].device)
+        ended = torch.isin(tokens[0], stops)
+        mask = batch.prompt.valid.long()
+        position = batch.decoder_inputs.get("position_ids")
+        with masked(self.model, self.layers, masks):
+            for step in range(1, max_new_tokens):
+                if bool(ended.all()):
+                    break
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+                outputs = self.decoder(
+                    input_ids=tokens[-1],
+                    attention_mask=mask,
+                    # A prompt ends with text, whose position is the same on every axis.
+                    position_ids=None if position is None else position[..., -1:] + step,
+                    past_key_values=output.cache,
+                    use_cache=True,
+                )
+                tokens.append(self.finish(outputs).logits.argmax(-1, keepdim=True))
+                ended = ended | torch.isin(tokens[-1], stops)
+        return torch.cat(tokens, dim=1)
+
+    def _prompt(self, inputs: Mapping[str, Any], valid: Tensor) -> Prompt:
+        ids = inputs["input_ids"]
+        template = Template(*(x.to(self.device) for x in self.rule.template(ids).tensors()))
+        is_image = (self.rule.classify(ids) & IMAGE).bool().to(self.device)
+        rows = {}
+        for layer_type in set(self.layer_types):
+            lower, upper = base_interval(
+                config_of(self.model), layer_type, is_image, "token_type_ids" in inputs
+            )
+            visible = count_visible(template, base_lower=lower, base_upper=upper, key_valid=valid)
+            rows[layer_type] = lower, upper, visible
+        of_layers = zip(*(rows[layer_type] for layer_type in self.layer_types), strict=True)
+        lower, upper, visible = (torch.stack(part) for part in of_layers)
+        return Prompt(template, is_image, valid, lower, upper, visible, self.num_heads)
+
+    def _record(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Recorded(kwargs)
+
+        hook = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with masked(self.model, self.layers, None):
+                self.model(**inputs, use_cache=False)
+        except _Recorded as recorded:
+            unwanted = ("use_cache", "past_key_values")
+            return {name: x for name, x in recorded.inputs.items() if name not in unwanted}
+        finally:
+            hook.remove()
+        raise ValueError(
+            f"{type(self.model).__name__} must call its decoder in a forward, and does not."
+        )
+
+    def _check(self, batch: Batch) -> None:
+        found = self.prefill(batch, None).logits
+        with masked(self.model, self.layers, None):
+            expected = self.model(**batch.inputs, use_cache=False).logits[:, -1]
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+            raise ValueError(
+                f"logits of {type(self.model).__name__} must be the output embedding of what its "
+                "decoder returns, and are something else. This family cannot be evaluated yet."
+            )
+
+
+class CompiledDecoder:
+    """The same decoder through ``torch.compile`` and the backend of a profile."""
+
+    def __init__(
+        self, decoder: Decoder, profile: Profile, *, inner: str | Callable[..., Any] = "inductor"
+    ) -> None:
+        self._decoder = decoder
+        self.backend = blindsight_backend(profile, inner=inner, model=decoder.model)
+        self._compiled: Any = torch.compile(decoder.decoder, backend=self.backend)
+
+    def prefill(self, batch: Batch, *, dense: bool, use_cache: bool = False) -> Output:
+        """Run the decoder with the profile's masks, or the model's own alone."""
+        # Every length of prompt compiles again; none may fall back to eager in silence.
+        with (
+            torch.no_grad(),
+            torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=100_000),
+            disabled() if dense else use_template(*batch.prompt.template.tensors()),
+        ):
+            inputs = batch.decoder_inputs
+            return self._decoder.finish(self._compiled(**inputs, use_cache=use_cache))
+
+    def close(self) -> None:
+        self.backend.detach()
+
+
+def check_has_vision(model_or_config: Any) -> None:
+    """Check that a model reads images.
+
+    Raises:
+        ValueError: It does not.
+    """
+    config = config_of(model_or_config)
+    if getattr(config, "vision_config", None) is None:
+        kind = getattr(config, "model_type", type(model_or_config).__name__)
+        raise ValueError(
+            f"model must have a vision part, got {kind!r}, which has none. Give a vision-language "
+            "model, such as a Qwen2.5-VL."
+        )
+
+
+def base_interval(
+    config: Any, layer_type: str, is_image: Tensor, images_are_whole: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the first and last token that the model's own mask lets a query see, ``[B, T]``.
+
+    Args:
+        config: Of the model.
+        layer_type: ``"sliding_attention"``, or another.
+        is_image: ``[B, T]`` bool.
+        images_are_whole: Whether the tokens of an image see all of it, as in Gemma 3.
+    """
+    shape = is_image.shape
+    itself = torch.arange(shape[1], device=is_image.device).expand(shape)
+    lower, upper = torch.zeros_like(itself), itself
+    if layer_type == "sliding_attention":
+        lower = (itself - text_config(config).sliding_window + 1).clamp(min=0)
+    if images_are_whole:
+        # The next token that is no image's, for each token.
+        end = torch.where(is_image, shape[1], itself).flip(1).cummin(1).values.flip(1)
+        upper = torch.where(is_image, end - 1, itself)
+    return lower, upper
+
+
+def _find_decoder(model: nn.Module) -> nn.Module:
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "language_model":
+            return module
+    raise ValueError(
+        f"model must have a decoder called 'language_model', got {type(model).__name__}."
+    )
