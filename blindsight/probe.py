@@ -1,0 +1,404 @@
+"""What each category would lose of a call of attention, measured without a tensor of all pairs.
+
+The keys that a query in an image sees fall into five groups: text, the sinks and the other tokens
+of its own image, the sinks and the other tokens of other images. Every category keeps some of the
+groups whole (and SINK the query itself). So one pass over the keys, with a running softmax for each
+group, gives the output of all categories: a softmax over several groups is the average of theirs,
+weighted by their sums of exponentials.
+
+Only rows that a category restricts are looked at: those of images other than the first.
+
+Shapes: B batch, H query heads, G key/value heads, T tokens of the prompt (all of them are both
+queries and keys), D head dim, C categories, R regions; r rows and c keys of one block.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from blindsight.categories import NUM_CATEGORIES, HeadCategory
+from blindsight.cost import count_visible
+from blindsight.template import Template, span_edges
+from blindsight.visibility import Visibility
+
+REGIONS = ("own_span", "other_sinks", "text", "other_spans")
+NUM_OFFSETS = 8  # tokens from the start of a span that are told apart, and its last
+
+QUERY_BLOCK, KEY_BLOCK = 256, 512  # tokens
+
+# Groups of keys. A row itself is in one of its own span's.
+_TEXT, _OWN_SINKS, _OWN, _OTHER_SINKS, _OTHERS = range(5)
+_NUM_GROUPS = 5
+_KEPT = {
+    HeadCategory.DENSE: (_TEXT, _OWN_SINKS, _OWN, _OTHER_SINKS, _OTHERS),
+    HeadCategory.SINK: (_TEXT, _OWN_SINKS, _OTHER_SINKS),  # and itself
+    HeadCategory.DOCUMENT: (_TEXT, _OWN_SINKS, _OWN),
+    HeadCategory.DOCUMENT_SINK: (_TEXT, _OWN_SINKS, _OWN, _OTHER_SINKS),
+}
+
+
+class Losses(NamedTuple):
+    """What the categories of every head would lose, as sums over the restricted rows.
+
+    Attributes:
+        num_rows: ``[B]`` float64, the rows.
+        norm: ``[B, H]`` float64, the squared norm of the dense output.
+        error: ``[B, H, C]`` float64, the squared norm of what a category changes of it.
+        lost: ``[B, H, C]`` float64, the attention weight that a category hides.
+        mass: ``[B, H, R]`` float64, the attention weight in each of :data:`REGIONS`.
+        offsets: ``[B, H, NUM_OFFSETS + 1]`` float64, the attention weight on tokens of other spans
+            by their offset from the span's start; the last entry is for each span's last token.
+        pairs: ``[B, C]`` int64, the pairs of a query and a key that a category computes, in all
+            rows.
+        deviation: ``[B, H]`` float64, the squared norm of the difference between the model's
+            output and the dense output as it was computed here.
+    """
+
+    num_rows: Tensor
+    norm: Tensor
+    error: Tensor
+    lost: Tensor
+    mass: Tensor
+    offsets: Tensor
+    pairs: Tensor
+    deviation: Tensor
+
+
+@torch.no_grad()
+def measure_losses(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    visibility: Visibility,
+    span_id: Tensor,
+    is_sink: Tensor,
+    *,
+    scale: float | None = None,
+    query_block: int = QUERY_BLOCK,
+    key_block: int = KEY_BLOCK,
+) -> Losses:
+    """Measure one call of attention; memory is O(T), plus a block of scores.
+
+    Args:
+        query: ``[B, H, T, D]``.
+        key, value: ``[B, G, T, D]``, H a multiple of G.
+        output: ``[B, H, T, D]``, of the model's own attention.
+        visibility: What the model's own mask allows.
+        span_id, is_sink: ``[B, T]``, the template.
+        scale: Factor on the scores; default ``D ** -0.5``.
+        query_block, key_block: Tokens that are looked at together.
+
+    Raises:
+        ValueError: The call is not the prefill of a whole prompt.
+    """
+    batch, num_heads, num_queries, head_dim = query.shape
+    sizes = (num_queries, key.shape[2])
+    if tuple(span_id.shape) != (batch, num_queries) or sizes[0] != sizes[1]:
+        raise ValueError(
+            f"attention must be of a whole prompt of {span_id.shape[0]} x {span_id.shape[1]} "
+            f"tokens, got {batch} x {sizes[0]} queries and {sizes[1]} keys. Calibrate without a "
+            "cache."
+        )
+    losses = _empty_losses(batch, num_heads, query.device)
+    losses.pairs.copy_(_count_pairs(Template(span_id, is_sink), visibility))
+    scale = head_dim**-0.5 if scale is None else scale
+    for b in range(batch):
+        layout = _layout(span_id[b], is_sink[b], visibility.first_span(b))
+        if not layout.spans:
+            continue
+        row = _Row(layout, query[b], key[b], value[b], output[b], visibility, b, scale, key_block)
+        for span in layout.spans:
+            for begin in range(span.begin, span.end, query_block):
+                row.measure(span, begin, min(begin + query_block, span.end), losses)
+    return losses
+
+
+def _empty_losses(batch: int, num_heads: int, device: torch.device) -> Losses:
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(batch, *shape, dtype=torch.float64, device=device)
+
+    return Losses(
+        num_rows=zeros(),
+        norm=zeros(num_heads),
+        error=zeros(num_heads, NUM_CATEGORIES),
+        lost=zeros(num_heads, NUM_CATEGORIES),
+        mass=zeros(num_heads, len(REGIONS)),
+        offsets=zeros(num_heads, NUM_OFFSETS + 1),
+        pairs=torch.zeros(batch, NUM_CATEGORIES, dtype=torch.int64, device=device),
+        deviation=zeros(num_heads),
+    )
+
+
+def _count_pairs(template: Template, visibility: Visibility) -> Tensor:
+    """Count under the model's own mask; one that is no intervals counts as causal."""
+    base = visibility.intervals()
+    if base is None:
+        tokens = range(len(template.span_id))
+        valid = [visibility.diagonal(b, 0, template.num_tokens)[0].any(0) for b in tokens]
+        return count_visible(template, key_valid=torch.stack(valid))
+    return count_visible(
+        template, base_lower=base.lower, base_upper=base.upper, key_valid=base.valid
+    )
+
+
+class _Span(NamedTuple):
+    """A span whose rows are restricted: its tokens, and where the sorted keys have them."""
+
+    begin: int
+    end: int
+    sinks: tuple[int, int]
+    others: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The tokens of one prompt, sorted as ``[text | sinks | other tokens of spans]``.
+
+    Attributes:
+        order: ``[T]`` int64, the token at each sorted position.
+        tokens: The same as a list.
+        starts: Where the sinks begin, and the other tokens of spans.
+        spans: Those that are restricted.
+        offsets: ``[T, NUM_OFFSETS + 1]`` float32 flags: the offset of each sorted token in its
+            span, and whether it is the last.
+        is_sink: ``[T]`` bool, in prompt order.
+    """
+
+    order: Tensor
+    tokens: list[int]
+    starts: tuple[int, int]
+    spans: list[_Span]
+    offsets: Tensor
+    is_sink: Tensor
+
+
+def _layout(span_id: Tensor, is_sink: Tensor, first_span: Tensor | None) -> _Layout:
+    """Sort the tokens of a prompt; ``first_span [T]`` flags those in a first span."""
+    in_span = span_id > 0
+    kind = torch.where(in_span, torch.where(is_sink, 1, 2), 0)
+    order = kind.argsort(stable=True)
+    tokens: list[int] = order.tolist()
+    num_text, num_sinks = (int((kind == group).sum()) for group in (0, 1))
+    starts = (num_text, num_text + num_sinks)
+    first, last = (edge[0] for edge in span_edges(span_id[None]))
+    position = torch.arange(len(span_id), device=span_id.device)
+    restricted = (span_id > 1) if first_span is None else in_span & ~first_span
+    spans = [
+        _Span(
+            begin,
+            end,
+            _cut(tokens, starts[0], starts[1], begin, end),
+            _cut(tokens, starts[1], len(tokens), begin, end),
+        )
+        for begin, end in zip(
+            position[restricted & (first == position)].tolist(),
+            (position[restricted & (last == position)] + 1).tolist(),
+            strict=True,
+        )
+    ]
+    offset = torch.where(in_span, position - first, -1)
+    flags = [offset == at for at in range(NUM_OFFSETS)] + [in_span & (last == position)]
+    offsets = torch.stack(flags, dim=1)[order].float()
+    return _Layout(order, tokens, starts, spans, offsets, is_sink & in_span)
+
+
+def _cut(tokens: list[int], begin: int, end: int, first: int, stop: int) -> tuple[int, int]:
+    """Return which of the sorted ``tokens[begin:end]`` are in ``first..stop - 1``."""
+    begin = bisect_left(tokens, first, begin, end)
+    return begin, bisect_left(tokens, stop, begin, end)
+
+
+class _Partial:
+    """A softmax over some of the keys: running maximum, sum, and weighted values.
+
+    Attributes:
+        highest, total: ``[H, r]``; the sum of exponentials is relative to the maximum.
+        output: ``[H, r, D]``, not yet divided by the sum.
+        offsets: ``[H, r, NUM_OFFSETS + 1]``, sums by offset, or None.
+    """
+
+    def __init__(
+        self, highest: Tensor, total: Tensor, output: Tensor, offsets: Tensor | None = None
+    ) -> None:
+        self.highest, self.total, self.output, self.offsets = highest, total, output, offsets
+
+    def add(self, other: _Partial) -> _Partial:
+        highest = torch.maximum(self.highest, other.highest)
+        ours, theirs = (_exp(part.highest - highest) for part in (self, other))
+        output = self.output * ours[..., None] + other.output * theirs[..., None]
+        total = self.total * ours + other.total * theirs
+        offsets = None
+        if self.offsets is not None and other.offsets is not None:
+            offsets = self.offsets * ours[..., None] + other.offsets * theirs[..., None]
+        return _Partial(highest, total, output, offsets)
+
+
+def _exp(x: Tensor) -> Tensor:
+    """Return e^x, and 0 for the nan of -inf less -inf: keys that do not exist weigh nothing."""
+    return x.exp().nan_to_num_(nan=0.0)
+
+
+class _Row:
+    """One prompt of the batch."""
+
+    def __init__(
+        self,
+        layout: _Layout,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        visibility: Visibility,
+        b: int,
+        scale: float,
+        key_block: int,
+    ) -> None:
+        self._layout = layout
+        self._dtype = torch.promote_types(query.dtype, torch.float32)
+        self._query, self._output = query, output
+        self._key, self._value = key, value
+        self._sorted_key, self._sorted_value = key[:, layout.order], value[:, layout.order]
+        self._visibility = visibility
+        self._b = b
+        self._scale = scale
+        self._key_block = key_block
+        self._group_size = query.shape[0] // key.shape[0]
+
+    def measure(self, span: _Span, begin: int, end: int, losses: Losses) -> None:
+        """Add what rows ``begin..end - 1`` of a span lose."""
+        query = self._query[:, begin:end].to(self._dtype) * self._scale
+        groups = [self._attend(query, begin, group, span) for group in range(_NUM_GROUPS)]
+        itself = self._attend_to_itself(query, begin)
+        dense = _join(groups)
+        some = dense.total > 0
+        scale_of = [_exp(part.highest - dense.highest) / dense.total for part in (*groups, itself)]
+        weights = [
+            (part.total * factor).nan_to_num_(nan=0.0)
+            for part, factor in zip((*groups, itself), scale_of, strict=True)
+        ]
+        expected = _divide(dense)
+        b = self._b
+        losses.num_rows[b] += some.all(0).sum()
+        losses.norm[b] += _square_sum(expected)
+        found = self._output[:, begin:end].to(self._dtype)
+        losses.deviation[b] += _square_sum((found - expected) * some[..., None])
+        for category in HeadCategory:
+            if category is HeadCategory.DENSE:
+                continue
+            kept = [groups[group] for group in _KEPT[category]]
+            hidden = sum(
+                weights[group] for group in range(_NUM_GROUPS) if group not in _KEPT[category]
+            )
+            assert isinstance(hidden, Tensor)
+            if category is HeadCategory.SINK:
+                kept.append(itself)
+                hidden = hidden - weights[-1]
+            losses.error[b, :, category] += _square_sum(_divide(_join(kept)) - expected)
+            losses.lost[b, :, category] += hidden.clamp(min=0).double().sum(-1)
+        regions = (weights[_OWN_SINKS] + weights[_OWN], weights[_OTHER_SINKS], weights[_TEXT])
+        mass = torch.stack([*regions, weights[_OTHERS]], dim=-1)
+        losses.mass[b] += mass.double().sum(1)
+        for group in (_OTHER_SINKS, _OTHERS):
+            by_offset = groups[group].offsets
+            assert by_offset is not None
+            by_offset = (by_offset * scale_of[group][..., None]).nan_to_num_(nan=0.0)
+            losses.offsets[b] += by_offset.double().sum(1)
+
+    def _attend(self, query: Tensor, first: int, group: int, span: _Span) -> _Partial:
+        """Attend from rows ``first`` and on to one group of keys, a block at a time."""
+        stop = first + query.shape[1]
+        by_offset = group in (_OTHER_SINKS, _OTHERS)
+        partial = self._nothing(query, by_offset)
+        for begin, end in self._blocks(first, stop, group, span):
+            scores = self._scores(query, self._sorted_key[:, begin:end])
+            columns = self._layout.order[begin:end]
+            scores = _masked(scores, self._visibility.block(self._b, first, stop, columns))
+            highest = scores.amax(-1)
+            weights = _exp(scores - highest[..., None])
+            values = self._sorted_value[:, begin:end].to(self._dtype)
+            output = self._per_group(weights) @ values
+            offsets = None
+            if by_offset:
+                offsets = weights @ self._layout.offsets[begin:end].to(self._dtype)
+            part = _Partial(highest, weights.sum(-1), output.view_as(query), offsets)
+            partial = partial.add(part)
+        return partial
+
+    def _attend_to_itself(self, query: Tensor, begin: int) -> _Partial:
+        """Attend each row to its own token, unless that is a sink and counted as one."""
+        end = begin + query.shape[1]
+        key, value = (
+            x[:, begin:end].to(self._dtype).repeat_interleave(self._group_size, dim=0)
+            for x in (self._key, self._value)
+        )
+        scores = _masked((query * key).sum(-1), self._visibility.diagonal(self._b, begin, end))
+        scores = scores.masked_fill(self._layout.is_sink[begin:end], float("-inf"))
+        total = torch.isfinite(scores).to(self._dtype)
+        return _Partial(scores, total, value * total[..., None])
+
+    def _blocks(self, first: int, stop: int, group: int, span: _Span) -> Iterator[tuple[int, int]]:
+        """Yield the blocks of sorted keys of a group that rows ``first..stop - 1`` may see."""
+        layout = self._layout
+        sinks, others = layout.starts
+        ranges: Sequence[tuple[int, int]] = {
+            _TEXT: [(0, sinks)],
+            _OWN_SINKS: [span.sinks],
+            _OWN: [span.others],
+            _OTHER_SINKS: [(sinks, span.sinks[0]), (span.sinks[1], others)],
+            _OTHERS: [(others, span.others[0]), (span.others[1], len(layout.tokens))],
+        }[group]
+        lowest, highest = self._visibility.extent(self._b, first, stop)
+        for begin, end in ranges:
+            begin = bisect_left(layout.tokens, lowest, begin, end)
+            end = bisect_right(layout.tokens, highest, begin, end)
+            for at in range(begin, end, self._key_block):
+                yield at, min(at + self._key_block, end)
+
+    def _nothing(self, query: Tensor, by_offset: bool) -> _Partial:
+        shape = query.shape[:2]
+        return _Partial(
+            query.new_full(shape, float("-inf")),
+            query.new_zeros(shape),
+            torch.zeros_like(query),
+            query.new_zeros(*shape, NUM_OFFSETS + 1) if by_offset else None,
+        )
+
+    def _per_group(self, x: Tensor) -> Tensor:
+        """Return ``[H, r, *]`` as ``[G, H / G * r, *]``, the rows that share a key head."""
+        return x.reshape(x.shape[0] // self._group_size, -1, x.shape[2])
+
+    def _scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return ``[H, r, c]`` for ``[H, r, D]`` and ``[G, c, D]``."""
+        scores = self._per_group(query) @ key.to(self._dtype).transpose(1, 2)
+        return scores.view(*query.shape[:2], key.shape[1])
+
+
+def _masked(scores: Tensor, mask: tuple[Tensor, Tensor | None]) -> Tensor:
+    allowed, bias = mask
+    if bias is not None:
+        scores = scores + bias
+    return scores.masked_fill(~allowed, float("-inf"))
+
+
+def _join(parts: Sequence[_Partial]) -> _Partial:
+    joined = parts[0]
+    for part in parts[1:]:
+        joined = joined.add(part)
+    return joined
+
+
+def _divide(partial: _Partial) -> Tensor:
+    """Return the output of a softmax; rows without keys give zeros."""
+    return (partial.output / partial.total[..., None]).nan_to_num_(nan=0.0)
+
+
+def _square_sum(x: Tensor) -> Tensor:
+    """Return the squared norm of each head, ``[H]`` float64 for ``[H, r, D]``."""
+    return x.double().square().sum((1, 2))

@@ -1,0 +1,179 @@
+"""What a model's own mask allows, a block of queries and keys at a time.
+
+In order of preference: as intervals, as an expression, or read from the model's tensor. The first
+two never look at a tensor of all pairs.
+
+Shapes: B batch, H query heads, T tokens of the prompt, both queries and keys; r rows and c columns
+of a block; Hm is 1, or H where the mask differs from head to head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from blindsight.base_mask import (
+    Expression,
+    Fact,
+    Form,
+    base_mask_of,
+    evaluate_expression,
+    facts_hold,
+)
+from blindsight.masks import BaseMask
+from blindsight.packing import first_span_of
+
+
+class Visibility(Protocol):
+    """What one mask allows."""
+
+    def block(self, b: int, begin: int, end: int, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what is allowed ``[Hm, r, c]`` bool, and what is added to the scores, if any.
+
+        Args:
+            b: Which prompt of the batch.
+            begin, end: Its rows ``begin..end - 1``.
+            columns: ``[c]`` int64, tokens in any order.
+        """
+        ...
+
+    def diagonal(self, b: int, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
+        """Return the same for each row and its own column, ``[Hm, r]``."""
+        ...
+
+    def extent(self, b: int, begin: int, end: int) -> tuple[int, int]:
+        """Return columns outside of which no row is allowed anything."""
+        ...
+
+    def first_span(self, b: int) -> Tensor | None:
+        """Return which rows are in the first span of a packed sequence ``[T]``; None: span 1."""
+        ...
+
+    def intervals(self) -> BaseMask | None:
+        """Return the mask as intervals, or None where it is not known as such."""
+        ...
+
+
+class IntervalVisibility:
+    """A mask in interval form."""
+
+    def __init__(self, base: BaseMask, first_span: Tensor | None = None) -> None:
+        self._base = base
+        self._first_span = first_span
+        self._bounds = tuple(bound.cpu() for bound in base[:2])  # read on the host, block by block
+
+    def block(self, b: int, begin: int, end: int, columns: Tensor) -> tuple[Tensor, None]:
+        lower, upper, valid = (part[b] for part in self._base)
+        inside = (lower[begin:end, None] <= columns) & (columns <= upper[begin:end, None])
+        return (inside & valid[columns])[None], None
+
+    def diagonal(self, b: int, begin: int, end: int) -> tuple[Tensor, None]:
+        lower, upper, valid = (part[b, begin:end] for part in self._base)
+        itself = torch.arange(begin, end, device=lower.device)
+        return ((lower <= itself) & (itself <= upper) & valid)[None], None
+
+    def extent(self, b: int, begin: int, end: int) -> tuple[int, int]:
+        lower, upper = (bound[b, begin:end] for bound in self._bounds)
+        return int(lower.min()), int(upper.max())
+
+    def first_span(self, b: int) -> Tensor | None:
+        return None if self._first_span is None else self._first_span[b]
+
+    def intervals(self) -> BaseMask | None:
+        return self._base
+
+
+class ElementVisibility:
+    """A mask that is read, or computed, element by element.
+
+    Args:
+        elements: ``(b, rows [r, 1], columns [c]) -> [Hm, r, c]``, bool, or float that is added to
+            the scores.
+        span_id: ``[B, T]``.
+    """
+
+    def __init__(self, elements: Any, span_id: Tensor) -> None:
+        self._elements = elements
+        self._num_tokens = span_id.shape[1]
+        self._device = span_id.device
+
+    def block(self, b: int, begin: int, end: int, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+        rows = torch.arange(begin, end, device=columns.device)
+        return _split(self._elements(b, rows[:, None], columns))
+
+    def diagonal(self, b: int, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
+        rows = torch.arange(begin, end, device=self._device)
+        return _split(self._elements(b, rows, rows))
+
+    def extent(self, b: int, begin: int, end: int) -> tuple[int, int]:
+        return 0, self._num_tokens - 1
+
+    def first_span(self, b: int) -> Tensor | None:
+        return None
+
+    def intervals(self) -> BaseMask | None:
+        return None
+
+
+def _split(elements: Tensor) -> tuple[Tensor, Tensor | None]:
+    if elements.dtype == torch.bool:
+        return elements, None
+    # Models write "not allowed" as -inf or as the smallest finite number.
+    return elements > torch.finfo(elements.dtype).min, elements.float()
+
+
+def visibility_of_form(
+    form: Form,
+    facts: tuple[Fact, ...],
+    attn_mask: Tensor | None,
+    span_id: Tensor,
+) -> Visibility:
+    """Return a mask that was proven to be intervals, or the given one where a fact fails."""
+    batch, num_tokens = span_id.shape
+    sizes: dict[str, Any] = {
+        "batch": batch,
+        "num_queries": num_tokens,
+        "num_keys": num_tokens,
+        "device": span_id.device,
+    }
+    if attn_mask is not None and facts and not bool(facts_hold(facts, **sizes)):
+        return visibility_of_tensor(attn_mask, span_id)
+    base = base_mask_of(form, **sizes)
+    return IntervalVisibility(base, first_span_of(form, span_id, num_tokens, num_tokens))
+
+
+def visibility_of_expression(expression: Expression, span_id: Tensor) -> Visibility:
+    """Return a mask that was proven to be an expression; what it reads may change afterwards."""
+    kept = _copy_tensors(expression)
+
+    def elements(b: int, rows: Tensor, columns: Tensor) -> Tensor:
+        number = torch.full((), b, device=columns.device)
+        allowed = evaluate_expression(kept, number, rows, columns)
+        allowed = torch.as_tensor(allowed, dtype=torch.bool, device=columns.device)
+        return (allowed | (rows < 0) | (columns < 0))[None]  # of their full shape
+
+    return ElementVisibility(elements, span_id)
+
+
+def visibility_of_tensor(attn_mask: Tensor, span_id: Tensor) -> Visibility:
+    """Return a mask as the model made it, broadcastable to ``[B, H, T, T]``."""
+    while attn_mask.dim() < 4:
+        attn_mask = attn_mask[None]
+    num_tokens = span_id.shape[1]
+    mask = attn_mask.expand(span_id.shape[0], -1, num_tokens, num_tokens)
+
+    def elements(b: int, rows: Tensor, columns: Tensor) -> Tensor:
+        found: Tensor = mask[b][:, rows, columns]
+        return found
+
+    return ElementVisibility(elements, span_id)
+
+
+def _copy_tensors(expression: Expression) -> Expression:
+    if isinstance(expression, Tensor):
+        return expression.clone()
+    if isinstance(expression, tuple):
+        return tuple(_copy_tensors(part) for part in expression)
+    return expression

@@ -1,0 +1,85 @@
+"""Measure, beside the attention of a graph, what each category of head would lose of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from blindsight.passes.find_attention import Attention
+from blindsight.passes.graph import add_placeholder
+from blindsight.passes.lift_mask import Lifted
+from blindsight.probe import measure_losses
+from blindsight.visibility import (
+    visibility_of_expression,
+    visibility_of_form,
+    visibility_of_tensor,
+)
+
+logger = logging.getLogger(__name__)
+
+# The inputs that the pass appends, in this order.
+PROBE_INPUTS = ("blindsight_span_id", "blindsight_is_sink")
+
+
+def probe_attention_pass(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[torch.Tensor] | None = None,
+    *,
+    attention: Sequence[Attention],
+    lifted: Sequence[Lifted],
+) -> fx.GraphModule:
+    """Measure the given calls; every node of the graph stays as it is, and so do its outputs.
+
+    The graph gets two more inputs, the template: ``span_id [B, T]`` ints and ``is_sink [B, T]``
+    bool; and one more output for each call, after its own, a
+    :class:`~blindsight.probe.Losses`. It is to be run as it is, not compiled: how the measurement
+    proceeds depends on the data.
+
+    Args:
+        gm: Edited in place; give a copy where somebody else still uses it.
+        example_inputs: Not read; the usual signature of a pass.
+        attention: Calls in ``gm``, from :func:`~blindsight.passes.find_attention.find_attention`.
+        lifted: What each call's mask was proven to be, from
+            :func:`~blindsight.passes.lift_mask.lift_mask`.
+    """
+    del example_inputs
+    if not attention:
+        return gm
+    span_id, is_sink = (add_placeholder(gm, name) for name in PROBE_INPUTS)
+    visibilities: dict[object, fx.Node] = {}
+    losses = []
+    for call, proof in zip(attention, lifted, strict=True):
+        shared = (call.attn_mask, call.is_causal)
+        if shared not in visibilities:
+            with gm.graph.inserting_before(proof.before):
+                visibilities[shared] = _visibility(gm, call, proof, span_id)
+        with gm.graph.inserting_after(call.node):
+            node = gm.graph.call_function(
+                measure_losses,
+                (
+                    *(call.query, call.key, call.value, call.node),
+                    *(visibilities[shared], span_id, is_sink),
+                ),
+                {"scale": call.scale},
+            )
+        node.meta["blindsight"] = f"losses of {call.path or 'the frame'}"
+        losses.append(node)
+    output = gm.graph.output_node()
+    output.args = ((*output.args[0], *losses),)  # type: ignore[misc]
+    gm.graph.lint()
+    gm.recompile()
+    logger.info("probed %d attention calls, %d masks", len(attention), len(visibilities))
+    return gm
+
+
+def _visibility(gm: fx.GraphModule, call: Attention, proof: Lifted, span_id: fx.Node) -> fx.Node:
+    """Evaluate what is known of a mask, where what that reads was not overwritten yet."""
+    if proof.tier == 1:
+        arguments = (proof.form, proof.facts, call.attn_mask, span_id)
+        return gm.graph.call_function(visibility_of_form, arguments)
+    if proof.tier == 2:
+        return gm.graph.call_function(visibility_of_expression, (proof.expression, span_id))
+    return gm.graph.call_function(visibility_of_tensor, (call.attn_mask, span_id))
