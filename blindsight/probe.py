@@ -106,7 +106,7 @@ def measure_losses(
             f"tokens, got {batch} x {sizes[0]} queries and {sizes[1]} keys. Calibrate without a "
             "cache."
         )
-    losses = _empty_losses(batch, num_heads, query.device)
+    losses = empty_losses(batch, num_heads, query.device)
     losses.pairs.copy_(_count_pairs(Template(span_id, is_sink), visibility))
     scale = head_dim**-0.5 if scale is None else scale
     for b in range(batch):
@@ -120,7 +120,9 @@ def measure_losses(
     return losses
 
 
-def _empty_losses(batch: int, num_heads: int, device: torch.device) -> Losses:
+def empty_losses(batch: int, num_heads: int, device: torch.device) -> Losses:
+    """Return the losses of prompts in which no row is restricted."""
+
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(batch, *shape, dtype=torch.float64, device=device)
 

@@ -28,6 +28,7 @@ FORMAT = "blindsight-profile"
 VERSION = "1"
 FINGERPRINT = ("architecture", "num_layers", "num_heads", "num_kv_heads", "head_dim", "layer_types")
 METADATA = ("format", "version", "model", "fingerprint", "rule", "calibration")
+_BY_CATEGORY = ("error", "error_spread", "lost_mass", "margin", "pairs")  # of the evidence
 _DAMAGED = "The file is damaged or was edited: copy it again, or calibrate again."
 
 
@@ -39,8 +40,9 @@ class Profile:
         categories: ``[L, H]`` uint8, codes of :class:`~blindsight.HeadCategory`. Copied.
         rule: How the images of a prompt are found.
         fingerprint: What the model must be like, see :func:`blindsight.families.fingerprint`.
-        evidence: What calibration measured, float32 ``[L, H, ...]``: ``error`` and
-            ``error_spread`` ``[L, H, C]``, ``mass`` ``[L, H, R]``. Copied.
+        evidence: What calibration measured, float32 ``[L, H, ...]``: ``error``,
+            ``error_spread``, ``lost_mass``, ``margin`` and ``pairs`` ``[L, H, C]``, ``mass``
+            ``[L, H, R]``. Copied.
         calibration: Dataset, number of samples, seed, thresholds, library versions.
         model: ``id`` and ``revision`` of the model, where known.
 
@@ -148,24 +150,13 @@ class Profile:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as safetensors, the same bytes each time.
 
-        The file appears whole or not at all: it is written under another name in the same
-        folder, synced, and moved into place.
+        The file appears whole or not at all.
 
         Raises:
             OSError: The file cannot be written; what was there before is untouched.
         """
-        target = Path(os.path.realpath(path))
-        data = _sort_header(serialize(self._tensors(), {**self._metadata(), "digest": self.digest}))
-        temporary = target.with_name(f".blindsight-{secrets.token_hex(8)}.tmp")
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        data = serialize(self._tensors(), {**self._metadata(), "digest": self.digest})
+        write_whole(path, _sort_header(data))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -239,6 +230,25 @@ class Profile:
         return hash(self.digest)
 
 
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole or not at all: under another name, synced, and moved into place.
+
+    Raises:
+        OSError: The file cannot be written; what was there before is untouched.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".blindsight-{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def _check_categories(categories: Tensor) -> None:
     _check_dtype("categories", categories, torch.uint8)
     if categories.dim() != 2 or categories.numel() == 0:
@@ -271,7 +281,7 @@ def _check_evidence(evidence: Mapping[str, Tensor], shape: tuple[int, ...]) -> N
         if not isinstance(name, str) or name in ("", "categories", "__metadata__"):
             raise ValueError(f"evidence must have names other than the format's, got {name!r}.")
         _check_dtype(f"evidence {name!r}", tensor, torch.float32)
-        last: object = NUM_CATEGORIES if name in ("error", "error_spread") else "..."
+        last: object = NUM_CATEGORIES if name in _BY_CATEGORY else "..."
         if tensor.shape[:2] != shape or (last != "..." and tensor.shape[2:] != (last,)):
             raise ValueError(
                 f"evidence {name!r} must have shape [{shape[0]}, {shape[1]}, {last}], "

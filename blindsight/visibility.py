@@ -124,13 +124,8 @@ def _split(elements: Tensor) -> tuple[Tensor, Tensor | None]:
     return elements > torch.finfo(elements.dtype).min, elements.float()
 
 
-def visibility_of_form(
-    form: Form,
-    facts: tuple[Fact, ...],
-    attn_mask: Tensor | None,
-    span_id: Tensor,
-) -> Visibility:
-    """Return a mask that was proven to be intervals, or the given one where a fact fails."""
+def visibility_of_form(form: Form, facts: tuple[Fact, ...], span_id: Tensor) -> Visibility | None:
+    """Return a mask that was proven to be intervals, or None where a fact does not hold."""
     batch, num_tokens = span_id.shape
     sizes: dict[str, Any] = {
         "batch": batch,
@@ -138,8 +133,8 @@ def visibility_of_form(
         "num_keys": num_tokens,
         "device": span_id.device,
     }
-    if attn_mask is not None and facts and not bool(facts_hold(facts, **sizes)):
-        return visibility_of_tensor(attn_mask, span_id)
+    if facts and not bool(facts_hold(facts, **sizes)):
+        return None
     base = base_mask_of(form, **sizes)
     return IntervalVisibility(base, first_span_of(form, span_id, num_tokens, num_tokens))
 
@@ -169,6 +164,16 @@ def visibility_of_tensor(attn_mask: Tensor, span_id: Tensor) -> Visibility:
         return found
 
     return ElementVisibility(elements, span_id)
+
+
+def visibility_or_given(
+    known: Visibility | None, attn_mask: Tensor | None, span_id: Tensor
+) -> Visibility:
+    """Return what is known of a mask, or else the mask as the model made it."""
+    if known is not None:
+        return known
+    assert attn_mask is not None, "a call without a mask rests on no facts"
+    return visibility_of_tensor(attn_mask, span_id)
 
 
 def _copy_tensors(expression: Expression) -> Expression:

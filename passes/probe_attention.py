@@ -15,7 +15,7 @@ from blindsight.probe import measure_losses
 from blindsight.visibility import (
     visibility_of_expression,
     visibility_of_form,
-    visibility_of_tensor,
+    visibility_or_given,
 )
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,7 @@ def probe_attention_pass(
     for call, proof in zip(attention, lifted, strict=True):
         shared = (call.attn_mask, call.is_causal)
         if shared not in visibilities:
-            with gm.graph.inserting_before(proof.before):
-                visibilities[shared] = _visibility(gm, call, proof, span_id)
+            visibilities[shared] = _visibility(gm, call, proof, span_id)
         with gm.graph.inserting_after(call.node):
             node = gm.graph.call_function(
                 measure_losses,
@@ -76,10 +75,13 @@ def probe_attention_pass(
 
 
 def _visibility(gm: fx.GraphModule, call: Attention, proof: Lifted, span_id: fx.Node) -> fx.Node:
-    """Evaluate what is known of a mask, where what that reads was not overwritten yet."""
-    if proof.tier == 1:
-        arguments = (proof.form, proof.facts, call.attn_mask, span_id)
-        return gm.graph.call_function(visibility_of_form, arguments)
-    if proof.tier == 2:
-        return gm.graph.call_function(visibility_of_expression, (proof.expression, span_id))
-    return gm.graph.call_function(visibility_of_tensor, (call.attn_mask, span_id))
+    """Add what is known of a mask, evaluated before what it reads may be overwritten."""
+    known = None
+    with gm.graph.inserting_before(proof.before):
+        if proof.tier == 1:
+            arguments = (proof.form, proof.facts, span_id)
+            known = gm.graph.call_function(visibility_of_form, arguments)
+        elif proof.tier == 2:
+            known = gm.graph.call_function(visibility_of_expression, (proof.expression, span_id))
+    with gm.graph.inserting_before(call.node):
+        return gm.graph.call_function(visibility_or_given, (known, call.attn_mask, span_id))

@@ -1,0 +1,254 @@
+"""Calibrate a profile: measure a model on prompts, and choose the category of every head.
+
+Shapes: N prompts, L layers, H query heads, C categories, R regions.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from blindsight.categories import HeadCategory
+from blindsight.families import config_of
+from blindsight.measure import Measurements, measure
+from blindsight.probe import NUM_OFFSETS
+from blindsight.profile import Profile
+from blindsight.samples import load_samples
+from blindsight.selection import CRITERIA, select_categories
+from blindsight.template import TemplateRule
+
+__all__ = [
+    "calibrate",
+    "find_sink_offsets",
+    "flops_cut",
+    "profile_of",
+    "rule_of",
+    "select_categories",
+    "summarize",
+]
+
+AGGREGATES = ("quantile", "mean")
+BUDGET, QUANTILE = 0.1, 0.95
+
+_LAST_OFFSET = 2**20  # offsets are clipped to the span: its last token
+_SINK_PROMPTS = 8  # are enough to see where the sinks are
+_MAX_SINKS = 2
+
+
+def calibrate(
+    model: nn.Module,
+    processor: Any,
+    samples: Any,
+    *,
+    budget: float = BUDGET,
+    num_samples: int | None = None,
+    seed: int | None = None,
+    batch_size: int = 1,
+    criterion: str = "output_error",
+    aggregate: str = "quantile",
+    quantile: float = QUANTILE,
+    allocation: str = "per_head",
+    sink_offsets: tuple[int, ...] | str | None = None,
+    rule: TemplateRule | None = None,
+    padding_side: str = "left",
+    progress: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Profile:
+    """Measure a model on prompts with several images, and return a profile for it.
+
+    Every head gets the cheapest category that changes its output by no more than the budget.
+    Nothing of the model is changed.
+
+    Args:
+        model: A transformers model that reads images, with ``attn_implementation="sdpa"``.
+        processor: Its processor, see :func:`~blindsight.samples.load_processor`.
+        samples: What :func:`~blindsight.samples.load_samples` takes or returns.
+        budget: The one knob: how much of its output, in images other than the first, a head may
+            lose, relative to the norm of that. 0 is dense, infinity is as sparse as can be.
+        num_samples: At most so many samples; by default all.
+        seed: Of the choice among them; by default the first ones are taken.
+        batch_size: Prompts that run together; results differ by rounding only.
+        criterion, allocation: See :func:`~blindsight.selection.select_categories`.
+        aggregate: How the losses of the prompts become one: ``"quantile"`` holds on that share of
+            them, so that a rare prompt which needs attention between images is seen; ``"mean"``.
+        quantile: Which one.
+        sink_offsets: Which tokens of an image are sinks, from its first; ``"measure"``: those
+            that other images look at most. By default as the rule says: the first.
+        rule: How images are found; by default what the model's family needs.
+        padding_side: Of shorter prompts in a batch.
+        progress: Whether to show a bar; by default where standard error is a terminal.
+        checkpoint: A file that keeps what was measured so far; an interrupted calibration with
+            the same arguments goes on from there, to the very same profile.
+
+    Raises:
+        ValueError: An argument is malformed, a sample cannot be read, no prompt has two images, or
+            the model's attention cannot be measured; the message says which.
+    """
+    _check_options(budget, criterion, aggregate, quantile, sink_offsets)
+    rule = rule_of(model) if rule is None else rule
+    samples = load_samples(samples, limit=num_samples, seed=seed)
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "padding_side": padding_side,
+        "progress": progress,
+    }
+    if isinstance(sink_offsets, str):
+        place = None if checkpoint is None else f"{os.fspath(checkpoint)}.sinks"
+        few = samples[:_SINK_PROMPTS]
+        found = measure(model, processor, few, rule=rule, checkpoint=place, **options)
+        rule = replace(rule, sink_offsets=find_sink_offsets(found))
+    elif sink_offsets is not None:
+        rule = replace(rule, sink_offsets=sink_offsets)
+    measurements = measure(model, processor, samples, rule=rule, checkpoint=checkpoint, **options)
+    return profile_of(
+        model,
+        measurements,
+        rule=rule,
+        budget=budget,
+        criterion=criterion,
+        aggregate=aggregate,
+        quantile=quantile,
+        allocation=allocation,
+        calibration={"dataset": samples.name, "seed": str(seed)},
+    )
+
+
+def profile_of(
+    model: Any,
+    measurements: Measurements,
+    *,
+    rule: TemplateRule,
+    budget: float = BUDGET,
+    criterion: str = "output_error",
+    aggregate: str = "quantile",
+    quantile: float = QUANTILE,
+    allocation: str = "per_head",
+    calibration: Mapping[str, str] | None = None,
+) -> Profile:
+    """Return the profile that measurements lead to; see :func:`calibrate`.
+
+    Args:
+        model: The model, or its config.
+        measurements: From :func:`~blindsight.measure.measure`.
+        rule: That they were made with.
+        budget, criterion, aggregate, quantile, allocation: See :func:`calibrate`.
+        calibration: What else to note about where the measurements are from.
+    """
+    _check_options(budget, criterion, aggregate, quantile, None)
+    evidence = summarize(measurements, aggregate=aggregate, quantile=quantile)
+    categories = select_categories(evidence, budget, criterion=criterion, allocation=allocation)
+    evidence["margin"] = budget - evidence[CRITERIA[criterion]]
+    noted = {
+        **(calibration or {}),
+        "num_samples": str(len(measurements)),
+        "num_samples_used": str(int((measurements.num_rows > 0).sum())),
+        "budget": repr(float(budget)),
+        "criterion": criterion,
+        "aggregate": aggregate,
+        "quantile": repr(float(quantile)) if aggregate == "quantile" else "none",
+        "allocation": allocation,
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+    profile = Profile.for_model(model, categories, rule=rule)
+    return replace(profile, evidence=evidence, calibration=noted)
+
+
+def summarize(
+    measurements: Measurements, *, aggregate: str = "quantile", quantile: float = QUANTILE
+) -> dict[str, Tensor]:
+    """Return the evidence of a profile, float32 ``[L, H, ...]``.
+
+    Returns:
+        ``error`` and ``lost_mass`` ``[L, H, C]``, aggregated over prompts; ``error_spread``, the
+        standard deviation over prompts; ``pairs`` ``[L, H, C]``, ``mass`` ``[L, H, R]`` and
+        ``offset_mass``, means over prompts.
+
+    Raises:
+        ValueError: No prompt has two images.
+    """
+    used = measurements.num_rows > 0
+    if not bool(used.any()):
+        raise ValueError(
+            f"prompts must have at least two images, got fewer in all of {len(measurements)} "
+            "samples. With one image every category is dense: calibrate on other prompts."
+        )
+    error, lost = measurements.error[used], measurements.lost_mass[used]
+    num_heads = error.shape[2]
+    pairs = measurements.pairs[used].double().mean(0)[:, None].expand(-1, num_heads, -1)
+    evidence = {
+        "error": _aggregate(error, aggregate, quantile),
+        "error_spread": error.double().std(0, correction=0),
+        "lost_mass": _aggregate(lost, aggregate, quantile),
+        "mass": measurements.mass[used].double().mean(0),
+        "offset_mass": measurements.offset_mass[used].double().mean(0),
+        "pairs": pairs,
+    }
+    return {name: tensor.float().contiguous() for name, tensor in evidence.items()}
+
+
+def _aggregate(values: Tensor, aggregate: str, quantile: float) -> Tensor:
+    """Return one value for ``[N, ...]``; a quantile is the value of one of the prompts."""
+    if aggregate == "mean":
+        return values.double().mean(0)
+    return values.sort(dim=0).values[math.ceil(quantile * (len(values) - 1))]
+
+
+def find_sink_offsets(measurements: Measurements) -> tuple[int, ...]:
+    """Return the tokens of an image that the other images look at most, by offset.
+
+    The foremost, and those that get at least half as much.
+    """
+    used = measurements.num_rows > 0
+    mass = measurements.offset_mass[used].double().mean((0, 1, 2))
+    by_mass = mass.sort(descending=True, stable=True).indices.tolist()[:_MAX_SINKS]
+    chosen = [at for at in by_mass if mass[at] >= mass[by_mass[0]] / 2]
+    return tuple(sorted(_LAST_OFFSET if at == NUM_OFFSETS else at for at in chosen))
+
+
+def flops_cut(profile: Profile) -> float:
+    """Return the share of attention's pairs that a calibrated profile leaves out, 0..1."""
+    pairs = profile.evidence["pairs"].double()
+    chosen = pairs.gather(2, profile.categories.long()[..., None])
+    return 1 - float(chosen.sum() / pairs[..., HeadCategory.DENSE].sum())
+
+
+def rule_of(model: nn.Module) -> TemplateRule:
+    """Return how the images of a model's prompts are found.
+
+    Raises:
+        ValueError: The model reads no images, or its family is not known.
+    """
+    config = config_of(model)
+    if not hasattr(config, "vision_config"):
+        raise ValueError(
+            "model must have a vision part, got model type "
+            f"{getattr(config, 'model_type', type(model).__name__)!r}, which reads text only."
+        )
+    return TemplateRule.from_config(config)
+
+
+def _check_options(
+    budget: float,
+    criterion: str,
+    aggregate: str,
+    quantile: float,
+    sink_offsets: tuple[int, ...] | str | None,
+) -> None:
+    if not budget >= 0:
+        raise ValueError(f"budget must be at least 0, got {budget}.")
+    for name, value, known in (
+        ("criterion", criterion, tuple(CRITERIA)),
+        ("aggregate", aggregate, AGGREGATES),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"quantile must be in 0..1, got {quantile}.")
+    if isinstance(sink_offsets, str) and sink_offsets != "measure":
+        raise ValueError(f"sink_offsets must be ints or 'measure', got {sink_offsets!r}.")

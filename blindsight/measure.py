@@ -1,0 +1,363 @@
+"""Run a model on prompts and measure, for each, what every category of every head would lose.
+
+The model runs its own graphs, uncompiled; beside each call of the decoder's attention its losses
+are measured, see :mod:`blindsight.probe`.
+
+Shapes: N prompts, B batch, L layers, H query heads, C categories, R regions, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from blindsight.families import fingerprint
+from blindsight.layers import LayerMap, layer_of_path
+from blindsight.passes.find_attention import Attention, find_attention, has_attention
+from blindsight.passes.graph import copy_graph_module
+from blindsight.passes.lift_mask import lift_mask
+from blindsight.passes.probe_attention import probe_attention_pass
+from blindsight.probe import Losses, empty_losses
+from blindsight.profile import write_whole
+from blindsight.samples import Samples, model_inputs
+from blindsight.template import Template, TemplateRule
+
+FORMAT = "blindsight-measurements"
+
+_RECOMPILE_LIMIT = 64  # of frames, each with its own number and sizes of images
+_SAVING = 0.05  # of the time may go into writing checkpoints
+
+
+@dataclass(frozen=True, eq=False)
+class Measurements:
+    """What was measured, prompt by prompt, over the rows that the categories restrict.
+
+    Attributes:
+        num_rows: ``[N]`` float32, those rows; 0 where a prompt has fewer than two images.
+        share: ``[N]`` float32, their share of the prompt's tokens.
+        error: ``[N, L, H, C]`` float32, the norm of what a category changes of a head's output,
+            relative to the norm of that.
+        lost_mass: ``[N, L, H, C]`` float32, the mean attention weight that a category hides.
+        mass: ``[N, L, H, R]`` float32, the mean attention weight in each region.
+        offset_mass: ``[N, L, H, NUM_OFFSETS + 1]`` float32, the mean attention weight on tokens
+            of other spans, by offset, see :class:`~blindsight.probe.Losses`.
+        pairs: ``[N, L, C]`` float32, the pairs of a query and a key that a head computes.
+    """
+
+    num_rows: Tensor
+    share: Tensor
+    error: Tensor
+    lost_mass: Tensor
+    mass: Tensor
+    offset_mass: Tensor
+    pairs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.num_rows)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def join(cls, parts: Sequence[Measurements]) -> Measurements:
+        """Return the measurements of several sets of prompts, in order."""
+        return cls(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)})
+
+
+def measure(
+    model: nn.Module,
+    processor: Any,
+    samples: Samples,
+    *,
+    rule: TemplateRule,
+    batch_size: int = 1,
+    padding_side: str = "left",
+    progress: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Measurements:
+    """Measure what the categories of all heads would lose on each sample.
+
+    Args:
+        model: A transformers model that reads images, with ``attn_implementation="sdpa"``. It
+            stays as it is, and its outputs too.
+        processor: Its processor.
+        samples: From :func:`~blindsight.samples.load_samples`.
+        rule: How the images of a prompt are found, and which tokens are sinks.
+        batch_size: Prompts that run together.
+        padding_side: Of shorter prompts in a batch.
+        progress: Whether to show a bar; by default where standard error is a terminal.
+        checkpoint: A file that keeps what was measured so far. Where it exists, the measurement
+            goes on from there. It stays when all is done.
+
+    Raises:
+        ValueError: A sample cannot be read, the model's attention cannot be measured, or the
+            checkpoint is of something else; the message says which.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    saved = None
+    parts: list[Measurements] = []
+    if checkpoint is not None:
+        saved = _Checkpoint(
+            Path(checkpoint),
+            {
+                "model": _model_digest(model),
+                "samples": samples.digest(),
+                "num_samples": len(samples),
+                "rule": rule.to_json(),
+                "batch_size": batch_size,
+                "padding_side": padding_side,
+                "torch": torch.__version__,
+            },
+        )
+        parts = saved.load()
+    done = sum(map(len, parts))
+    prober = Prober(model, rule)
+    bar = tqdm(
+        total=len(samples),
+        initial=done,
+        disable=None if progress is None else not progress,
+        desc="calibrating",
+        unit="prompt",
+    )
+    try:
+        with bar:
+            while done < len(samples):
+                batch = list(samples[done : done + batch_size])
+                inputs = model_inputs(processor, batch, padding_side=padding_side)
+                parts.append(prober(inputs))
+                done += len(batch)
+                bar.update(len(batch))
+                if saved is not None:
+                    saved.save_now_and_then(parts)
+    finally:
+        if saved is not None and parts:
+            saved.save(parts)
+    return Measurements.join(parts)
+
+
+class Prober:
+    """Runs a model and measures its attention; one instance serves many prompts."""
+
+    def __init__(self, model: nn.Module, rule: TemplateRule) -> None:
+        model = getattr(model, "_orig_mod", model)
+        self._model = model
+        self._rule = rule
+        self._shape = fingerprint(model)
+        self._backend = _ProbeBackend(model, rule)
+        self._compiled: Callable[..., Any] = torch.compile(model, backend=self._backend)
+        self._options: dict[str, Any] = {"use_cache": False}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            self._options["logits_to_keep"] = 1
+
+    def __call__(self, inputs: Mapping[str, Any]) -> Measurements:
+        """Measure one batch: arguments of the model's forward, with ``input_ids [B, T]``."""
+        device = next(self._model.parameters()).device
+        inputs = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        template = self._rule.template(inputs["input_ids"])
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        layers: dict[int, Losses] = {}
+        if template.restricts_queries_from(0):
+            layers = self._run(inputs, template)
+        return self._measurements(layers, mask.sum(1))
+
+    def _run(self, inputs: dict[str, Any], template: Template) -> dict[int, Losses]:
+        self._backend.begin(template)
+        with (
+            torch.no_grad(),
+            torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT),
+        ):
+            self._compiled(**{**inputs, **self._options})
+        found = self._backend.end()
+        if missing := sorted(set(range(int(self._shape["num_layers"]))) - set(found)):
+            raise ValueError(
+                f"the attention of all {self._shape['num_layers']} layers must be met, got none "
+                f"of layers {', '.join(map(str, missing))}. Load the model with "
+                "attn_implementation='sdpa', or give a rule whose layer_pattern fits its modules."
+            )
+        _check_deviation(found, inputs["input_ids"].shape, self._model)
+        return found
+
+    def _measurements(self, layers: Mapping[int, Losses], num_tokens: Tensor) -> Measurements:
+        batch = len(num_tokens)
+        if not layers:
+            size = int(self._shape["num_layers"]), int(self._shape["num_heads"])
+            layers = dict.fromkeys(
+                range(size[0]), empty_losses(batch, size[1], torch.device("cpu"))
+            )
+        stacked = Losses(
+            *(
+                torch.stack([part.cpu() for part in column], dim=1)
+                for column in zip(*(layers[at] for at in sorted(layers)), strict=True)
+            )
+        )
+        num_rows = stacked.num_rows[:, 0]
+        per_row = stacked.num_rows[..., None, None].clamp(min=1)
+        relative = (stacked.error / stacked.norm[..., None]).nan_to_num(nan=0.0, posinf=math.inf)
+        return Measurements(
+            num_rows=num_rows.float(),
+            share=(num_rows / num_tokens.cpu()).float(),
+            error=relative.sqrt().float(),
+            lost_mass=(stacked.lost / per_row).float(),
+            mass=(stacked.mass / per_row).float(),
+            offset_mass=(stacked.offsets / per_row).float(),
+            pairs=stacked.pairs.float(),
+        )
+
+
+class _ProbeBackend:
+    """A backend for ``torch.compile`` that runs the graphs as they are, and measures."""
+
+    def __init__(self, model: nn.Module, rule: TemplateRule) -> None:
+        self._pattern = rule.layer_pattern
+        self._layer_map = LayerMap(model, rule.layer_pattern)
+        self._template: Template | None = None
+        self._losses: dict[int, Losses] = {}
+
+    def begin(self, template: Template) -> None:
+        """Say where the images of the next forward are."""
+        self._template, self._losses = template, {}
+
+    def end(self) -> dict[int, Losses]:
+        """Return what was measured of each layer in the forward that is over."""
+        found, self._template, self._losses = self._losses, None, {}
+        return found
+
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any]
+    ) -> Callable[..., tuple[Any, ...]]:
+        if not has_attention(gm):
+            return gm.forward
+        gm = copy_graph_module(gm)
+        calls = [
+            call
+            for call in find_attention(gm, layer_pattern=self._pattern)
+            if self._is_ours(call, example_inputs)
+        ]
+        if not calls:
+            return gm.forward
+        probe_attention_pass(gm, attention=calls, lifted=[lift_mask(gm, call) for call in calls])
+
+        def run(*args: Any) -> tuple[Any, ...]:
+            if self._template is None:
+                raise ValueError(
+                    "a probed model must be run by its Prober, got a call from elsewhere."
+                )
+            outputs = gm(*args, *self._template.tensors())
+            for call, losses in zip(calls, outputs[-len(calls) :], strict=True):
+                layer = layer_of_path(call)
+                if layer is None:
+                    layer = self._layer_map.layer_of(args[at] for at in call.parameters)
+                assert layer is not None
+                self._losses[layer] = losses
+            own: tuple[Any, ...] = outputs[: -len(calls)]
+            return own
+
+        return run
+
+    def _is_ours(self, call: Attention, example_inputs: Sequence[Any]) -> bool:
+        """Whether a call is the decoder's, and its layer can be told."""
+        if layer_of_path(call) is not None:
+            return True
+        examples = [example_inputs[at] for at in call.parameters]
+        return self._layer_map.layer_of(examples) is not None
+
+
+def _check_deviation(layers: Mapping[int, Losses], shape: Sequence[int], model: nn.Module) -> None:
+    """Check that the dense output, as it was computed here, is the model's own."""
+    dtype = next(model.parameters()).dtype
+    # What rounding (of half-precision weights, or of TF32 products) explains, and no wrong mask.
+    limit = 0.05 if dtype in (torch.bfloat16, torch.float16) else 0.005
+    for layer, losses in layers.items():
+        found = (losses.deviation.sum() / losses.norm.sum().clamp(min=1e-30)).sqrt().item()
+        if not found <= limit:
+            raise ValueError(
+                f"attention of layer {layer} must be softmax(q k^T) v under its mask within "
+                f"{limit}, got outputs that differ by {found:.3g}, for {shape[1]} tokens. "
+                "Attention with dropout or other extras cannot be calibrated."
+            )
+
+
+def _model_digest(model: nn.Module) -> str:
+    """Return a digest of a model's shape and of some of its weights."""
+    digest = hashlib.sha256(json.dumps(fingerprint(model), sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        some = parameter.detach().flatten()[:8].double().cpu()
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Checkpoint:
+    """A file with what was measured so far; it is whole at any time."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self._path = path
+        self._settings = {name: str(value) for name, value in settings.items()}
+        self._written = time.monotonic()
+        self._cost = 0.0
+
+    def load(self) -> list[Measurements]:
+        """Return what the file holds, if it exists.
+
+        Raises:
+            ValueError: It is of another measurement, or no checkpoint.
+        """
+        if not self._path.exists():
+            return []
+        advice = "Delete it to start over."
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"checkpoint must be one that calibration wrote, got {self._path}: {error}. "
+                f"{advice}"
+            ) from None
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"checkpoint must be one that calibration wrote, got {self._path} with format "
+                f"{metadata.get('format')!r}. {advice}"
+            )
+        found = json.loads(metadata["settings"])
+        different = [
+            f"{name} {value} here, {found.get(name)} in the file"
+            for name, value in self._settings.items()
+            if found.get(name) != value
+        ]
+        if different:
+            raise ValueError(
+                f"checkpoint {self._path} must be of this calibration, got {'; '.join(different)}. "
+                f"Calibrate with the same settings to go on, or delete it to start over."
+            )
+        return [Measurements(**tensors)]
+
+    def save(self, parts: Sequence[Measurements]) -> None:
+        begin = time.monotonic()
+        metadata = {"format": FORMAT, "settings": json.dumps(self._settings)}
+        write_whole(self._path, serialize(Measurements.join(parts).tensors(), metadata))
+        self._written = time.monotonic()
+        self._cost = self._written - begin
+
+    def save_now_and_then(self, parts: Sequence[Measurements]) -> None:
+        """Save, unless that would take too large a part of the time."""
+        if self._cost <= _SAVING * (time.monotonic() - self._written):
+            self.save(parts)

@@ -1,0 +1,103 @@
+"""Choose the category of every head from what the categories would lose, under one budget.
+
+The evidence is a profile's own, from :mod:`blindsight.calibrate`: another budget needs no other
+measurement.
+
+Shapes: L layers, H query heads, C categories.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from blindsight.categories import NUM_CATEGORIES, HeadCategory
+
+CRITERIA = {"output_error": "error", "attention_mass": "lost_mass"}  # to names of evidence
+ALLOCATIONS = ("per_head", "global")
+
+
+def select_categories(
+    evidence: Mapping[str, Tensor],
+    budget: float,
+    *,
+    criterion: str = "output_error",
+    allocation: str = "per_head",
+) -> Tensor:
+    """Return the cheapest categories within a budget: uint8 ``[L, H]``.
+
+    Cost is the number of pairs of a query and a key that a head computes. A larger budget never
+    costs more.
+
+    Args:
+        evidence: ``error`` (or ``lost_mass``) and ``pairs``, each ``[L, H, C]``.
+        budget: With ``allocation="per_head"`` the most that any head may lose: every head takes
+            the cheapest category within it. With ``"global"`` the root mean square of what all
+            heads may lose: spent where it saves the most pairs for what it costs.
+        criterion: What counts as lost: ``"output_error"``, the change of a head's output relative
+            to its norm, or ``"attention_mass"``, the attention weight that is hidden.
+        allocation: ``"per_head"`` or ``"global"``.
+
+    Raises:
+        ValueError: An argument is malformed, or the evidence lacks something.
+    """
+    for name, value, known in (
+        ("criterion", criterion, tuple(CRITERIA)),
+        ("allocation", allocation, ALLOCATIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+    if not budget >= 0:
+        raise ValueError(f"budget must be at least 0, got {budget}.")
+    wanted = (CRITERIA[criterion], "pairs")
+    if missing := [name for name in wanted if name not in evidence]:
+        raise ValueError(
+            f"evidence must have {' and '.join(wanted)}, got no {', '.join(missing)}. Calibrate a "
+            "profile; one that was written by hand has none."
+        )
+    loss, pairs = (evidence[name].double() for name in wanted)
+    if loss.shape != pairs.shape or loss.dim() != 3 or loss.shape[2] != NUM_CATEGORIES:
+        raise ValueError(
+            f"evidence must have shape [L, H, {NUM_CATEGORIES}], got {list(loss.shape)} and "
+            f"{list(pairs.shape)}."
+        )
+    choose = _per_head if allocation == "per_head" else _globally
+    flat = choose(loss.flatten(0, 1).tolist(), pairs.flatten(0, 1).tolist(), budget)
+    return torch.tensor(flat, dtype=torch.uint8).view(loss.shape[:2])
+
+
+def _per_head(losses: list[list[float]], pairs: list[list[float]], budget: float) -> list[int]:
+    chosen = []
+    for loss, cost in zip(losses, pairs, strict=True):
+        fitting = [c for c in HeadCategory if c is HeadCategory.DENSE or loss[c] <= budget]
+        chosen.append(int(min(fitting, key=lambda c: (cost[c], loss[c], c))))
+    return chosen
+
+
+def _globally(losses: list[list[float]], pairs: list[list[float]], budget: float) -> list[int]:
+    """Take the steps that save the most per squared loss, until the first that does not fit."""
+    steps: list[tuple[float, int, float, HeadCategory]] = []
+    for head, (loss, cost) in enumerate(zip(losses, pairs, strict=True)):
+        at = HeadCategory.DENSE
+        while True:
+            # The next corner of the head's convex hull of loss over cost.
+            cheaper = [c for c in HeadCategory if cost[c] < cost[at]]
+            if not cheaper:
+                break
+            slopes = {
+                c: max(loss[c] ** 2 - loss[at] ** 2, 0.0) / (cost[at] - cost[c]) for c in cheaper
+            }
+            best = min(cheaper, key=lambda c: (slopes[c], cost[c], c))
+            steps.append((slopes[best], head, max(loss[best] ** 2 - loss[at] ** 2, 0.0), best))
+            at = best
+    chosen = [int(HeadCategory.DENSE)] * len(losses)
+    spent, limit = [0.0], budget**2 * len(losses)
+    for _, head, price, category in sorted(steps):
+        spent.append(price)
+        if math.fsum(spent) > limit:
+            break
+        chosen[head] = int(category)
+    return chosen
