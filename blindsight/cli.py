@@ -1,4 +1,4 @@
-"""The command line: ``blindsight demo``, ``blindsight show``, ``blindsight explain``.
+"""The command line: ``blindsight demo``, ``show``, ``explain``, ``evaluate`` and ``sweep``.
 
 Each command imports what it needs, so that help does not wait for torch.
 """
@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from blindsight.evaluation_cli import add_commands as add_evaluation_commands
 
 if TYPE_CHECKING:
     from blindsight.demo import DemoOptions
@@ -61,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("show", parents=[everywhere], help="print what a profile says")
     show.add_argument("profile", type=Path)
+    show.add_argument("--plot", type=Path, metavar="PNG", help="draw the heads by category")
     show.set_defaults(run=_run_show)
 
     explain = commands.add_parser(
@@ -74,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--model", required=True, help="folder or hub id of a pretrained model")
     explain.add_argument("--profile", type=Path, required=True)
     explain.set_defaults(run=_run_explain)
+    add_evaluation_commands(commands, everywhere)
     return parser
 
 
@@ -128,7 +132,12 @@ def _run_explain(arguments: argparse.Namespace) -> None:
 def _run_show(arguments: argparse.Namespace) -> None:
     from blindsight.profile import Profile
 
-    print(describe(Profile.load(arguments.profile)))
+    profile = Profile.load(arguments.profile)
+    print(describe(profile))
+    if arguments.plot is not None:
+        from blindsight.plots import plot_profile
+
+        plot_profile(profile, arguments.plot)
 
 
 def describe(profile: Profile) -> str:

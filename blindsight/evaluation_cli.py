@@ -1,0 +1,169 @@
+"""The commands ``evaluate`` and ``sweep``: their arguments, and the files that they write.
+
+Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blindsight.profile import Profile
+    from blindsight.samples import Sample
+
+
+def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
+    """Add both to the subparsers of the command line; ``everywhere`` holds what all share."""
+    evaluate = commands.add_parser(
+        "evaluate",
+        parents=[everywhere],
+        help="answer a dataset dense and with a profile, and compare",
+        description="Answer a dataset dense and with a profile: accuracy by task, answers "
+        "changed, KL of the next token, exact FLOPs, prefill time. Writes evaluation.json and "
+        "evaluation.md. An interrupted run goes on where it was.",
+    )
+    _add_arguments(evaluate, "evaluation")
+    evaluate.add_argument(
+        "--engine",
+        choices=("reference", "compiled"),
+        default="reference",
+        help="what answers: explicit masks, or the compiled decoder, which compiles for every "
+        "shape (%(default)s)",
+    )
+    evaluate.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        help="timed prefills of each kind; 0 compiles nothing (%(default)s)",
+    )
+    evaluate.set_defaults(run=_run_evaluate)
+
+    sweep = commands.add_parser(
+        "sweep",
+        parents=[everywhere],
+        help="accuracy over cost, from nothing sparse to everything",
+        description="Answer a dataset at many budgets of error, beside baselines. Writes "
+        "sweep.json, sweep.md and sweep.png. An interrupted run goes on where it was.",
+    )
+    _add_arguments(sweep, "sweep")
+    sweep.add_argument("--points", type=int, default=12, help="of the curve (%(default)s)")
+    sweep.add_argument("--budgets", type=float, nargs="+", help="of error, instead of --points")
+    sweep.add_argument("--no-baselines", action="store_true", help="only the curve itself")
+    sweep.add_argument("--seeds", type=int, default=3, help="random points a budget (%(default)s)")
+    sweep.add_argument("--no-plot", action="store_true", help="no picture (needs no matplotlib)")
+    sweep.add_argument(
+        "--repeats",
+        type=int,
+        default=0,
+        help="timed prefills of each kind and point; each point compiles (%(default)s)",
+    )
+    sweep.set_defaults(run=_run_sweep)
+
+
+def _add_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
+    parser.add_argument("--model", required=True, help="folder or hub id of a pretrained model")
+    parser.add_argument("--profile", type=Path, required=True)
+    parser.add_argument(
+        "--data", required=True, help="JSON-lines file, folder or hub id, with answers"
+    )
+    parser.add_argument("--split", help="of the dataset, where it has several")
+    parser.add_argument("--limit", type=int, help="at most so many samples")
+    parser.add_argument("--sample-seed", type=int, help="draw them; else the first")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts at once (%(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="of an answer (default: as many as the expected one)"
+    )
+    parser.add_argument("--inner", default="inductor", help="what compiles (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(folder),
+        help="folder of the results, and of what is answered so far (%(default)s)",
+    )
+
+
+def _run_evaluate(arguments: argparse.Namespace) -> None:
+    from blindsight.demo import quiet
+    from blindsight.evaluate import evaluate
+
+    with quiet():
+        model, processor, samples, profile = _load(arguments)
+        found = evaluate(
+            model,
+            processor,
+            samples,
+            profile,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+            engine=arguments.engine,
+            inner=arguments.inner,
+            repeats=arguments.repeats,
+            checkpoint=arguments.out / "answers.jsonl",
+            seed=arguments.seed,
+            progress=True,
+        )
+    found.save(arguments.out / "evaluation.json")
+    found.save(arguments.out / "evaluation.md")
+    print(found.to_markdown(), end="")
+
+
+def _run_sweep(arguments: argparse.Namespace) -> None:
+    from blindsight.demo import quiet
+    from blindsight.sweep import sweep
+
+    if not arguments.no_plot:
+        from blindsight.plots import check_can_plot
+
+        check_can_plot()
+    with quiet():
+        model, processor, samples, profile = _load(arguments)
+        found = sweep(
+            model,
+            processor,
+            samples,
+            profile,
+            budgets=arguments.budgets,
+            num_points=arguments.points,
+            baselines=not arguments.no_baselines,
+            num_seeds=arguments.seeds,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+            repeats=arguments.repeats,
+            inner=arguments.inner,
+            checkpoint=arguments.out / "answers.jsonl",
+            seed=arguments.seed,
+            progress=True,
+        )
+    found.save(arguments.out)
+    if not arguments.no_plot:
+        found.plot(arguments.out / "sweep.png")
+    print(found.to_markdown(), end="")
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any, list[Sample] | Any, Profile]:
+    """Read everything that can be wrong before the weights, which take longest."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from blindsight.prefill import check_has_vision
+    from blindsight.profile import Profile
+    from blindsight.samples import load_processor, load_samples
+
+    profile = Profile.load(arguments.profile)
+    samples = load_samples(
+        arguments.data, split=arguments.split, limit=arguments.limit, seed=arguments.sample_seed
+    )
+    config: Any = AutoConfig.from_pretrained(arguments.model)
+    check_has_vision(config)
+    profile.validate(config)
+    processor = load_processor(arguments.model)
+    model_class: Any = AutoModelForImageTextToText
+    model = model_class.from_pretrained(
+        arguments.model, dtype=getattr(torch, arguments.dtype), attn_implementation="sdpa"
+    )
+    return model.to(arguments.device).eval(), processor, samples, profile

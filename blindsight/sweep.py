@@ -1,0 +1,482 @@
+"""The curve: accuracy over cost, from nothing sparse to everything, and what it is compared with.
+
+The knob is the error budget of calibration. Every point answers the same questions, and no point is
+ever calibrated on them: what a budget selects follows from the evidence in the profile.
+
+Shapes: L layers, H query heads, C categories.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blindsight.baselines import PruningMasking, WindowMasking, shuffled_categories
+from blindsight.categories import HeadCategory
+from blindsight.evaluate import (
+    Summary,
+    Timing,
+    by_task,
+    conditions,
+    decoder_of,
+    longest_prompt,
+    run_header,
+    summarize,
+    table,
+    time_prefill,
+)
+from blindsight.masked_model import Masking, ProfileMasking
+from blindsight.outcomes import Checkpoint, Outcome, Point, answer_samples, write_atomically
+from blindsight.profile import Profile
+from blindsight.samples import Sample
+
+# What a budget selects: evidence, budget -> category codes [L, H].
+Select = Callable[[Mapping[str, Tensor], float], Tensor]
+
+_LOSSES = ("error", "lost_mass")  # of the evidence, what a budget limits
+_BISECTIONS = 24
+
+BY_HEAD, BY_LAYER, RANDOM = "by head", "by layer", "random"
+WINDOW, PRUNING = "window", "pruning"
+MEANINGS = {
+    BY_HEAD: "a category for each head, selected at the budget",
+    BY_LAYER: "all heads of a layer alike, selected at the budget from the layer's mean errors",
+    RANDOM: "the categories of the point by head, dealt anew to all heads of all layers; in "
+    "brackets the range of the draws",
+    WINDOW: "first tokens and a sliding window, in all rows and heads (StreamingLLM's mask, "
+    "arXiv 2309.17453)",
+    PRUNING: "image tokens dropped after layer 2 by the last token's attention (FastV's rule, "
+    "arXiv 2403.06764)",
+}
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One masking of one series.
+
+    Attributes:
+        series: One of :data:`MEANINGS`.
+        knob: The budget; for ``window`` and ``pruning`` the share of dense attention asked for.
+        key: Of the masking; equal maskings have equal keys.
+        heads: How many heads have which category, by name; empty where there are none.
+        seed: Of a random point.
+        summary: What the answers amount to.
+        timing: Prefill, where it was measured.
+    """
+
+    series: str
+    knob: float
+    key: str
+    heads: dict[str, int]
+    seed: int | None
+    summary: Summary
+    timing: Timing | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The curve; ``to_markdown()`` is its tables, ``plot()`` its picture.
+
+    Attributes:
+        dense: The model as it is.
+        points: By series, from the most to the least costly.
+        num_questions: By task.
+        conditions: What the numbers depend on.
+    """
+
+    dense: Summary
+    points: tuple[SweepPoint, ...]
+    num_questions: dict[str, int]
+    conditions: dict[str, str]
+
+    def series(self, name: str) -> list[SweepPoint]:
+        return [point for point in self.points if point.series == name]
+
+    def attention_share(self, point: SweepPoint) -> float:
+        """Attention FLOPs, as a share of dense."""
+        return point.summary.attention_flops / self.dense.attention_flops
+
+    def decoder_share(self, point: SweepPoint) -> float:
+        """FLOPs of the decoder, linear layers included, as a share of dense."""
+        return point.summary.decoder_flops / self.dense.decoder_flops
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Sweep:
+        """Inverse of :meth:`to_json`."""
+        data = json.loads(text)
+        points = []
+        for point in data["points"]:
+            timing = point["timing"]
+            parts = {
+                "summary": Summary.from_dict(point["summary"]),
+                "timing": None if timing is None else Timing.from_dict(timing),
+            }
+            points.append(SweepPoint(**{**point, **parts}))
+        return cls(
+            dense=Summary.from_dict(data["dense"]),
+            points=tuple(points),
+            num_questions=data["num_questions"],
+            conditions=data["conditions"],
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``sweep.json`` and ``sweep.md``, each whole or not at all."""
+        write_atomically(Path(folder) / "sweep.json", self.to_json().encode())
+        write_atomically(Path(folder) / "sweep.md", self.to_markdown().encode())
+
+    def to_markdown(self) -> str:
+        lines = []
+        for series, meaning in MEANINGS.items():
+            if points := self.series(series):
+                rows = self._random_table() if series == RANDOM else self._table(points)
+                lines += [f"**{series}**: {meaning}", "", *rows, ""]
+        number, tasks = sum(self.num_questions.values()), len(self.num_questions)
+        notes = [
+            f"{number} questions, {tasks} tasks. Accuracy in percent, mean of the tasks; in "
+            "brackets 95 % intervals: of the difference from dense by the paired bootstrap, in "
+            "percentage points. The task that loses most is the lowest of several noisy numbers, "
+            "so it is below zero by chance alone.",
+            "FLOPs are exact, of all prefills together, as shares of dense: attention's two matrix "
+            "products, and all of the decoder. Dropping tokens saves their linear layers too, "
+            "masking does not.",
+            ", ".join(f"{name} {value}" for name, value in self.conditions.items()) + ".",
+        ]
+        return "\n".join([*lines, *(f"- {note}" for note in notes)]) + "\n"
+
+    def _table(self, points: Sequence[SweepPoint]) -> list[str]:
+        timed = any(point.timing is not None for point in points)
+        head = [
+            "knob",
+            "attention",
+            "decoder",
+            "accuracy",
+            "difference",
+            "worst task",
+            "",
+            "changed",
+        ]
+        rows = [[*head, "KL, nats", *(["prefill"] if timed else [])]]
+        rows.append(
+            ["dense", "100.0%", "100.0%", f"{100 * self.dense.mean.value:.1f}", "", "", "", "", ""]
+            + ([""] if timed else [])
+        )
+        for point in points:
+            found = point.summary
+            row = [
+                f"{point.knob:.4g}",
+                f"{self.attention_share(point):.1%}",
+                f"{self.decoder_share(point):.1%}",
+                f"{100 * found.mean.value:.1f}",
+                _points(found.difference.mean),
+                _points(found.difference.worst),
+                found.worst_task if found.difference.worst.value < 0 else "",
+                f"{found.changed:.1%}",
+                f"{found.kl_mean:.1e}",
+            ]
+            rows.append([*row, *([_ratio(point.timing)] if timed else [])])
+        return table(rows)
+
+    def _random_table(self) -> list[str]:
+        """One row for all draws at a budget: their mean, and in brackets their range."""
+        groups: dict[float, list[SweepPoint]] = {}
+        for point in self.series(RANDOM):
+            groups.setdefault(point.knob, []).append(point)
+        rows = [["knob", "attention", "draws", "accuracy", "worst task", "changed", "KL, nats"]]
+        for knob, group in groups.items():
+            found = [point.summary for point in group]
+            rows.append(
+                [
+                    f"{knob:.4g}",
+                    f"{statistics.fmean(map(self.attention_share, group)):.1%}",
+                    str(len(group)),
+                    _range([summary.mean.value for summary in found]),
+                    _range([summary.difference.worst.value for summary in found]),
+                    f"{statistics.fmean(summary.changed for summary in found):.1%}",
+                    f"{statistics.fmean(summary.kl_mean for summary in found):.1e}",
+                ]
+            )
+        return table(rows)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the curve, as PNG, PDF or SVG by the path's ending.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from blindsight.sweep_plot import plot_sweep
+
+        plot_sweep(self, path)
+
+
+def sweep(
+    model: nn.Module,
+    processor: Any,
+    samples: Sequence[Sample],
+    profile: Profile,
+    *,
+    budgets: Sequence[float] | None = None,
+    num_points: int = 12,
+    baselines: bool = True,
+    num_seeds: int = 3,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    repeats: int = 0,
+    inner: str | Callable[..., Any] = "inductor",
+    checkpoint: str | os.PathLike[str] | None = None,
+    select: Select | None = None,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+    progress: bool = False,
+) -> Sweep:
+    """Answer every sample under every point of the curve.
+
+    Args:
+        model: A transformers model that reads images.
+        processor: Its processor.
+        samples: Questions with answers, others than those of calibration.
+        profile: With evidence; its own categories are not looked at.
+        budgets: Of the error; by default ``num_points`` whose costs spread evenly.
+        num_points: Of the curve, about: budgets that select the same are one.
+        baselines: Whether to answer under the other series too.
+        num_seeds: Random points for each point of the curve.
+        batch_size: Prompts at once.
+        max_new_tokens: Of an answer; by default as many tokens as the expected one has.
+        repeats: Prefills that are timed of each kind, for each point by head; each compiles.
+        inner: What compiles the graphs that are timed.
+        checkpoint: File of what is answered already; an interrupted run goes on from it.
+        select: What a budget selects; by default what calibration selects.
+        num_resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+        progress: Whether to show a bar.
+
+    Raises:
+        ValueError: The profile has no evidence or is another model's, the model has no vision
+            part, a sample has no image or no answer, or the checkpoint is of another run.
+    """
+    decoder = decoder_of(model, profile)
+    select = selection_of(profile) if select is None else select
+    if budgets is None:
+        budgets = spread_budgets(profile.evidence, select, num_points)
+    plans = _category_plans(profile, budgets, select, num_seeds if baselines else 0, baselines)
+    known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
+    dense_point = _point(ProfileMasking(torch.zeros_like(profile.categories)))
+
+    def answer(wanted: Sequence[_Plan]) -> dict[str, list[Outcome]]:
+        points = {point.key: point for point in (dense_point, *(_point(p.masking) for p in wanted))}
+        return answer_samples(
+            decoder,
+            processor,
+            samples,
+            list(points.values()),
+            checkpoint=known,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        )
+
+    was_training = model.training
+    model.eval()
+    try:
+        outcomes = answer(plans)
+        dense = outcomes[dense_point.key]
+        if baselines:
+            # At the costs that the curve turned out to have.
+            costs = {
+                _cost(outcomes[_point(plan.masking).key]) / _cost(dense)
+                for plan in plans
+                if plan.series == BY_HEAD
+            }
+            more = _token_plans(sorted(costs, reverse=True), profile.num_layers)
+            outcomes.update(answer(more))
+            plans = [*plans, *more]
+        timings: dict[str, Timing] = {}
+        if repeats:
+            batch = longest_prompt(decoder, processor, samples, dense)
+            for plan in plans:
+                if plan.series == BY_HEAD and plan.categories is not None:
+                    key = f"prefill at {plan.masking.key} by {inner}, {repeats} times"
+                    if key not in known.notes:
+                        chosen = with_categories(profile, plan.categories)
+                        found = time_prefill(decoder, batch, chosen, inner=inner, repeats=repeats)
+                        known.note(key, asdict(found))
+                    timings[plan.masking.key] = Timing.from_dict(known.notes[key])
+    finally:
+        model.train(was_training)
+    draws = {"num_resamples": num_resamples, "seed": seed}
+    points = [
+        SweepPoint(
+            series=plan.series,
+            knob=plan.knob,
+            key=plan.masking.key,
+            heads=_heads(plan.categories),
+            seed=plan.seed,
+            summary=summarize(decoder, dense, outcomes[_point(plan.masking).key], **draws),
+            timing=timings.get(plan.masking.key) if plan.series == BY_HEAD else None,
+        )
+        for plan in plans
+    ]
+    order = list(MEANINGS)
+    points.sort(key=lambda p: (order.index(p.series), -p.summary.attention_flops, p.knob))
+    return Sweep(
+        dense=summarize(decoder, dense, dense, **draws),
+        points=tuple(points),
+        num_questions={task: len(rows) for task, rows in by_task(dense).items()},
+        conditions={**conditions(model, samples, seed), "evidence of profile": profile.digest[:12]},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """A point to be answered."""
+
+    series: str
+    knob: float
+    masking: Masking
+    categories: Tensor | None = None
+    seed: int | None = None
+
+
+def spread_budgets(evidence: Mapping[str, Tensor], select: Select, num_points: int) -> list[float]:
+    """Return budgets whose costs spread evenly, from nothing sparse to all that can be.
+
+    Args:
+        evidence: Of calibration; the costs are those of its prompts.
+        select: What a budget selects; a larger one never costs more.
+        num_points: How many, about.
+
+    Raises:
+        ValueError: There are fewer than two points, or the evidence lacks something.
+    """
+    if num_points < 2:
+        raise ValueError(f"num_points must be at least 2, got {num_points}.")
+    _check_evidence(evidence)
+    largest = max(float(evidence[name].max()) for name in _LOSSES if name in evidence)
+    pairs = evidence["pairs"].double()
+
+    def cost(budget: float) -> float:
+        return float(pairs.gather(2, select(evidence, budget).long()[..., None]).sum())
+
+    most, least = cost(0.0), cost(largest)
+    budgets = {0.0, largest}
+    for at in range(1, num_points - 1):
+        wanted = most + (least - most) * at / (num_points - 1)
+        low, high = 0.0, largest
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if cost(middle) > wanted else (low, middle)
+        budgets.add(high)
+    return sorted(budgets)
+
+
+def with_categories(profile: Profile, categories: Tensor) -> Profile:
+    """Return the profile of the same model with other categories, without evidence."""
+    return Profile(
+        categories.to(torch.uint8),
+        rule=profile.rule,
+        fingerprint=profile.fingerprint,
+        model=profile.model,
+    )
+
+
+def _category_plans(
+    profile: Profile,
+    budgets: Sequence[float],
+    select: Select,
+    num_seeds: int,
+    baselines: bool,
+) -> list[_Plan]:
+    _check_evidence(profile.evidence)
+    alike = {
+        name: tensor.mean(1, keepdim=True).expand_as(tensor) if name in _LOSSES else tensor
+        for name, tensor in profile.evidence.items()
+    }
+    plans: list[_Plan] = []
+    series = [(BY_HEAD, profile.evidence), *([(BY_LAYER, alike)] if baselines else [])]
+    for name, evidence in series:
+        seen: set[str] = set()
+        for budget in sorted(budgets):
+            categories = select(evidence, budget).to(torch.uint8)
+            masking = ProfileMasking(categories)
+            if masking.key in seen or not bool(categories.any()):
+                continue
+            seen.add(masking.key)
+            plans.append(_Plan(name, budget, masking, categories))
+    for plan in [plan for plan in plans if plan.series == BY_HEAD]:
+        assert plan.categories is not None
+        if len(plan.categories.unique()) == 1:
+            continue  # there is only one way to deal equal cards
+        for seed in range(num_seeds):
+            dealt = shuffled_categories(plan.categories, seed)
+            plans.append(_Plan(RANDOM, plan.knob, ProfileMasking(dealt), dealt, seed))
+    return plans
+
+
+def _token_plans(shares: Sequence[float], num_layers: int) -> list[_Plan]:
+    plans = [_Plan(WINDOW, share, WindowMasking(share)) for share in shares]
+    if num_layers > 2:
+        plans += [_Plan(PRUNING, share, PruningMasking(share)) for share in shares]
+    return plans
+
+
+def selection_of(profile: Profile) -> Select:
+    """Return what a budget selects, by the criterion that the profile was calibrated with."""
+    from blindsight.selection import select_categories
+
+    noted = profile.calibration
+    options = {name: noted[name] for name in ("criterion", "allocation") if name in noted}
+
+    def select(evidence: Mapping[str, Tensor], budget: float) -> Tensor:
+        return select_categories(evidence, budget, **options)
+
+    return select
+
+
+def _check_evidence(evidence: Mapping[str, Tensor]) -> None:
+    if missing := [name for name in ("error", "pairs") if name not in evidence]:
+        raise ValueError(
+            "profile must hold the evidence of its calibration, error and pairs, got no "
+            f"{', '.join(missing)}. Give a profile that `blindsight calibrate` made."
+        )
+
+
+def _point(masking: Masking) -> Point:
+    return Point(f"reference: {masking.key}", masking)
+
+
+def _cost(outcomes: Sequence[Outcome]) -> int:
+    return sum(outcome.pairs for outcome in outcomes)
+
+
+def _heads(categories: Tensor | None) -> dict[str, int]:
+    if categories is None:
+        return {}
+    codes = categories.flatten().tolist()
+    return {category.name: codes.count(category) for category in HeadCategory}
+
+
+def _points(estimate: Any) -> str:
+    value, low, high = (f"{100 * x + 0.0:+.1f}" for x in estimate)
+    return f"{value} [{low}, {high}]"
+
+
+def _range(values: Sequence[float]) -> str:
+    mean, low, high = (100 * x + 0.0 for x in (statistics.fmean(values), min(values), max(values)))
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _ratio(timing: Timing | None) -> str:
+    if timing is None:
+        return ""
+    dense, sparse = (statistics.median(x) for x in (timing.dense, timing.sparse))
+    return f"{sparse / dense:.1%}"

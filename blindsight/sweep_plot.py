@@ -1,0 +1,125 @@
+"""The picture of a sweep."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+from blindsight.bootstrap import Estimate
+from blindsight.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Curve, Panel, plot_curves
+from blindsight.sweep import BY_HEAD, BY_LAYER, PRUNING, RANDOM, WINDOW, Sweep, SweepPoint
+
+_LOOKS = {
+    BY_HEAD: ("category by head", BLUE),
+    BY_LAYER: ("category by layer", ORANGE),
+    RANDOM: ("same categories,\nrandom heads", GREY),
+    WINDOW: ("sliding window\n+ sink", GREEN),
+    PRUNING: ("image tokens\ndropped", PURPLE),
+}
+
+
+def plot_sweep(sweep: Sweep, path: str | os.PathLike[str]) -> None:
+    """Draw accuracy, the task that loses most, and prefill time where it was measured."""
+    dense = 100 * sweep.dense.mean.value
+    panels = [
+        Panel(
+            "Accuracy, mean of the tasks (%)",
+            _curves(sweep, lambda p: _scaled(p.summary.difference.mean, dense), dense),
+            dense,
+        ),
+        Panel(
+            "Task that loses most, difference from dense (percentage points)",
+            _curves(sweep, lambda p: _scaled(p.summary.difference.worst, 0.0), 0.0),
+            0.0,
+        ),
+    ]
+    kl = [
+        replace(curve, x=curve.x[1:], y=curve.y[1:], low=curve.low[1:], high=curve.high[1:])
+        for curve in _curves(sweep, _kl, 0.0)
+    ]
+    if all(value > 0 for curve in kl for value in curve.y):
+        panels.append(Panel("KL of the next token from dense (nats, mean)", kl, is_log=True))
+    timed = [point for point in sweep.series(BY_HEAD) if point.timing is not None]
+    if timed:
+        panels.append(_time_panel(sweep, timed))
+    number, tasks = sum(sweep.num_questions.values()), len(sweep.num_questions)
+    plot_curves(
+        panels,
+        path,
+        title="What is left of the answers when attention is sparse",
+        subtitle=f"{number} questions, {tasks} tasks. Dashed: dense. Blue band: 95 %, paired "
+        "bootstrap against dense.\nGrey band: range of the random draws.",
+        x_label="attention FLOPs of prefill, share of dense",
+    )
+
+
+def _curves(sweep: Sweep, measure: Callable[[SweepPoint], Estimate], dense: float) -> list[Curve]:
+    curves = []
+    for series, (label, color) in _LOOKS.items():
+        points = sweep.series(series)
+        if not points:
+            continue
+        x, estimates = [100.0], [Estimate(dense, dense, dense)]
+        for share, found in _by_cost(sweep, points, measure):
+            x.append(100 * share)
+            values = [estimate.value for estimate in found]
+            if series == RANDOM:
+                mean = statistics.fmean(values)
+                estimates.append(Estimate(mean, min(values), max(values)))
+            else:
+                estimates.append(found[0])
+        has_band = series in (BY_HEAD, RANDOM)
+        value, low, high = (list(column) for column in zip(*estimates, strict=True))
+        curves.append(
+            Curve(
+                label,
+                color,
+                x,
+                value,
+                low if has_band else (),
+                high if has_band else (),
+                is_main=series == BY_HEAD,
+            )
+        )
+    return curves
+
+
+def _by_cost(
+    sweep: Sweep, points: list[SweepPoint], measure: Callable[[SweepPoint], Estimate]
+) -> list[tuple[float, list[Estimate]]]:
+    """Return share of cost and estimates, the points of one knob together, most costly first."""
+    groups: dict[float, list[SweepPoint]] = {}
+    for point in points:
+        groups.setdefault(point.knob, []).append(point)
+    found = [
+        (
+            statistics.fmean(sweep.attention_share(point) for point in group),
+            [measure(point) for point in group],
+        )
+        for group in groups.values()
+    ]
+    return sorted(found, key=lambda pair: -pair[0])
+
+
+def _time_panel(sweep: Sweep, timed: list[SweepPoint]) -> Panel:
+    x, y = [100.0], [1.0]
+    num_tokens = 0
+    for point in timed:
+        assert point.timing is not None
+        dense, sparse = (statistics.median(t) for t in (point.timing.dense, point.timing.sparse))
+        x.append(100 * sweep.attention_share(point))
+        y.append(sparse / dense)
+        num_tokens = point.timing.num_tokens
+    label, color = _LOOKS[BY_HEAD]
+    title = f"Prefill time of the decoder, over dense (one prompt of {num_tokens:,} tokens)"
+    return Panel(title, [Curve(label, color, x, y, is_main=True)], 1.0)
+
+
+def _kl(point: SweepPoint) -> Estimate:
+    return Estimate(*[point.summary.kl_mean] * 3)
+
+
+def _scaled(estimate: Estimate, offset: float) -> Estimate:
+    return Estimate(*(offset + 100 * number for number in estimate))
