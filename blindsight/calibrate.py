@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from blindsight.categories import HeadCategory
 from blindsight.families import config_of
 from blindsight.measure import Measurements, measure
+from blindsight.prefill import check_has_vision
 from blindsight.probe import NUM_OFFSETS
 from blindsight.profile import Profile
 from blindsight.samples import load_samples
@@ -224,13 +225,8 @@ def rule_of(model: nn.Module) -> TemplateRule:
     Raises:
         ValueError: The model reads no images, or its family is not known.
     """
-    config = config_of(model)
-    if not hasattr(config, "vision_config"):
-        raise ValueError(
-            "model must have a vision part, got model type "
-            f"{getattr(config, 'model_type', type(model).__name__)!r}, which reads text only."
-        )
-    return TemplateRule.from_config(config)
+    check_has_vision(model)
+    return TemplateRule.from_config(config_of(model))
 
 
 def _check_options(

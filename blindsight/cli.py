@@ -1,4 +1,4 @@
-"""The command line: ``blindsight demo``, ``show``, ``explain``, ``evaluate`` and ``sweep``.
+"""The command line: ``blindsight demo``, ``show``, ``explain`` and so on; see ``--help``.
 
 Each command imports what it needs, so that help does not wait for torch.
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blindsight.calibrate_cli import add_commands as add_calibration_command
 from blindsight.evaluation_cli import add_commands as add_evaluation_commands
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--model", required=True, help="folder or hub id of a pretrained model")
     explain.add_argument("--profile", type=Path, required=True)
     explain.set_defaults(run=_run_explain)
+    add_calibration_command(commands, everywhere)
     add_evaluation_commands(commands, everywhere)
     return parser
 

@@ -1,0 +1,168 @@
+"""The command ``blindsight calibrate``: its arguments, and what it says at the end.
+
+Nothing heavy is imported before the command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blindsight.profile import Profile
+
+
+def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
+    """Add it to the subparsers of the command line; ``everywhere`` holds what all share."""
+    parser = commands.add_parser(
+        "calibrate",
+        parents=[everywhere],
+        help="measure a model on prompts of images, and write a profile",
+        description="Measure what every category of every head would lose on prompts with several "
+        "images, choose the cheapest within the budget, and write a profile. An interrupted "
+        "calibration goes on where it was.",
+    )
+    parser.add_argument("model", help="folder or hub id of a pretrained model")
+    parser.add_argument(
+        "dataset",
+        help="JSON-lines file of {images, messages}, folder with data.jsonl, folder that datasets "
+        "saved, or hub id",
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the profile to write")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help="how much of its output a head may lose, relative; 0 is dense (default: 0.1)",
+    )
+    parser.add_argument("--num-samples", type=int, default=64, help="prompts (%(default)s)")
+    parser.add_argument("--split", help="of the dataset, where it has several")
+    parser.add_argument("--sample-seed", type=int, help="draw the prompts; else the first")
+    parser.add_argument("--batch-size", type=int, default=1, help="prompts at once (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="what was measured so far (default: next to the profile; removed at the end)",
+    )
+    ablations = parser.add_argument_group("ablations, best left alone")
+    ablations.add_argument("--criterion", choices=("output_error", "attention_mass"))
+    ablations.add_argument("--aggregate", choices=("quantile", "mean"), help="over prompts")
+    ablations.add_argument("--quantile", type=float, help="default: 0.95")
+    ablations.add_argument("--allocation", choices=("per_head", "global"), help="of the budget")
+    ablations.add_argument(
+        "--sink-offsets",
+        nargs="+",
+        metavar="OFFSET",
+        help="tokens of an image that are sinks (default: 0), or 'measure'",
+    )
+    parser.set_defaults(run=_run_calibrate)
+
+
+def _run_calibrate(arguments: argparse.Namespace) -> None:
+    import time
+
+    from blindsight.calibrate import calibrate
+    from blindsight.demo import quiet
+    from blindsight.samples import load_processor, load_samples
+
+    output: Path = arguments.output
+    if not output.parent.is_dir():
+        raise ValueError(f"output must be in an existing folder, got {output}.")
+    names = ("budget", "criterion", "aggregate", "quantile", "allocation")
+    options = {name: getattr(arguments, name) for name in names}
+    options = {name: value for name, value in options.items() if value is not None}
+    if arguments.sink_offsets is not None:
+        options["sink_offsets"] = _sink_offsets(arguments.sink_offsets)
+    checkpoint = arguments.checkpoint or output.with_name(f"{output.name}.partial")
+    with quiet():
+        samples = load_samples(
+            arguments.dataset,
+            split=arguments.split,
+            limit=arguments.num_samples,
+            seed=arguments.sample_seed,
+        )
+        model = load_model(arguments.model, arguments.dtype).to(arguments.device)
+        processor = load_processor(arguments.model)
+        begin = time.perf_counter()
+        profile = calibrate(
+            model,
+            processor,
+            samples,
+            seed=arguments.sample_seed,
+            batch_size=arguments.batch_size,
+            progress=True,
+            checkpoint=checkpoint,
+            **options,
+        )
+        seconds = time.perf_counter() - begin
+    profile.save(output)
+    if arguments.checkpoint is None:
+        for path in (checkpoint, checkpoint.with_name(f"{checkpoint.name}.sinks")):
+            path.unlink(missing_ok=True)
+    print(summary(profile, seconds))
+    print(f"saved to {output}")
+
+
+def load_model(name: str, dtype: str) -> Any:
+    """Load a model that reads images.
+
+    Raises:
+        ValueError: There is none, or it reads text only.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from blindsight.calibrate import rule_of
+
+    try:
+        config: Any = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        what = " ".join(str(error).split())
+        raise ValueError(
+            f"model must be a folder or a hub id that can be reached, got {name!r}: {what}"
+        ) from error
+    rule_of(config)
+    model_class: Any = AutoModelForImageTextToText
+    model = model_class.from_pretrained(
+        name, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    )
+    return model.eval()
+
+
+def summary(profile: Profile, seconds: float) -> str:
+    """Return what a calibration found, as text; ``seconds`` are what it took."""
+    from blindsight.calibrate import flops_cut
+    from blindsight.categories import HeadCategory, summarize_categories
+
+    noted = profile.calibration
+    heads = profile.categories.tolist()
+    num_samples, used = int(noted["num_samples"]), int(noted["num_samples_used"])
+    lines = [
+        f"{summarize_categories(profile.categories.flatten().tolist())} "
+        f"({profile.num_layers} layers x {profile.num_heads} heads)",
+        "",
+        "  ".join(["layer", *HeadCategory.names()]),
+    ]
+    for layer, codes in enumerate(heads):
+        counts = (str(codes.count(c)).rjust(len(c.name)) for c in HeadCategory)
+        lines.append("  ".join([str(layer).rjust(5), *counts]))
+    lines += [
+        "",
+        f"attention FLOPs on these prompts: {flops_cut(profile):.1%} less",
+        f"{num_samples} prompts, {used} with several images, in {seconds:.1f} s "
+        f"({seconds / num_samples:.2f} s each)",
+    ]
+    return "\n".join(lines)
+
+
+def _sink_offsets(words: list[str]) -> tuple[int, ...] | str:
+    if words == ["measure"]:
+        return "measure"
+    try:
+        return tuple(int(word) for word in words)
+    except ValueError:
+        raise ValueError(f"sink offsets must be ints or 'measure', got {' '.join(words)}.") from (
+            None
+        )
