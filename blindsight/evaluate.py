@@ -97,10 +97,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Timing:
-    """Prefill of one prompt by the compiled decoder, dense and sparse in turn, in seconds.
+    """Prefill of one prompt, compiled, dense and sparse in turn, in seconds.
 
     Attributes:
         num_tokens: Of the prompt, the longest of the questions.
+        compiled: What was, ``"decoder"`` or ``"whole model"``, images included.
         inner: What compiled the graphs.
         dense, sparse: Each run.
         runs: How the attention of the sparse runs ran, for example ``"sparse, sorted"``.
@@ -109,6 +110,7 @@ class Timing:
     """
 
     num_tokens: int
+    compiled: str
     inner: str
     dense: tuple[float, ...]
     sparse: tuple[float, ...]
@@ -205,9 +207,10 @@ class Evaluation:
         ):
             rows.append([name, f"{a:,}", f"{b:,}", f"{b / a:.1%}"])
         if self.timing is not None:
-            a, b = (statistics.median(x) for x in (self.timing.dense, self.timing.sparse))
+            before, after = map(statistics.median, (self.timing.dense, self.timing.sparse))
             name = f"prefill of {self.timing.num_tokens:,} tokens, ms"
-            rows.append([name, f"{1e3 * a:.1f}", f"{1e3 * b:.1f}", f"{b / a:.1%}"])
+            ratio = f"{after / before:.1%}"
+            rows.append([name, f"{1e3 * before:.1f}", f"{1e3 * after:.1f}", ratio])
         rows.append(["answers changed", "", f"{sparse.num_changed:,}", f"{sparse.changed:.1%}"])
         kl = f"{sparse.kl_mean:.2e} (95th percentile {sparse.kl_p95:.2e}, max {sparse.kl_max:.2e})"
         rows.append(["KL of the next token, mean, nats", "0", kl, ""])
@@ -228,7 +231,7 @@ class Evaluation:
         if self.timing is not None:
             found = self.timing
             notes.append(
-                f"Prefill of the decoder compiled by {found.inner}, one prompt, median of "
+                f"Prefill of the {found.compiled} compiled by {found.inner}, one prompt, median of "
                 f"{len(found.dense)} and {len(found.sparse)} in turn; the sparse runs ran "
                 f"{' and '.join(found.runs)}. Compiled logits differ from explicit masks by "
                 f"{found.distance:.1e}, dense by {found.rounding:.1e} (rounding)."
@@ -434,6 +437,7 @@ def time_prefill(
             seconds[dense].append(time.perf_counter() - begin)
         return Timing(
             num_tokens=int(batch.prompt.num_tokens.max()),
+            compiled="whole model" if compiled.compiles_whole(batch) else "decoder",
             inner=compiled.backend.inner.name,
             dense=tuple(seconds[True]),
             sparse=tuple(seconds[False]),

@@ -149,6 +149,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, list[Sample] | Any, 
     """Read everything that can be wrong before the weights, which take longest."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.utils import logging
 
     from blindsight.prefill import check_has_vision
     from blindsight.profile import Profile
@@ -163,7 +164,11 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, list[Sample] | Any, 
     profile.validate(config)
     processor = load_processor(arguments.model)
     model_class: Any = AutoModelForImageTextToText
-    model = model_class.from_pretrained(
-        arguments.model, dtype=getattr(torch, arguments.dtype), attn_implementation="sdpa"
-    )
+    logging.disable_progress_bar()
+    try:
+        model = model_class.from_pretrained(
+            arguments.model, dtype=getattr(torch, arguments.dtype), attn_implementation="sdpa"
+        )
+    finally:
+        logging.enable_progress_bar()
     return model.to(arguments.device).eval(), processor, samples, profile

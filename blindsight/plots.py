@@ -83,12 +83,10 @@ def plot_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     figure = _figure(width, height)
     left, bottom = 0.75 / width, 0.55 / height
     axes = figure.add_axes((left, bottom, heads * cell / width, layers * cell / height))
-    gap = 0.5 - 0.04
     for layer, row in enumerate(profile.categories.tolist()):
         for head, code in enumerate(row):
             color = CATEGORY_COLORS[HeadCategory(code)]
-            box = [(head - gap, layer - gap), 2 * gap, 2 * gap]
-            axes.add_patch(_rectangle(*box, color))
+            axes.add_patch(_square(head, layer, 0.92, color))
     axes.set_xlim(-0.5, heads - 0.5)
     axes.set_ylim(layers - 0.5, -0.5)
     axes.set_xticks(_ticks(heads))
@@ -265,14 +263,16 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _rectangle(corner: tuple[float, float], width: float, height: float, color: str) -> Any:
+def _square(x: float, y: float, side: float, color: str) -> Any:
+    """Return a square around a point, its corners a little rounded."""
     from matplotlib.patches import FancyBboxPatch
 
-    rounding = 0.08 * width
+    rounding = 0.08 * side
+    corner = (x - side / 2 + rounding, y - side / 2 + rounding)
     return FancyBboxPatch(
-        (corner[0] + rounding, corner[1] + rounding),
-        width - 2 * rounding,
-        height - 2 * rounding,
+        corner,
+        side - 2 * rounding,
+        side - 2 * rounding,
         boxstyle=f"round,pad={rounding},rounding_size={rounding}",
         facecolor=color,
         edgecolor="none",

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens of the prompts, L layers, C categories, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,7 +79,8 @@ class Decoder:
         self.num_heads = int(fingerprint["num_heads"])
         self.layers = attention_layers(self.model, rule.layer_pattern, len(self.layer_types))
         self.decoder = _find_decoder(self.model)
-        self.head: Callable[[Tensor], Tensor] = self.model.get_output_embeddings()
+        transformers_model: Any = self.model
+        self.head: Callable[[Tensor], Tensor] = transformers_model.get_output_embeddings()
         self._is_checked = False
 
     @property
@@ -88,8 +90,10 @@ class Decoder:
     @property
     def weights_per_layer(self) -> int:
         """Weights that every token of a decoder layer is multiplied by, the mean over layers."""
-        layers = self.decoder.layers
-        weights = [p.numel() for layer in layers for p in layer.parameters() if p.dim() == 2]
+        layers: Any = self.decoder.layers
+        weights: list[int] = [
+            p.numel() for layer in layers for p in layer.parameters() if p.dim() == 2
+        ]
         return round(sum(weights) / len(self.layer_types))
 
     def prepare(self, inputs: Mapping[str, Any]) -> Batch:
@@ -206,7 +210,11 @@ class Decoder:
 
 
 class CompiledDecoder:
-    """The same decoder through ``torch.compile`` and the backend of a profile."""
+    """The same decoder through ``torch.compile`` and the backend of a profile.
+
+    Where a family makes the decoder's masks before it calls it (Gemma 3), they could not be seen
+    through in the decoder alone: the whole model is compiled.
+    """
 
     def __init__(
         self, decoder: Decoder, profile: Profile, *, inner: str | Callable[..., Any] = "inductor"
@@ -214,15 +222,25 @@ class CompiledDecoder:
         self._decoder = decoder
         self.backend = blindsight_backend(profile, inner=inner, model=decoder.model)
         self._compiled: Any = torch.compile(decoder.decoder, backend=self.backend)
+        self._compiled_model: Any = torch.compile(decoder.model, backend=self.backend)
+
+    def compiles_whole(self, batch: Batch) -> bool:
+        """Whether a batch runs through the whole model, images included."""
+        return isinstance(batch.decoder_inputs.get("attention_mask"), dict)
 
     def prefill(self, batch: Batch, *, dense: bool, use_cache: bool = False) -> Output:
         """Run the decoder with the profile's masks, or the model's own alone."""
+        whole = self.compiles_whole(batch)
+        template = batch.prompt.template.tensors()
         # Every length of prompt compiles again; none may fall back to eager in silence.
         with (
             torch.no_grad(),
             torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=100_000),
-            disabled() if dense else use_template(*batch.prompt.template.tensors()),
+            disabled() if dense else nullcontext() if whole else use_template(*template),
         ):
+            if whole:
+                found = self._compiled_model(**batch.inputs, use_cache=use_cache, logits_to_keep=1)
+                return Output(found.logits[:, -1], found.past_key_values)
             inputs = batch.decoder_inputs
             return self._decoder.finish(self._compiled(**inputs, use_cache=use_cache))
 
@@ -269,6 +287,7 @@ def base_interval(
 
 
 def _find_decoder(model: nn.Module) -> nn.Module:
+    module: nn.Module
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "language_model":
             return module

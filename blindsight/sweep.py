@@ -414,7 +414,7 @@ def _category_plans(
             plans.append(_Plan(name, budget, masking, categories))
     for plan in [plan for plan in plans if plan.series == BY_HEAD]:
         assert plan.categories is not None
-        if len(plan.categories.unique()) == 1:
+        if int(plan.categories.min()) == int(plan.categories.max()):
             continue  # there is only one way to deal equal cards
         for seed in range(num_seeds):
             dealt = shuffled_categories(plan.categories, seed)

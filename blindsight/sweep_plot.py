@@ -113,7 +113,7 @@ def _time_panel(sweep: Sweep, timed: list[SweepPoint]) -> Panel:
         y.append(sparse / dense)
         num_tokens = point.timing.num_tokens
     label, color = _LOOKS[BY_HEAD]
-    title = f"Prefill time of the decoder, over dense (one prompt of {num_tokens:,} tokens)"
+    title = f"Prefill time, over dense (one prompt of {num_tokens:,} tokens)"
     return Panel(title, [Curve(label, color, x, y, is_main=True)], 1.0)
 
 
