@@ -25,7 +25,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from blindsight.families import fingerprint
+from blindsight.families import config_of, fingerprint, text_config
 from blindsight.layers import LayerMap, layer_of_path
 from blindsight.passes.find_attention import Attention, find_attention, has_attention
 from blindsight.passes.graph import copy_graph_module
@@ -134,6 +134,8 @@ def measure(
         desc="calibrating",
         unit="prompt",
     )
+    was_training = model.training
+    model.eval()
     try:
         with bar:
             while done < len(samples):
@@ -145,6 +147,7 @@ def measure(
                 if saved is not None:
                     saved.save_now_and_then(parts)
     finally:
+        model.train(was_training)
         if saved is not None and parts:
             saved.save(parts)
     return Measurements.join(parts)
@@ -155,6 +158,12 @@ class Prober:
 
     def __init__(self, model: nn.Module, rule: TemplateRule) -> None:
         model = getattr(model, "_orig_mod", model)
+        implementation = getattr(text_config(config_of(model)), "_attn_implementation", "sdpa")
+        if implementation != "sdpa":
+            raise ValueError(
+                f"attention must be that of attn_implementation='sdpa', got {implementation!r}. "
+                "Load the model with it."
+            )
         self._model = model
         self._rule = rule
         self._shape = fingerprint(model)
@@ -173,10 +182,13 @@ class Prober:
         }
         template = self._rule.template(inputs["input_ids"])
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-        layers: dict[int, Losses] = {}
         if template.restricts_queries_from(0):
             layers = self._run(inputs, template)
-        return self._measurements(layers, mask.sum(1))
+        else:
+            size = int(self._shape["num_layers"]), int(self._shape["num_heads"])
+            nothing = empty_losses(len(mask), size[1], torch.device("cpu"))
+            layers = dict.fromkeys(range(size[0]), nothing)
+        return measurements_of(layers, mask.sum(1))
 
     def _run(self, inputs: dict[str, Any], template: Template) -> dict[int, Losses]:
         self._backend.begin(template)
@@ -195,31 +207,32 @@ class Prober:
         _check_deviation(found, inputs["input_ids"].shape, self._model)
         return found
 
-    def _measurements(self, layers: Mapping[int, Losses], num_tokens: Tensor) -> Measurements:
-        batch = len(num_tokens)
-        if not layers:
-            size = int(self._shape["num_layers"]), int(self._shape["num_heads"])
-            layers = dict.fromkeys(
-                range(size[0]), empty_losses(batch, size[1], torch.device("cpu"))
-            )
-        stacked = Losses(
-            *(
-                torch.stack([part.cpu() for part in column], dim=1)
-                for column in zip(*(layers[at] for at in sorted(layers)), strict=True)
-            )
+
+def measurements_of(layers: Mapping[int, Losses], num_tokens: Tensor) -> Measurements:
+    """Return the means over rows of what was measured of each layer.
+
+    Args:
+        layers: The losses of one batch, by layer.
+        num_tokens: ``[B]``, of each prompt, without padding.
+    """
+    stacked = Losses(
+        *(
+            torch.stack([part.cpu() for part in column], dim=1)
+            for column in zip(*(layers[at] for at in sorted(layers)), strict=True)
         )
-        num_rows = stacked.num_rows[:, 0]
-        per_row = stacked.num_rows[..., None, None].clamp(min=1)
-        relative = (stacked.error / stacked.norm[..., None]).nan_to_num(nan=0.0, posinf=math.inf)
-        return Measurements(
-            num_rows=num_rows.float(),
-            share=(num_rows / num_tokens.cpu()).float(),
-            error=relative.sqrt().float(),
-            lost_mass=(stacked.lost / per_row).float(),
-            mass=(stacked.mass / per_row).float(),
-            offset_mass=(stacked.offsets / per_row).float(),
-            pairs=stacked.pairs.float(),
-        )
+    )
+    num_rows = stacked.num_rows[:, 0]
+    per_row = stacked.num_rows[..., None, None].clamp(min=1)
+    relative = (stacked.error / stacked.norm[..., None]).nan_to_num(nan=0.0, posinf=math.inf)
+    return Measurements(
+        num_rows=num_rows.float(),
+        share=(num_rows / num_tokens.cpu()).float(),
+        error=relative.sqrt().float(),
+        lost_mass=(stacked.lost / per_row).float(),
+        mass=(stacked.mass / per_row).float(),
+        offset_mass=(stacked.offsets / per_row).float(),
+        pairs=stacked.pairs.float(),
+    )
 
 
 class _ProbeBackend:

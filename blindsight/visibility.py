@@ -121,7 +121,8 @@ def _split(elements: Tensor) -> tuple[Tensor, Tensor | None]:
     if elements.dtype == torch.bool:
         return elements, None
     # Models write "not allowed" as -inf or as the smallest finite number.
-    return elements > torch.finfo(elements.dtype).min, elements.float()
+    bias = elements.to(torch.promote_types(elements.dtype, torch.float32))
+    return elements > torch.finfo(elements.dtype).min, bias
 
 
 def visibility_of_form(form: Form, facts: tuple[Fact, ...], span_id: Tensor) -> Visibility | None:

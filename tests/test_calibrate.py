@@ -1,0 +1,344 @@
+"""Calibration: what a budget chooses, resuming, and what is said of bad input."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from blindsight import measure as measuring
+from blindsight.calibrate import (
+    calibrate,
+    find_sink_offsets,
+    flops_cut,
+    profile_of,
+    select_categories,
+    summarize,
+)
+from blindsight.calibrate_cli import summary
+from blindsight.cli import main
+from blindsight.measure import Measurements
+from blindsight.profile import Profile
+from blindsight.samples import load_samples
+from blindsight.template import TemplateRule
+from models import tiny_model
+from processors import tiny_processor
+
+DENSE, SINK, DOCUMENT, DOCUMENT_SINK = range(4)
+PAIRS = torch.tensor([1000.0, 300.0, 400.0, 450.0])
+
+
+def evidence_of(error: Any, pairs: torch.Tensor = PAIRS) -> dict[str, torch.Tensor]:
+    error = torch.as_tensor(error, dtype=torch.float32)
+    return {"error": error, "lost_mass": error.flip(1), "pairs": pairs.expand_as(error)}
+
+
+def measurements_of_errors(error: torch.Tensor) -> Measurements:
+    """Of errors [N, L, H, C]."""
+    num, layers, heads, _ = error.shape
+    return Measurements(
+        num_rows=torch.full((num,), 10.0),
+        share=torch.full((num,), 0.5),
+        error=error,
+        lost_mass=error / 2,
+        mass=torch.full((num, layers, heads, 4), 0.25),
+        offset_mass=torch.zeros(num, layers, heads, 9),
+        pairs=PAIRS.expand(num, layers, 4),
+    )
+
+
+# Choosing.
+
+losses = st.lists(
+    st.lists(
+        st.tuples(*[st.floats(0, 2, width=32)] * 3).map(lambda x: (0.0, *x)),
+        min_size=3,
+        max_size=3,
+    ),
+    min_size=2,
+    max_size=2,
+)
+costs = st.tuples(*[st.integers(1, 1000)] * 3).map(lambda x: torch.tensor([1000.0, *x]))
+budgets = st.floats(0, 3)
+
+
+@given(losses, costs, budgets, budgets, st.sampled_from(["per_head", "global"]))
+def test_a_larger_budget_never_costs_more(
+    error: Any, pairs: torch.Tensor, a: float, b: float, allocation: str
+) -> None:
+    evidence = evidence_of(error, pairs)
+    small, large = (
+        select_categories(evidence, budget, allocation=allocation).long()
+        for budget in sorted((a, b))
+    )
+    cost = evidence["pairs"].double()
+    per_head = [cost.gather(2, chosen[..., None])[..., 0] for chosen in (small, large)]
+    assert per_head[1].sum() <= per_head[0].sum()
+    assert (per_head[1] <= per_head[0]).all()
+
+
+@given(losses, costs, budgets)
+def test_every_head_takes_the_cheapest_within_the_budget(
+    error: Any, pairs: torch.Tensor, budget: float
+) -> None:
+    evidence = evidence_of(error, pairs)
+    chosen = select_categories(evidence, budget)
+    for layer in range(2):
+        for head in range(3):
+            loss, at = evidence["error"][layer, head], int(chosen[layer, head])
+            assert at == DENSE or loss[at] <= budget
+            for other in (SINK, DOCUMENT, DOCUMENT_SINK):
+                assert pairs[other] >= pairs[at] or loss[other] > budget
+
+
+@given(losses, costs, budgets)
+def test_a_global_budget_is_kept(error: Any, pairs: torch.Tensor, budget: float) -> None:
+    evidence = evidence_of(error, pairs)
+    chosen = select_categories(evidence, budget, allocation="global").long()
+    spent = evidence["error"].double().gather(2, chosen[..., None]).square().mean().sqrt()
+    assert spent <= budget * (1 + 1e-6) + 1e-9
+
+
+@pytest.mark.parametrize("allocation", ["per_head", "global"])
+def test_the_ends_of_the_knob(allocation: str) -> None:
+    error = torch.rand(4, 3, 4) + 1e-6
+    error[..., DENSE] = 0
+    error[2, 1, DOCUMENT] = 0  # free
+    evidence = evidence_of(error)
+    nothing = select_categories(evidence, 0.0, allocation=allocation)
+    assert nothing[2, 1] == DOCUMENT
+    assert nothing.sum() == DOCUMENT
+    everything = select_categories(evidence, float("inf"), allocation=allocation)
+    assert (everything == SINK).all()
+
+
+def test_a_global_budget_is_spent_where_it_buys_most() -> None:
+    error = torch.tensor([[[0, 0.5, 0.3, 0.2], [0, 0.1, 0.4, 0.05]]])
+    # One step is affordable: it is the second head's, which saves more for less.
+    chosen = select_categories(evidence_of(error), 0.08, allocation="global")
+    assert chosen.tolist() == [[DENSE, SINK]]
+    assert select_categories(evidence_of(error), 0.08).tolist() == [[DENSE, DOCUMENT_SINK]]
+
+
+def test_criteria_and_wrong_arguments() -> None:
+    evidence = evidence_of([[[0, 1, 0.2, 0.1], [0, 0.05, 1, 0.3]]])
+    assert select_categories(evidence, 0.25).tolist() == [[DOCUMENT, SINK]]
+    by_mass = select_categories(evidence, 0.25, criterion="attention_mass")
+    assert by_mass.tolist() == [[SINK, DOCUMENT]]
+    for arguments, message in (
+        ({"budget": -1.0}, "budget must be at least 0"),
+        ({"budget": float("nan")}, "budget must be at least 0"),
+        ({"budget": 1.0, "criterion": "x"}, "criterion must be one of output_error, attention"),
+        ({"budget": 1.0, "allocation": "x"}, "allocation must be one of per_head, global"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            select_categories(evidence, **arguments)
+    with pytest.raises(ValueError, match="evidence must have error and pairs, got no pairs"):
+        select_categories({"error": evidence["error"]}, 1.0)
+
+
+def test_a_quantile_sees_the_rare_prompt_that_a_mean_does_not() -> None:
+    error = torch.full((20, 1, 1, 4), 0.01)
+    error[7] = 0.9
+    error[..., DENSE] = 0
+    measurements = measurements_of_errors(error)
+    config = tiny_model("qwen2_5_vl", num_layers=1).config
+    for aggregate, expected in (("quantile", DENSE), ("mean", SINK)):
+        evidence = summarize(measurements, aggregate=aggregate)
+        assert select_categories(evidence, 0.1).tolist() == [[expected]]
+    spread = summarize(measurements)["error_spread"]
+    assert torch.allclose(spread, error.std(0, correction=0))
+    wide = measurements_of_errors(error.expand(-1, 1, 4, -1).contiguous())
+    rule = TemplateRule.from_config(config)
+    profile = profile_of(config, wide, rule=rule, budget=0.1, aggregate="mean")
+    assert profile.counts()[SINK] == 4
+    assert torch.allclose(profile.evidence["margin"], 0.1 - profile.evidence["error"])
+    assert flops_cut(profile) == pytest.approx(0.7)
+    assert "70.0% less" in summary(profile, 3.0)
+    with pytest.raises(ValueError, match="quantile must be in"):
+        profile_of(config, wide, rule=rule, quantile=1.5)
+
+
+def test_sinks_are_where_other_images_look() -> None:
+    measurements = measurements_of_errors(torch.zeros(3, 2, 2, 4))
+    mass = measurements.offset_mass
+    mass[..., 3] = 0.4
+    assert find_sink_offsets(measurements) == (3,)
+    mass[..., 8] = 0.3
+    assert find_sink_offsets(measurements) == (3, 2**20)
+    mass[..., 0] = 0.25
+    assert len(find_sink_offsets(measurements)) == 2
+
+
+# Measuring.
+
+
+def rows(num_rows: int = 4, num_images: int = 3) -> list[dict[str, Any]]:
+    content = [*[{"type": "image"}] * num_images, {"type": "text", "text": "what?"}]
+    return [
+        {
+            "images": [
+                Image.new("RGB", (16, 16), (40 * n, 255 - 50 * m, 7)) for m in range(num_images)
+            ],
+            "messages": [{"role": "user", "content": content}],
+        }
+        for n in range(num_rows)
+    ]
+
+
+def test_an_interrupted_calibration_goes_on_to_the_same_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = tiny_model("gemma3", num_layers=1), tiny_processor("gemma3")
+    file = tmp_path / "partial"
+    whole_prober = measuring.Prober(model, TemplateRule.from_config(model.config))
+    calls = 0
+
+    class Interrupted:
+        """One prober for all, which is compiled once; the third call of all is interrupted."""
+
+        def __init__(self, model: Any, rule: Any) -> None:
+            pass
+
+        def __call__(self, inputs: Any) -> Measurements:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                raise KeyboardInterrupt
+            return whole_prober(inputs)
+
+    monkeypatch.setattr(measuring, "Prober", Interrupted)
+    options: dict[str, Any] = {"budget": 0.5, "checkpoint": file, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, processor, rows(), **options)
+    assert file.exists()
+    with pytest.raises(ValueError, match="batch_size 2 here, 1 in the file"):
+        calibrate(model, processor, rows(), batch_size=2, **options)
+    with pytest.raises(ValueError, match=r"samples .* here"):
+        calibrate(model, processor, rows(5), **options)
+    resumed = calibrate(model, processor, rows(), **options)
+    assert calls == 5  # two, the interrupted one, and the two that were left
+    calls = 10
+    fresh = calibrate(model, processor, rows(), **{**options, "checkpoint": None})
+    assert calls == 14
+    assert resumed == fresh
+    resumed.save(tmp_path / "a")
+    fresh.save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert Profile.load(tmp_path / "a") == fresh
+    assert fresh.calibration["num_samples"] == fresh.calibration["num_samples_used"] == "4"
+    again = calibrate(model, processor, rows(), **{**options, "budget": 0.0})
+    assert calls == 14  # another budget needs no other measurement
+    assert again.counts()[DENSE] == again.num_heads
+    measured = calibrate(
+        model, processor, rows(2), sink_offsets="measure", checkpoint=tmp_path / "c", progress=False
+    )
+    assert calls == 18
+    assert 1 <= len(measured.rule.sink_offsets) <= 2
+    file.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="checkpoint must be one that calibration wrote"):
+        calibrate(model, processor, rows(), **options)
+    fresh.save(file)
+    with pytest.raises(ValueError, match=r"got .* with format 'blindsight-profile'"):
+        calibrate(model, processor, rows(), **options)
+
+
+def test_bad_input_is_said_clearly(tmp_path: Path) -> None:
+    model, processor = tiny_model("gemma3", num_layers=1), tiny_processor("gemma3")
+    with pytest.raises(ValueError, match="at least two images, got fewer in all of 2"):
+        calibrate(model, processor, rows(2, num_images=1), progress=False)
+    with pytest.raises(ValueError, match="at least one sample, got none"):
+        calibrate(model, processor, [])
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        calibrate(model, processor, rows(1), batch_size=0)
+    with pytest.raises(ValueError, match="sink_offsets must be ints or 'measure'"):
+        calibrate(model, processor, rows(1), sink_offsets="found")
+    with pytest.raises(ValueError, match="aggregate must be one of quantile, mean"):
+        calibrate(model, processor, rows(1), aggregate="median")
+    eager = tiny_model("gemma3", num_layers=1, attn_implementation="eager")
+    with pytest.raises(ValueError, match="attn_implementation='sdpa', got 'eager'"):
+        calibrate(eager, processor, rows(1))
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    text_model = LlamaForCausalLM(config)
+    with pytest.raises(ValueError, match="model must have a vision part, got 'llama'"):
+        calibrate(text_model, processor, rows(1))
+
+
+def test_the_model_stays_in_training_mode() -> None:
+    model, processor = tiny_model("gemma3", num_layers=1), tiny_processor("gemma3")
+    model.train()
+    with pytest.raises(ValueError, match="two images"):
+        calibrate(model, processor, rows(1, num_images=1), progress=False)
+    assert model.training
+
+
+# The command.
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A model with its processor, and a dataset, in one folder each."""
+    tiny_model("gemma3", num_layers=1).save_pretrained(tmp_path / "model")
+    tiny_processor("gemma3").save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    lines = []
+    for n, row in enumerate(rows(2)):
+        names = []
+        for m, image in enumerate(row["images"]):
+            names.append(f"{n}-{m}.png")
+            image.save(tmp_path / "data" / names[-1])
+        lines.append(json.dumps({"images": names, "messages": row["messages"]}))
+    (tmp_path / "data/data.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_the_command_writes_a_profile(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = saved / "profile.safetensors"
+    arguments = ["calibrate", str(saved / "model"), str(saved / "data"), "-o", str(output)]
+    assert main([*arguments, "--budget", "0.9"]) == 0
+    text = capsys.readouterr().out
+    assert f"saved to {output}" in text and "attention FLOPs" in text and "s each" in text
+    profile = Profile.load(output)
+    profile.validate(tiny_model("gemma3", num_layers=1))
+    assert profile.calibration["budget"] == "0.9"
+    assert set(profile.evidence) >= {"error", "error_spread", "margin", "mass", "pairs"}
+    assert sorted(path.name for path in saved.iterdir()) == ["data", "model", output.name]
+    assert load_samples(saved / "data")[1].images
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "output", "message"),
+    [
+        ("model", "nothing", "p", "dataset must be"),
+        ("nothing", "data", "p", "model must be a folder or a hub id"),
+        ("llama", "data", "p", "model must have a vision part"),
+        ("model", "data", "no/such/p", "output must be in an existing folder"),
+    ],
+)
+def test_errors_of_the_command_are_one_line(
+    saved: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    data: str,
+    output: str,
+    message: str,
+) -> None:
+    (saved / "llama").mkdir()
+    LlamaConfig().save_pretrained(saved / "llama")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments = [str(saved / model), str(saved / data), "-o", str(saved / output)]
+    assert main(["calibrate", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,0 +1,394 @@
+"""What the probe measures, against fp64 and the definitions; and that it changes nothing."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+import oracles
+from blindsight.calibrate import find_sink_offsets, select_categories, summarize
+from blindsight.measure import Prober, measurements_of
+from blindsight.probe import NUM_OFFSETS, REGIONS, Losses, measure_losses
+from blindsight.template import TemplateRule, find_sinks
+from blindsight.visibility import (
+    IntervalVisibility,
+    Visibility,
+    visibility_of_expression,
+    visibility_of_form,
+    visibility_of_tensor,
+)
+from models import Image, make_inputs, tiny_model
+from strategies import BaseCase, gqa_heads, templates
+
+
+def expected_losses(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    base: torch.Tensor,
+    span_id: torch.Tensor,
+    is_sink: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | float = 0.0,
+) -> dict[str, torch.Tensor]:
+    """The same sums straight from the definitions, in fp64; base is bool [B, 1 or H, T, T]."""
+    query, key, value = (x.double() for x in (query, key, value))
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    batch, num_heads, num_tokens, _ = query.shape
+    restricted = span_id > 1  # [B, T]
+    scores = query @ key.transpose(-1, -2) * scale + bias
+
+    def attend(mask: torch.Tensor) -> torch.Tensor:
+        """Weights [B, H, T, T] under a mask; 0 where a row sees nothing, and in other rows."""
+        softmax = torch.softmax(scores.masked_fill(~mask, float("-inf")), -1)
+        return softmax.masked_fill(~mask, 0.0) * restricted[:, None, :, None]
+
+    weights = attend(base)
+    dense = weights @ value
+    result = {
+        "num_rows": restricted.sum(1).double(),
+        "norm": dense.square().sum((-1, -2)),
+        "error": torch.zeros(batch, num_heads, 4, dtype=torch.float64),
+        "lost": torch.zeros(batch, num_heads, 4, dtype=torch.float64),
+        "mass": torch.zeros(batch, num_heads, len(REGIONS), dtype=torch.float64),
+        "offsets": torch.zeros(batch, num_heads, NUM_OFFSETS + 1, dtype=torch.float64),
+    }
+    for category in range(4):
+        keep = oracles.oracle_keep(span_id, is_sink, category)[:, None]
+        sparse = attend(base & keep) @ value
+        result["error"][..., category] = (sparse - dense).square().sum((-1, -2))
+        result["lost"][..., category] = (weights * ~keep).sum((-1, -2))
+    for b, spans in enumerate(span_id.tolist()):
+        first = {span: spans.index(span) for span in spans}
+        last = {span: num_tokens - 1 - spans[::-1].index(span) for span in spans}
+        for k, span in enumerate(spans):
+            for q in range(num_tokens):
+                weight = weights[b, :, q, k]
+                if span == 0:
+                    region = "text"
+                elif span == spans[q]:
+                    region = "own_span"
+                else:
+                    region = "other_sinks" if is_sink[b, k] else "other_spans"
+                    if k - first[span] < NUM_OFFSETS:
+                        result["offsets"][b, :, k - first[span]] += weight
+                    if k == last[span]:
+                        result["offsets"][b, :, NUM_OFFSETS] += weight
+                result["mass"][b, :, REGIONS.index(region)] += weight
+    return result
+
+
+def assert_losses(found: Losses, expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    for name, value in expected.items():
+        scale = expected["norm"].max() if name in ("norm", "error") else value.max()
+        difference = (getattr(found, name) - value).abs().max()
+        assert difference <= tolerance * scale + 1e-12, (name, difference, scale)
+
+
+def full_case(template: Any, sight: str, window: int | None, delimiters: bool) -> BaseCase:
+    image_id = template.span_id.clone()
+    if delimiters:
+        inside = torch.nn.functional.pad(template.span_id, (1, 1))
+        image_id[(inside[:, :-2] != image_id) | (inside[:, 2:] != image_id)] = 0
+    num_tokens = template.span_id.shape[1]
+    return BaseCase(
+        template=template,
+        num_queries=num_tokens,
+        num_keys=num_tokens,
+        sight=sight,
+        window=window,
+        distance=None,
+        chunk=None,
+        sequence_id=None,
+        image_id=image_id,
+        valid=template.attention_mask,
+    )
+
+
+def base_of(case: BaseCase) -> torch.Tensor:
+    return oracles.oracle_base(
+        case.num_tokens,
+        case.num_queries,
+        case.num_keys,
+        sight=case.sight,
+        valid=case.valid,
+        image_id=case.image_id,
+        window=case.window,
+    )
+
+
+@given(
+    template=templates(max_spans=5, max_span=12, max_text=5, max_batch=2),
+    heads=gqa_heads(max_heads=4),
+    sight=st.sampled_from(["causal", "causal or image"]),
+    window=st.sampled_from([None, None, 1, 7, 20]),
+    delimiters=st.booleans(),
+    how=st.sampled_from(["intervals", "tensor", "bias", "per head"]),
+    blocks=st.sampled_from([(256, 512), (3, 5), (1, 1), (8, 2)]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    spread=st.sampled_from([0.0, 1.0, 8.0, 60.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_losses_are_those_of_the_definitions(
+    template: Any,
+    heads: tuple[int, int],
+    sight: str,
+    window: int | None,
+    delimiters: bool,
+    how: str,
+    blocks: tuple[int, int],
+    dtype: torch.dtype,
+    spread: float,
+    seed: int,
+) -> None:
+    case = full_case(template, sight, window, delimiters)
+    base = base_of(case)[:, None]  # [B, 1, T, T]
+    generator = torch.Generator().manual_seed(seed)
+    (num_heads, num_kv_heads), (batch, num_tokens) = heads, template.span_id.shape
+
+    def draw(num: int) -> torch.Tensor:
+        return torch.randn(batch, num, num_tokens, 4, generator=generator, dtype=dtype)
+
+    query, key, value = draw(num_heads) * spread, draw(num_kv_heads), draw(num_kv_heads)
+    visibility: Visibility
+    added: torch.Tensor | float = 0.0
+    if how == "intervals":
+        visibility = IntervalVisibility(case.interval_form())
+    elif how == "tensor":
+        visibility = visibility_of_tensor(base, template.span_id)
+    elif how == "per head":
+        base = base.repeat(1, num_heads, 1, 1)
+        base[:, -1] &= torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril().triu(-9)
+        base |= torch.eye(num_tokens, dtype=torch.bool)
+        visibility = visibility_of_tensor(base, template.span_id)
+    else:
+        added = torch.randn(base.shape, generator=generator, dtype=dtype)
+        lowest = torch.tensor(torch.finfo(dtype).min, dtype=dtype)
+        visibility = visibility_of_tensor(torch.where(base, added, lowest), template.span_id)
+    scale = 0.7
+    repeated = (x.repeat_interleave(num_heads // num_kv_heads, dim=1) for x in (key, value))
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, *repeated, attn_mask=torch.where(base, added, float("-inf")).to(dtype), scale=scale
+    ).nan_to_num(nan=0.0)
+    found = measure_losses(
+        query,
+        key,
+        value,
+        output,
+        visibility,
+        template.span_id,
+        template.is_sink,
+        scale=scale,
+        query_block=blocks[0],
+        key_block=blocks[1],
+    )
+    expected = expected_losses(
+        query, key, value, base, template.span_id, template.is_sink, scale, added
+    )
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-4
+    assert_losses(found, expected, tolerance)
+    assert (found.deviation <= tolerance**2 * expected["norm"].max() + 1e-20).all()
+    rows = case.valid[:, None, :, None]
+    if how != "per head" and ((sight == "causal" and window is None) or how == "intervals"):
+        for category in range(4):
+            keep = oracles.oracle_keep(template.span_id, template.is_sink, category)[:, None]
+            pairs = (base & keep & rows).sum((1, 2, 3))
+            assert torch.equal(found.pairs[:, category], pairs)
+
+
+def test_form_and_expression_say_what_the_tensor_says() -> None:
+    ids = [[0, 0, 0, 1, 1, 1, 0, 2, 2, 2, 2, 3, 3, 0], [1, 1, 0, 2, 2, 0, 3, 3, 3, 0, 4, 4, 0, 0]]
+    span_id = torch.tensor(ids)
+    is_sink = find_sinks(span_id, (0,))
+    valid = torch.ones_like(is_sink)
+    valid[0, :2], valid[1, -1:] = False, False
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 2, 14, 4, generator=generator)
+    key = value = torch.randn(2, 1, 14, 4, generator=generator)
+    base = torch.ones(14, 14).tril().bool() & valid[:, None]
+    output = oracles.oracle_attention(query, key, value, base[:, None], 0.5)
+    padding = ("load", valid, (("index", "b"), ("index", "k")))
+    form = ("and", ("upper", ("index", "q")), ("valid", padding))
+    expression = ("and", ("le", ("index", "k"), ("index", "q")), padding)
+    views: list[Any] = [
+        visibility_of_form(form, (), span_id),
+        visibility_of_expression(expression, span_id),
+        visibility_of_tensor(base[:, None], span_id),
+    ]
+    valid |= True  # what an expression read may be overwritten later
+    expected = expected_losses(query, key, value, base[:, None], span_id, is_sink, 0.5)
+    for visibility in views:
+        found = measure_losses(query, key, value, output, visibility, span_id, is_sink)
+        assert_losses(found, expected, 1e-5)
+
+
+def test_facts_that_fail_leave_the_given_mask() -> None:
+    positions = torch.tensor([[0, 1, 5, 6]])
+    form, facts = ("upper", ("index", "q")), (("consecutive", positions, None),)
+    assert visibility_of_form(form, facts, torch.zeros(1, 4, dtype=torch.int64)) is None
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(part, torch.Tensor):
+                # What is expanded occupies no memory.
+                self.numel = max(self.numel, part.untyped_storage().nbytes() // part.element_size())
+        return result
+
+
+@pytest.mark.parametrize("how", ["form", "expression", "tensor"])
+def test_no_tensor_of_all_pairs(how: str) -> None:
+    num_tokens = 2048
+    span_id = torch.zeros(1, num_tokens, dtype=torch.int32)
+    for number in range(4):
+        span_id[0, 100 + 400 * number : 400 + 400 * number] = number + 1
+    is_sink = find_sinks(span_id, (0,))
+    query = torch.randn(1, 2, num_tokens, 8)
+    form, expression = ("upper", ("index", "q")), ("le", ("index", "k"), ("index", "q"))
+    mask = torch.ones(1, 1, num_tokens, num_tokens, dtype=torch.bool).tril()
+    with _Largest() as largest:
+        visibility = {
+            "form": lambda: visibility_of_form(form, (), span_id),
+            "expression": lambda: visibility_of_expression(expression, span_id),
+            "tensor": lambda: visibility_of_tensor(mask, span_id),
+        }[how]()
+        assert visibility is not None
+        measure_losses(query, query[:, :1], query[:, :1], query, visibility, span_id, is_sink)
+    if how == "tensor":  # the mask itself is there, and views of it; nothing else is as large
+        assert largest.numel <= num_tokens**2
+    else:
+        assert largest.numel <= 2 * 256 * 512
+
+
+def test_heads_of_a_kind_are_told() -> None:
+    """Heads that look at their own image, at sinks, at both, and at another image."""
+    ids = [0] * 6
+    for number in range(1, 7):
+        ids += [number] * 12 + [0] * 2
+    span_id = torch.tensor([ids])
+    is_sink = find_sinks(span_id, (0,))
+    num_tokens, dim = span_id.shape[1], 24
+    one_hot = torch.eye(8)[span_id[0]] * (span_id[0] > 0)[:, None]
+    sink = is_sink[0].float()[:, None]
+    rest = torch.zeros(num_tokens, dim - 17)
+    key = torch.cat([one_hot, one_hot * (1 - sink), sink, rest], dim=1)
+    previous = torch.eye(8)[(span_id[0] - 1).clamp(min=0)]
+    zero, one = torch.zeros(num_tokens, 8), torch.ones(num_tokens, 1)
+    heads = [
+        torch.cat([one_hot, zero, 0 * one, rest], 1),  # its own image
+        torch.cat([zero, zero, one, rest], 1),  # sinks
+        torch.cat([zero, one_hot, one, rest], 1),  # both
+        torch.cat([previous, zero, 0 * one, rest], 1),  # the image before it
+    ]
+    query = 20 * torch.stack(heads)[None]
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(1, 1, num_tokens, dim, generator=generator)
+    base = torch.ones(num_tokens, num_tokens).tril().bool()
+    output = oracles.oracle_attention(query, key[None, None], value, base, 1.0)
+    visibility = visibility_of_form(("upper", ("index", "q")), (), span_id)
+    assert visibility is not None
+    losses = measure_losses(
+        query, key[None, None], value, output, visibility, span_id, is_sink, scale=1.0
+    )
+    measurements = measurements_of({0: losses}, torch.tensor([num_tokens]))
+    evidence = summarize(measurements)
+    for allocation in ("per_head", "global"):
+        assert select_categories(evidence, 0.01, allocation=allocation).tolist() == [[2, 1, 3, 0]]
+    kept = select_categories(evidence, 0.01, criterion="attention_mass")
+    assert kept.tolist() == [[2, 1, 3, 0]]
+    of_sinks = dataclasses.replace(measurements, offset_mass=measurements.offset_mass[:, :, 1:2])
+    assert find_sink_offsets(of_sinks) == (0,)
+
+
+@contextmanager
+def recorded_calls(model: Any) -> Iterator[dict[int, tuple[torch.Tensor, ...]]]:
+    """Keep query, key, value, mask and scale of every layer of a model that runs eagerly."""
+    calls: dict[int, tuple[Any, ...]] = {}
+
+    def attention(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
+    ) -> Any:
+        calls[module.layer_idx] = (query, key, value, attention_mask, kwargs["scaling"])
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+    AttentionInterface.register("recorded", attention)
+    AttentionMaskInterface.register("recorded", mask)
+    config = model.config.get_text_config()
+    before, config._attn_implementation = config._attn_implementation, "recorded"
+    try:
+        yield calls
+    finally:
+        config._attn_implementation = before
+        del AttentionInterface._global_mapping["recorded"]
+        del AttentionMaskInterface._global_mapping["recorded"]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_a_model_is_measured_and_its_outputs_stay_as_they_are(family: str) -> None:
+    model = tiny_model(family)
+    rule = TemplateRule.from_config(model.config)
+    prober = Prober(model, rule)
+    rows = [[3, Image(), 2, Image(), Image(), 4], [5, Image(), Image(), 1]]
+    for pad_side in ("left", "right"):
+        inputs = make_inputs(family, rows, pad_side=pad_side)
+        template = rule.template(inputs["input_ids"])
+        prober._backend.begin(template)
+        with torch.no_grad():
+            probed = prober._compiled(**inputs, use_cache=False).logits
+            layers = prober._backend.end()
+            assert torch.equal(probed, model(**inputs, use_cache=False).logits)
+            with recorded_calls(model) as calls:
+                model(**inputs, use_cache=False)
+        assert sorted(layers) == sorted(calls) == [0, 1]
+        for layer, (query, key, value, mask, scale) in calls.items():
+            arguments = (query, key, value, mask, *template.tensors(), scale)
+            assert_losses(layers[layer], expected_losses(*arguments), 1e-5)
+            deviation = layers[layer].deviation / layers[layer].norm
+            assert (deviation < 1e-10).all()
+
+
+def test_a_prompt_with_one_image_loses_nothing() -> None:
+    model = tiny_model("qwen2_5_vl")
+    prober = Prober(model, TemplateRule.from_config(model.config))
+    found = prober(make_inputs("qwen2_5_vl", [[3, Image(), 2]]))
+    assert found.num_rows.tolist() == [0.0]
+    assert not found.error.any()
+
+
+def test_attention_that_is_not_met_is_an_error() -> None:
+    model = tiny_model("gemma3", num_layers=1)
+    prober = Prober(model, TemplateRule.from_config(model.config))
+    with (
+        torch._dynamo.config.patch(disable=True),
+        pytest.raises(ValueError, match="attention of all 1 layers must be met, got none of"),
+    ):
+        prober(make_inputs("gemma3", [[3, Image(), 2, Image()]]))
+
+
+def test_attention_that_is_something_else_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the masks say, is checked against what the model did on every prompt."""
+    model = tiny_model("gemma3", num_layers=1)
+    prober = Prober(model, TemplateRule.from_config(model.config))
+    monkeypatch.setattr(IntervalVisibility, "extent", lambda *_: (0, 9))
+    with pytest.raises(ValueError, match="attention of layer 0 must be softmax"):
+        prober(make_inputs("gemma3", [[3, Image(), 2, Image()]]))

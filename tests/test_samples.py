@@ -1,0 +1,224 @@
+"""Datasets from everywhere, processors, and what is said of broken ones."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from blindsight.samples import Samples, load_processor, load_samples, model_inputs
+from models import IMAGE_ID, tiny_model
+from processors import tiny_processor
+
+
+def picture(shade: int, width: int = 16, height: int = 16) -> Image.Image:
+    return Image.new("RGB", (width, height), (shade, 255 - shade, 7))
+
+
+def messages(text: str = "what?", num_images: int = 2, answer: str | None = None) -> list[Any]:
+    content = [*[{"type": "image"}] * num_images, {"type": "text", "text": text}]
+    turns: list[Any] = [{"role": "user", "content": content}]
+    if answer is not None:
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return turns
+
+
+def memory_rows(num_rows: int = 5) -> list[dict[str, Any]]:
+    return [
+        {
+            "images": [picture(10 * n), picture(10 * n + 5)],
+            "messages": messages(f"question {n}", answer=f"answer {n}"),
+            "task": "some",
+        }
+        for n in range(num_rows)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "img").mkdir()
+    lines = []
+    for n in range(5):
+        names = [f"img/{n}{side}.png" for side in "ab"]
+        for name in names:
+            picture(10 * n).save(tmp_path / name)
+        row = {"images": names, "messages": messages(f"question {n}"), "answer": n, "task": "some"}
+        lines.append(json.dumps(row))
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n\n")
+    return tmp_path
+
+
+def texts(samples: Samples) -> list[str]:
+    return [sample.messages[0]["content"][-1]["text"] for sample in samples]
+
+
+def test_a_file_and_its_folder_are_the_same(folder: Path) -> None:
+    by_file, by_folder = load_samples(folder / "data.jsonl"), load_samples(str(folder))
+    assert texts(by_file) == texts(by_folder) == [f"question {n}" for n in range(5)]
+    sample = by_file[3]
+    assert (sample.index, sample.task, sample.answer) == (3, "some", "3")
+    assert [image.mode for image in sample.images] == ["RGB", "RGB"]
+    assert sample.images[0].getpixel((0, 0)) == (30, 225, 7)
+    assert by_file.digest() == by_folder.digest() != by_file[:4].digest()
+
+
+def test_limit_and_seed_choose_the_same_samples_again(folder: Path) -> None:
+    assert texts(load_samples(folder, limit=2)) == ["question 0", "question 1"]
+    first, again = (load_samples(folder, limit=3, seed=7) for _ in range(2))
+    assert texts(first) == texts(again)
+    assert len(set(texts(first))) == 3
+    orders = {tuple(texts(load_samples(folder, seed=seed))) for seed in range(20)}
+    assert len(orders) > 5
+    assert (
+        texts(load_samples(load_samples(folder, seed=1), limit=2))
+        == texts(load_samples(folder, seed=1))[:2]
+    )
+
+
+def test_the_digest_sees_another_image(folder: Path) -> None:
+    before = load_samples(folder).digest()
+    picture(3, width=40).save(folder / "img/0a.png")
+    assert load_samples(folder).digest() != before
+
+
+def test_rows_in_memory() -> None:
+    samples = load_samples(memory_rows())
+    assert len(samples) == 5
+    assert [samples[n].answer for n in range(5)] == [f"answer {n}" for n in range(5)]
+    assert len(samples[0].prompt) == 1 and len(samples[0].messages) == 2
+    assert samples.digest() == load_samples(memory_rows()).digest()
+    data = io.BytesIO()
+    picture(3).save(data, "PNG")
+    single = load_samples([{"image": data.getvalue(), "messages": messages(num_images=1)}])
+    assert single[0].images[0].size == (16, 16)
+    stream = (row for row in memory_rows())
+    assert len(load_samples(stream, limit=2)) == 2
+    with pytest.raises(ValueError, match="limit must be given for a stream"):
+        load_samples(row for row in memory_rows())
+
+
+def test_datasets_of_datasets(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {
+            "images": datasets.List(datasets.Image()),
+            "messages": [
+                {"role": datasets.Value("string"), "content": [{"type": datasets.Value("string"),
+                 "text": datasets.Value("string")}]}
+            ],
+            "task": datasets.Value("string"),
+        }
+    )  # fmt: skip
+    table = datasets.Dataset.from_list(memory_rows(), features=features)
+    assert load_samples(table)[2].answer == "answer 2"
+    table.save_to_disk(tmp_path / "one")
+    saved = load_samples(tmp_path / "one")
+    assert saved[2].messages == load_samples(memory_rows())[2].messages
+    assert saved[1].images[0].getpixel((0, 0)) == (10, 245, 7)
+    assert saved.digest() == load_samples(tmp_path / "one").digest()
+    parts = datasets.DatasetDict({"train": table, "test": table.select([0])})
+    assert len(load_samples(parts, split="test")) == 1
+    parts.save_to_disk(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"split must be one of train, test .* got None"):
+        load_samples(tmp_path / "two")
+    broken = datasets.Dataset.from_list(
+        [{"images": [{"bytes": b"no image", "path": None}] * 2, "messages": messages()}],
+        features=datasets.Features({k: features[k] for k in ("images", "messages")}),
+    )
+    with pytest.raises(ValueError, match=r"sample 0 of .* must be readable"):
+        load_samples(broken)[0]
+
+
+def test_an_empty_dataset(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("\n")
+    for source in (tmp_path, []):
+        with pytest.raises(ValueError, match="at least one sample, got none in"):
+            load_samples(source)
+
+
+def test_a_dataset_without_images_or_messages() -> None:
+    with pytest.raises(ValueError, match="must have images, got only messages, task"):
+        load_samples([{"messages": messages(num_images=0), "task": "x"}])
+    with pytest.raises(ValueError, match="must have a column 'messages', got images"):
+        load_samples([{"images": []}])
+    with pytest.raises(ValueError, match=r"one image for each .* got 1 images for 2"):
+        load_samples([{"images": [picture(1)], "messages": messages()}])[0]
+    with pytest.raises(ValueError, match=r"messages of sample 0 .* must be"):
+        load_samples([{"images": [], "messages": [{"role": "user"}]}])[0]
+
+
+def test_a_broken_image_file(folder: Path) -> None:
+    (folder / "img/2b.png").write_bytes((folder / "img/2b.png").read_bytes()[:40])
+    (folder / "img/3a.png").unlink()
+    samples = load_samples(folder)
+    assert samples[1].images
+    for index, name in ((2, "image 2"), (3, "image 1")):
+        with pytest.raises(ValueError, match=f"{name} of sample {index} of .* must be an image"):
+            samples[index]
+
+
+def test_a_broken_line(folder: Path) -> None:
+    (folder / "data.jsonl").write_text('{"images": [], "messages": []}\n{"images": [\n')
+    with pytest.raises(ValueError, match=r"data.jsonl, line 2, must be JSON like"):
+        load_samples(folder)
+
+
+def test_no_such_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="a folder that datasets reads, got"):
+        load_samples(tmp_path)
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="split must be one of train for"):
+        load_samples(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_inputs_run(family: str) -> None:
+    processor, model = tiny_processor(family), tiny_model(family)
+    samples = load_samples(memory_rows())
+    for side in ("left", "right"):
+        rows = [samples[0], load_samples([{**memory_rows()[1], "messages": messages("x")}])[0]]
+        inputs = model_inputs(processor, rows, padding_side=side)
+        mask = inputs["attention_mask"]
+        assert bool(mask[1, 0 if side == "right" else -1]) and not mask[1].all()
+        counts = (inputs["input_ids"] == IMAGE_ID).sum(1).tolist()
+        assert counts == [8, 8]
+        with torch.no_grad():
+            assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+    alone = model_inputs(processor, [samples[0]])
+    whole = model_inputs(processor, [samples[0]], prompt_only=False)
+    assert whole["input_ids"].shape[1] > alone["input_ids"].shape[1]
+    with pytest.raises(ValueError, match="padding_side must be"):
+        model_inputs(processor, rows, padding_side="both")
+    processor.tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="pad_token"):
+        model_inputs(processor, rows)
+
+
+def test_processors_come_back_without_torchvision(tmp_path: Path) -> None:
+    processor = tiny_processor()
+    tiny_model("qwen2_5_vl", num_layers=1).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = load_processor(tmp_path)
+    assert type(loaded).__name__ == "Qwen2_5_VLProcessor"
+    samples = load_samples(memory_rows())[:2]
+    expected, found = model_inputs(processor, samples), model_inputs(loaded, samples)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_no_processor(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model must have a processor, got none in"):
+        load_processor(tmp_path)
+
+
+def test_importing_blindsight_does_not_import_datasets() -> None:
+    code = (
+        "import sys, blindsight.samples, blindsight.cli, blindsight.calibrate\n"
+        "assert 'datasets' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
