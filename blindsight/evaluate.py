@@ -33,7 +33,7 @@ from blindsight.outcomes import (
     answer_samples,
     digest_of_samples,
     digest_of_weights,
-    write_atomically,
+    write_text,
 )
 from blindsight.prefill import Batch, CompiledDecoder, Decoder, check_has_vision
 from blindsight.profile import Profile
@@ -168,7 +168,7 @@ class Evaluation:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, or Markdown where the path ends in ``.md``; whole or not at all."""
         text = self.to_markdown() if Path(path).suffix == ".md" else self.to_json()
-        write_atomically(path, text.encode())
+        write_text(path, text)
 
     def _accuracy_rows(self) -> list[str]:
         dense, sparse = self.dense, self.sparse
@@ -283,10 +283,7 @@ def evaluate(
     decoder = decoder_of(model, profile)
     known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
     zeros = torch.zeros_like(profile.categories)
-    points = [
-        Point(f"{engine}: {masking.key}", masking)
-        for masking in (ProfileMasking(zeros), ProfileMasking(profile.categories))
-    ]
+    points = [point_of(zeros, engine), point_of(profile.categories, engine)]
     compiled = CompiledDecoder(decoder, profile, inner=inner) if engine == "compiled" else None
 
     def run_compiled(batch: Batch, point: Point, masks: Any, use_cache: bool) -> Any:
@@ -395,6 +392,73 @@ def summarize(
         attention_flops=attention,
         decoder_flops=attention + linear,
     )
+
+
+def compare(
+    model: nn.Module,
+    processor: Any,
+    samples: Sequence[Sample],
+    profiles: Mapping[str, Profile],
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[Summary, dict[str, Summary]]:
+    """Answer every sample dense and with several profiles of one rule; nothing is timed.
+
+    Args:
+        profiles: By name; at least one.
+        model, processor, samples, batch_size, max_new_tokens, checkpoint, num_resamples, seed,
+            progress: See :func:`evaluate`.
+
+    Raises:
+        ValueError: See :func:`evaluate`; or the profiles find images by unlike rules.
+    """
+    rules = {profile.rule for profile in profiles.values()}
+    if len(rules) != 1:
+        raise ValueError(f"profiles must have one rule, got {len(rules)} among {list(profiles)}.")
+    first = next(iter(profiles.values()))
+    decoder = decoder_of(model, first)
+    known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
+    points = {"": point_of(torch.zeros_like(first.categories))}
+    for name, profile in profiles.items():
+        profile.validate(model)
+        points[name] = point_of(profile.categories)
+    was_training = model.training
+    model.eval()
+    try:
+        outcomes = answer_samples(
+            decoder,
+            processor,
+            samples,
+            list({point.key: point for point in points.values()}.values()),
+            checkpoint=known,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        )
+    finally:
+        model.train(was_training)
+    found = {
+        name: summarize(
+            decoder,
+            outcomes[points[""].key],
+            outcomes[point.key],
+            num_resamples=num_resamples,
+            seed=seed,
+        )
+        for name, point in points.items()
+    }
+    return found.pop(""), found
+
+
+def point_of(categories: torch.Tensor, engine: str = ENGINES[0]) -> Point:
+    """Return the point of some categories ``[L, H]``."""
+    masking = ProfileMasking(categories)
+    return Point(f"{engine}: {masking.key}", masking)
 
 
 def time_prefill(

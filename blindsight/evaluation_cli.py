@@ -146,12 +146,10 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any, list[Sample] | Any, Profile]:
-    """Read everything that can be wrong before the weights, which take longest."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-    from transformers.utils import logging
+    """Read what can be wrong before the weights, which take longest."""
+    import transformers
 
-    from blindsight.prefill import check_has_vision
+    from blindsight.calibrate_cli import load_model
     from blindsight.profile import Profile
     from blindsight.samples import load_processor, load_samples
 
@@ -159,16 +157,11 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, list[Sample] | Any, 
     samples = load_samples(
         arguments.data, split=arguments.split, limit=arguments.limit, seed=arguments.sample_seed
     )
-    config: Any = AutoConfig.from_pretrained(arguments.model)
-    check_has_vision(config)
-    profile.validate(config)
-    processor = load_processor(arguments.model)
-    model_class: Any = AutoModelForImageTextToText
-    logging.disable_progress_bar()
+    transformers_logging: Any = transformers.logging
+    transformers_logging.disable_progress_bar()
     try:
-        model = model_class.from_pretrained(
-            arguments.model, dtype=getattr(torch, arguments.dtype), attn_implementation="sdpa"
-        )
+        model = load_model(arguments.model, arguments.dtype)
     finally:
-        logging.enable_progress_bar()
-    return model.to(arguments.device).eval(), processor, samples, profile
+        transformers_logging.enable_progress_bar()
+    processor = load_processor(arguments.model)
+    return model.to(arguments.device), processor, samples, profile

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from blindsight.masked_model import Masking, Masks, Prompt
 from blindsight.prefill import Batch, Decoder, Output
+from blindsight.profile import write_whole
 from blindsight.samples import Sample, model_inputs
 
 FORMAT, VERSION = "blindsight-outcomes", 1
@@ -301,20 +301,10 @@ def digest_of_samples(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file that appears whole or not at all, in a folder that is made where missing."""
-    target = Path(os.path.realpath(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".blindsight-{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file whole or not at all, in a folder that is made where missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text.encode())
 
 
 def _is_known(checkpoint: Checkpoint, point: Point, positions: Sequence[int]) -> bool:

@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from blindsight.categories import HeadCategory
-from blindsight.outcomes import write_atomically
 
 if TYPE_CHECKING:
     from blindsight.profile import Profile
@@ -288,4 +287,6 @@ def _save(figure: Any, path: str | os.PathLike[str]) -> None:
     # Without the time and version that they would carry, equal pictures are equal files.
     metadata = {"Software": None} if ending == "png" else None
     figure.savefig(buffer, format=ending, dpi=_DPI, facecolor="white", metadata=metadata)
-    write_atomically(path, buffer.getvalue())
+    from blindsight.profile import write_whole
+
+    write_whole(path, buffer.getvalue())

@@ -34,7 +34,7 @@ from blindsight.evaluate import (
     time_prefill,
 )
 from blindsight.masked_model import Masking, ProfileMasking
-from blindsight.outcomes import Checkpoint, Outcome, Point, answer_samples, write_atomically
+from blindsight.outcomes import Checkpoint, Outcome, Point, answer_samples, write_text
 from blindsight.profile import Profile
 from blindsight.samples import Sample
 
@@ -132,8 +132,8 @@ class Sweep:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``sweep.json`` and ``sweep.md``, each whole or not at all."""
-        write_atomically(Path(folder) / "sweep.json", self.to_json().encode())
-        write_atomically(Path(folder) / "sweep.md", self.to_markdown().encode())
+        write_text(Path(folder) / "sweep.json", self.to_json())
+        write_text(Path(folder) / "sweep.md", self.to_markdown())
 
     def to_markdown(self) -> str:
         lines = []
