@@ -1,0 +1,232 @@
+"""What calibration costs: memory and time of the probe, and of a whole calibration.
+
+    python bench/calibration.py [--lengths 2000 4000 8000] [--repeats 5]
+    python bench/calibration.py --model DIR --dataset DIR [--num-samples 64]
+
+The first form measures one layer's probe alone, each length in a process of its own: the peak of
+resident memory over what the inputs take, the peak of live tensors, and the time, beside that of
+the dense attention that it stands next to (`scaled_dot_product_attention` with a boolean mask, what
+the models run, and with `is_causal`). The second runs `blindsight calibrate`. Both append rows to
+bench/results/calibration.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Config, conditions, print_table
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from blindsight.probe import measure_losses
+from blindsight.visibility import visibility_of_form
+
+RESULTS = Path(__file__).parent / "results" / "calibration.jsonl"
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 128
+IMAGE_TOKENS, TEXT_TOKENS = 256, 16
+FORM = ("upper", ("index", "q"))  # plain causal
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of tensors made inside that are alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(part, torch.Tensor):
+                self._add(part.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        number, size = storage._cdata, storage.nbytes()
+        if number in self._seen:
+            return
+        self._seen.add(number)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def drop() -> None:
+            self.now -= size
+            self._seen.discard(number)
+
+        weakref.finalize(storage, drop)
+
+
+def resident_peak(reset: bool = False) -> int:
+    """Return the peak of resident memory, in bytes, since it was last reset (on Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def times(function: Callable[[], object], repeats: int) -> dict[str, float]:
+    function()
+    found = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        found.append(1e3 * (time.perf_counter() - begin))
+    ranks = statistics.quantiles(found, n=5, method="inclusive")
+    return {"median_ms": statistics.median(found), "p20_ms": ranks[0], "p80_ms": ranks[-1]}
+
+
+def measure_length(length: int, repeats: int) -> list[dict[str, Any]]:
+    """Return the rows of one prompt length."""
+    torch.manual_seed(0)
+    per_image = Config(1, IMAGE_TOKENS, TEXT_TOKENS).num_tokens - Config(0, 1, 0).num_tokens
+    prompt = Config(round(length / per_image), IMAGE_TOKENS, TEXT_TOKENS)
+    span_id, is_sink = prompt.template()
+    size = prompt.num_tokens
+    query = torch.randn(1, NUM_HEADS, size, HEAD_DIM)
+    key, value = (torch.randn(1, NUM_KV_HEADS, size, HEAD_DIM) for _ in range(2))
+
+    def probe() -> object:
+        visibility = visibility_of_form(FORM, (), span_id)
+        assert visibility is not None
+        return measure_losses(query, key, value, query, visibility, span_id, is_sink)
+
+    before = resident_peak(reset=True)
+    probe()
+    resident = resident_peak() - before
+    tracker = LiveTensors()
+    with tracker:
+        probe()
+    mask = torch.ones(1, 1, size, size, dtype=torch.bool).tril()
+    dense = {
+        "SDPA, boolean mask": lambda: scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, enable_gqa=True
+        ),
+        "SDPA is_causal": lambda: scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True
+        ),
+    }
+    common = {
+        "question": "probe",
+        "num_tokens": size,
+        "num_images": prompt.num_images,
+        "num_heads": NUM_HEADS,
+        "num_kv_heads": NUM_KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "dtype": "float32",
+        "n": repeats,
+        "warmup": 1,
+        "seed": 0,
+    }
+    peak = {"resident_bytes": resident, "tensor_bytes": tracker.peak}
+    rows = [{**common, "what": "probe", **peak, **times(probe, repeats)}]
+    for name, function in dense.items():
+        rows.append({**common, "what": name, **times(function, repeats)})
+    return rows
+
+
+def measure_command(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the row of one ``blindsight calibrate``."""
+    from blindsight.profile import Profile
+
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "profile.safetensors"
+        command = [sys.executable, "-m", "blindsight.cli", "calibrate"]
+        command += [arguments.model, arguments.dataset, "-o", str(output)]
+        command += ["--num-samples", str(arguments.num_samples)]
+        command += ["--batch-size", str(arguments.batch_size)]
+        begin = time.perf_counter()
+        found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        seconds = time.perf_counter() - begin
+        profile = Profile.load(output)
+    print(found.stdout)
+    return {
+        "question": "calibration",
+        "seconds": seconds,
+        "num_samples": arguments.num_samples,
+        "batch_size": arguments.batch_size,
+        "num_layers": profile.num_layers,
+        "num_heads": profile.num_heads,
+        "heads": {category.name: count for category, count in profile.counts().items()},
+        "budget": profile.calibration["budget"],
+        "dtype": "float32",
+        "peak_children_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+    }
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    under = conditions()
+    with RESULTS.open("a") as file:
+        for row in rows:
+            file.write(json.dumps({**row, **under}) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 4000, 8000])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", type=int, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--model")
+    parser.add_argument("--dataset")
+    parser.add_argument("--num-samples", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=1)
+    arguments = parser.parse_args()
+    if arguments.only is not None:
+        print(json.dumps(measure_length(arguments.only, arguments.repeats)))
+        return
+    if arguments.model is not None:
+        row = measure_command(arguments)
+        write([row])
+        print(f"{row['seconds']:.1f} s, loading included; heads {row['heads']}")
+        return
+    rows = []
+    for length in arguments.lengths:
+        command = [sys.executable, __file__, "--only", str(length)]
+        command += ["--repeats", str(arguments.repeats)]
+        found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        rows += json.loads(found.stdout.splitlines()[-1])
+    write(rows)
+    table = []
+    for row, *dense in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        table.append(
+            [
+                f"{row['num_tokens']:,}",
+                f"{row['resident_bytes'] / 2**20:.0f}",
+                f"{row['tensor_bytes'] / 2**20:.0f}",
+                f"{row['tensor_bytes'] / row['num_tokens'] / 1024:.1f}",
+                f"{4 * NUM_HEADS * row['num_tokens'] ** 2 / 2**20:,.0f}",
+                f"{row['median_ms']:,.0f}",
+                *(f"{other['median_ms']:,.0f}" for other in dense),
+            ]
+        )
+    print_table(
+        [
+            "tokens",
+            "resident peak, MiB",
+            "tensors' peak, MiB",
+            "KiB a token",
+            "scores of all pairs, MiB",
+            "probe, ms",
+            "SDPA, boolean mask, ms",
+            "SDPA is_causal, ms",
+        ],
+        table,
+    )
+
+
+if __name__ == "__main__":
+    main()
