@@ -44,6 +44,7 @@ def export(weights: Path, out: Path) -> None:
         )
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(temporary.iterdir()):
+        path.chmod(0o644)
         os.replace(path, out / path.name)
     temporary.rmdir()
 

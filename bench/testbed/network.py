@@ -455,6 +455,16 @@ class Trainee(nn.Module):
             "counts": loss("counts", ends[1], counts.clamp(max=MAX_COUNT)),
             "partner": loss("partner", ends[2], partner),
         }
+
+        def name_loss(x: Tensor, names: tuple[str, ...], target: Tensor) -> Tensor:
+            """What an image token says in the language model's own words: aligns the two spaces."""
+            text = self.model.model.language_model
+            words = text.embed_tokens.weight[[TOKEN_ID[name] for name in names]]
+            logits = F.linear(_norm(x, text.norm.weight), words)
+            return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+        found["digit_word"] = name_loss(stream[0], DIGITS, digits[:, batch.image_of, cell])
+        found["label_word"] = name_loss(stream[1][:, batch.image_at], LABELS, label)
         places, images = [], []
         for question, at in zip(batch.questions, batch.argument_at, strict=True):
             for k, place in enumerate(at):
@@ -466,10 +476,96 @@ class Trainee(nn.Module):
             x = stream[3][:, places]
             found["asked_first"] = loss("asked_first", x, digits[..., 0].gather(1, asked))
             found["asked_mode"] = loss("asked_mode", x, counts.argmax(-1).gather(1, asked))
+        counted = [k for k, question in enumerate(batch.questions) if question.task == "count"]
+        if counted:
+            asked = torch.as_tensor(
+                np.stack([batch.questions[k].arguments for k in counted], 1), device=device
+            )  # [B, A, 2]: digit, image
+            x = stream[3][:, [batch.argument_at[k][1] for k in counted]]
+            histogram = counts.clamp(max=MAX_COUNT)
+            histogram = histogram.gather(1, asked[..., 1:].expand(-1, -1, 10))
+            found["asked_counts"] = loss("counts", x, histogram)
+            found["asked_digit"] = loss("cell_digit", x, asked[..., 0])
+        pairs = [k for k, question in enumerate(batch.questions) if question.task == "same_first"]
+        if pairs:
+            one = torch.as_tensor(
+                np.stack([batch.questions[k].arguments[:, 0] for k in pairs], 1), device=device
+            )
+            x = stream[4][:, [batch.argument_at[k][1] for k in pairs]]
+            found["other_first"] = loss("cell_digit", x, digits[..., 0].gather(1, one))
+        found |= self._attention(batch, stream, digits[:, batch.image_of, cell], same)
         last = [max(at) for at in batch.argument_at]
         target = torch.where(batch.valid, batch.answers, -1)
         found["early_answer"] = loss("answer", stream[4][:, last], target)
         return found
+
+    def _attention(
+        self, batch: Batch, stream: list[Tensor], cells: Tensor, same: Tensor
+    ) -> dict[str, Tensor]:
+        """Where three heads should look: without it, matching by content stays at chance for long.
+
+        Head 0 of the third layer: from the end of an image that repeats an earlier one to the end
+        of that one. Head 0 of the fourth: from the digit in "which image has 7 ?" to image tokens
+        that show it. Head 3 of the fourth: from the label in "which image repeats image C ?" to the
+        end of the later one of the two, which knows both.
+
+        Args:
+            batch: The prompts.
+            stream: The residual stream.
+            cells: ``[B, C]``, the digit of each image token.
+            same: ``[B, N, N]``, whether an image repeats an earlier one.
+        """
+        total = batch.ids.shape[1]
+        found = {}
+        wanted = batch.bias.new_zeros(len(same), len(batch.end_at), total)
+        wanted[:, :, batch.end_at] = same.float()
+        if same.any():
+            found["look_partner"] = self._look(batch, stream, (2, 0), batch.end_at, wanted)
+        finds = [k for k, question in enumerate(batch.questions) if question.task == "find"]
+        if finds:
+            asked = torch.as_tensor(
+                np.concatenate([batch.questions[k].arguments for k in finds], 1),
+                device=cells.device,
+            )
+            wanted = batch.bias.new_zeros(len(cells), len(finds), total)
+            wanted[:, :, batch.image_at] = (asked[..., None] == cells[:, None]).float()
+            at = torch.tensor([batch.argument_at[k][0] for k in finds], device=cells.device)
+            found["look_digit"] = self._look(batch, stream, (3, 0), at, wanted)
+        repeats = [k for k, question in enumerate(batch.questions) if question.task == "repeat"]
+        if repeats:
+            asked = [(q.arguments[:, 0], q.answer) for q in (batch.questions[k] for k in repeats)]
+            later = torch.as_tensor(np.stack([np.maximum(*x) for x in asked], 1)).to(cells.device)
+            wanted = batch.bias.new_zeros(len(cells), len(repeats), total)
+            valid = batch.valid[:, repeats].float()
+            wanted.scatter_(2, batch.end_at[later][..., None], valid[..., None])
+            at = torch.tensor([batch.argument_at[k][0] for k in repeats], device=cells.device)
+            found["look_repeat"] = self._look(batch, stream, (3, 3), at, wanted)
+        return found
+
+    def _look(
+        self,
+        batch: Batch,
+        stream: list[Tensor],
+        layer_head: tuple[int, int],
+        at: Tensor,
+        wanted: Tensor,
+    ) -> Tensor:
+        """Minus the log of a head's attention from ``at`` to ``wanted`` ``[B, at, T]``."""
+        layer, head = layer_head
+        w = self._layers[layer]
+        y = _norm(stream[layer], w["input_layernorm.weight"])
+        part = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+        cos, sin = self._text_angles(batch.positions)
+        weight, bias = w["self_attn.q_proj.weight"], w["self_attn.q_proj.bias"]
+        q = _rotate(F.linear(y[:, at], weight[part], bias[part]), cos[at], sin[at])
+        group = head // (HEADS // KV_HEADS)
+        part = slice(group * HEAD_DIM, (group + 1) * HEAD_DIM)
+        weight, bias = w["self_attn.k_proj.weight"], w["self_attn.k_proj.bias"]
+        k = _rotate(F.linear(y, weight[part], bias[part]), cos, sin)
+        scores = q @ k.transpose(1, 2) * HEAD_DIM**-0.5 + batch.bias[at]
+        hidden = torch.where(wanted > 0, 0.0, -1e4)
+        mass = (scores.log_softmax(-1) + hidden).logsumexp(-1)
+        return -(mass * wanted.amax(-1)).sum() / wanted.amax(-1).sum().clamp(min=1)
 
 
 def bank_patches(bank: Bank, device: str = "cpu") -> Tensor:

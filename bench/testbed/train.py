@@ -33,7 +33,7 @@ from vocabulary import LABELS
 
 MAX_IMAGES = (3, 5, 8, 12)  # of each stage
 PROMOTE_AT = 0.85  # mean accuracy on training prompts that ends a stage
-STAGE_STEPS = (1500, 800, 600, 0)  # the stage ends after these steps at the latest
+STAGE_STEPS = (1200, 800, 600, 0)  # the stage ends after these steps at the latest
 
 
 @dataclass(frozen=True)
