@@ -62,7 +62,7 @@ class Call(NamedTuple):
     Attributes:
         layer: Whose it is.
         query: ``[B, H, Q, D]``.
-        key: ``[B, G, K, D]``.
+        key, value: ``[B, G, K, D]``.
         base: ``[B, 1, Q, K]`` bool, what the model's own mask allows.
         scale: Factor of the scores.
     """
@@ -70,6 +70,7 @@ class Call(NamedTuple):
     layer: int
     query: Tensor
     key: Tensor
+    value: Tensor
     base: Tensor
     scale: float
 
@@ -231,7 +232,7 @@ def _attention(
             f"softcap={kwargs.get('softcap')}."
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = Call(run.layers[module], query, key, attention_mask, scale)
+    call = Call(run.layers[module], query, key, value, attention_mask, scale)
     groups = EVERYTHING if run.masks is None else run.masks.groups(call)
     ratio = query.shape[1] // key.shape[1]
     output = query.new_empty(*query.shape[:3], value.shape[-1])

@@ -18,7 +18,7 @@ from blindsight.cli import main
 from blindsight.cost import attention_flops
 from blindsight.evaluate import Evaluation, check_distance, evaluate, time_prefill
 from blindsight.masked_model import EVERYTHING, Call, Group, ProfileMasking, masked
-from blindsight.outcomes import divergence
+from blindsight.outcomes import Outcome, divergence
 from blindsight.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.profile import Profile
 from blindsight.reference import kept_pairs, reference_logits
@@ -278,6 +278,16 @@ def test_the_models_own_answers_are_right_whatever_their_case(tmp_path: Path) ->
     assert found.dense.accuracy[known[0]["task"]].value == pytest.approx(1 - 1 / number)
 
 
+def test_every_answer_has_as_many_tokens_as_its_own_expected_one(tmp_path: Path) -> None:
+    run(8, max_new_tokens=3, checkpoint=tmp_path / "answers.jsonl")
+    (dense, _) = answers_of(tmp_path / "answers.jsonl").values()
+    known = rows(8)
+    for at, (row, answer) in enumerate(zip(known, dense, strict=True)):
+        row["answer"] = answer if at % 2 and len(answer) == 3 else answer[:1]
+    assert {len(row["answer"]) for row in known} >= {1, 3}
+    assert run(given=load_samples(known), batch_size=8).dense.mean.value == 1.0
+
+
 def test_changed_answers_are_counted(tmp_path: Path) -> None:
     found = run(16, max_new_tokens=4, checkpoint=tmp_path / "answers.jsonl")
     dense, sparse = answers_of(tmp_path / "answers.jsonl").values()
@@ -336,6 +346,23 @@ def test_tasks_count_alike_and_the_worst_is_the_lowest() -> None:
     assert found.worst == Estimate(-1, -1, -1)
     with pytest.raises(ValueError, match="the same questions"):
         paired_differences(before, {"a": after["a"]})
+
+
+def test_the_worst_task_is_the_one_that_loses_most() -> None:
+    decoder, _, _ = decoder_and_batch()
+
+    def outcomes(right: dict[str, bool]) -> list[Outcome]:
+        return [
+            Outcome("", at, task, "x", is_right, 0.5, 9, 2, 100, 18)
+            for at, (task, is_right) in enumerate(right.items())
+        ]
+
+    dense = outcomes({"a": True, "b": True, "c": False})
+    found = evaluation.summarize(decoder, dense, outcomes({"a": True, "b": False, "c": True}))
+    assert found.worst_task == "b"
+    assert found.difference.worst.value == -1.0
+    assert found.attention_flops == 4 * 16 * 300
+    assert found.kl_mean == found.kl_p95 == found.kl_max == 0.5
 
 
 def test_pairing_narrows_the_interval() -> None:

@@ -1,0 +1,285 @@
+"""Does a profile hold on prompts other than those it was calibrated on?
+
+    python bench/transfer.py bench/testbed/model
+
+Three tables: calibrate on one half of the tasks, and answer both; calibrate on prompts of 2 to 4
+images, and answer prompts of 12; calibrate with 4, 16, 64 and 256 prompts. Calibration sees digits
+of the training split, the questions are about digits of the test split. What was measured or
+answered is kept in --work, where an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from common import conditions, print_table
+from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
+
+from blindsight.calibrate import profile_of, rule_of
+from blindsight.calibrate_cli import load_model
+from blindsight.demo import quiet
+from blindsight.evaluate import Summary, compare
+from blindsight.families import fingerprint
+from blindsight.masked_model import EVERYTHING, Call, Group, Masks
+from blindsight.masks import BaseMask
+from blindsight.measure import Measurements, measurements_of
+from blindsight.prefill import Decoder
+from blindsight.probe import Losses, measure_losses
+from blindsight.profile import Profile
+from blindsight.samples import Samples, load_processor, load_samples, model_inputs
+from blindsight.visibility import IntervalVisibility
+
+sys.path.insert(0, str(Path(__file__).parent / "testbed"))
+from make_dataset import TASKS, write_dataset
+
+HALVES = {"one image": TASKS[:3], "several images": TASKS[3:]}
+FEW, MANY, ALL = (2, 4), (12, 12), (2, 12)  # images a prompt
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table."""
+
+    table: str
+    calibrated_on: str
+    evaluated_on: str
+    budget: float
+    heads_alike: float
+    attention: float
+    dense: Summary
+    sparse: Summary
+
+    def cells(self) -> list[str]:
+        found = self.sparse
+
+        def points(estimate: Sequence[float]) -> str:
+            value, low, high = (f"{100 * x + 0.0:+.1f}" for x in estimate)
+            return f"{value} [{low}, {high}]"
+
+        return [
+            self.calibrated_on,
+            self.evaluated_on,
+            f"{self.budget:g}",
+            f"{self.heads_alike:.0%}",
+            f"{self.attention:.1%}",
+            f"{100 * self.dense.mean.value:.1f}",
+            points(found.difference.mean),
+            f"{points(found.difference.worst)} {found.worst_task}",
+            f"{found.changed:.1%}",
+            f"{found.kl_mean:.1e}",
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        found = self.sparse
+        return {
+            "table": self.table,
+            "calibrated_on": self.calibrated_on,
+            "evaluated_on": self.evaluated_on,
+            "budget": self.budget,
+            "heads_alike": self.heads_alike,
+            "attention_share": self.attention,
+            "dense_accuracy": self.dense.mean,
+            "difference": found.difference.mean,
+            "worst_difference": found.difference.worst,
+            "worst_task": found.worst_task,
+            "changed": found.changed,
+            "kl_mean": found.kl_mean,
+            "num_questions": found.num_samples,
+        }
+
+
+HEADER = [
+    "calibrated on", "answered", "budget", "heads alike", "attention", "dense, %",
+    "difference", "task that loses most", "changed", "KL, nats",
+]  # fmt: skip
+
+
+class Bench:
+    """A model, and what is made of it in one folder."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.work: Path = options.work
+        self.budgets: list[float] = options.budgets
+        self.num_questions: int = options.num_questions
+        self.batch_size: int = options.batch_size
+        self.model = load_model(str(options.model), "float32")
+        self.processor = load_processor(options.model)
+        self.rule = rule_of(self.model)
+        self.decoder = Decoder(self.model, rule=self.rule, fingerprint=fingerprint(self.model))
+
+    def samples(
+        self,
+        number: int,
+        *,
+        split: str,
+        seed: int = 0,
+        images: tuple[int, int] = ALL,
+        tasks: tuple[str, ...] = TASKS,
+    ) -> Samples:
+        """Return prompts of the testbed, made where they are not at hand."""
+        name = f"{split}-{seed}-{images[0]}-{images[1]}-{'+'.join(tasks)}-{number}"
+        folder = self.work / name
+        if not (folder / "data.jsonl").exists():
+            write_dataset(
+                folder, num_samples=number, images=images, split=split, seed=seed, tasks=tasks
+            )
+        return load_samples(folder)
+
+    def measured(self, number: int, **options: Any) -> Measurements:
+        """Return what calibration measures on prompts of the training split.
+
+        The same measurement, beside the model run eagerly: these prompts are short, and no two
+        have the same images, so tracing each anew would take most of the time.
+        """
+        samples = self.samples(number, split="train", **options)
+        path = self.work / f"measured-{samples.digest()[:16]}.pt"
+        if not path.exists():
+            parts = [self._measure(sample) for sample in tqdm(samples, desc="measuring")]
+            torch.save(Measurements.join(parts).tensors(), path)
+        return Measurements(**torch.load(path, weights_only=True))
+
+    def _measure(self, sample: Any) -> Measurements:
+        batch = self.decoder.prepare(model_inputs(self.processor, [sample]))
+        prompt = batch.prompt
+        losses: dict[int, Losses] = {}
+
+        class Measuring:
+            def groups(self, call: Call) -> Sequence[Group]:
+                q, k, v = call.query, call.key, call.value
+                output = scaled_dot_product_attention(
+                    q, k, v, call.base, scale=call.scale, enable_gqa=True
+                )
+                bounds = prompt.lower[call.layer].int(), prompt.upper[call.layer].int()
+                visibility = IntervalVisibility(BaseMask(*bounds, prompt.valid))
+                losses[call.layer] = measure_losses(
+                    q, k, v, output, visibility, *prompt.template.tensors(), scale=call.scale
+                )
+                return EVERYTHING
+
+        self.decoder.prefill(batch, cast(Masks, Measuring()))
+        return measurements_of(losses, prompt.num_tokens)
+
+    def profiles(self, measurements: Measurements) -> dict[float, Profile]:
+        return {
+            budget: profile_of(self.model, measurements, rule=self.rule, budget=budget)
+            for budget in self.budgets
+        }
+
+    def rows(
+        self,
+        table: str,
+        name: str,
+        questions: Samples,
+        calibrations: dict[str, dict[float, Profile]],
+        native: str,
+    ) -> list[Row]:
+        """Answer questions with all profiles; ``native`` names the calibration of their kind."""
+        profiles = {
+            f"{calibration}, {budget}": profile
+            for calibration, found in calibrations.items()
+            for budget, profile in found.items()
+        }
+        dense, summaries = compare(
+            self.model,
+            self.processor,
+            questions,
+            profiles,
+            batch_size=self.batch_size,
+            checkpoint=self.work / f"answers-{questions.digest()[:16]}.jsonl",
+            progress=True,
+        )
+        rows = []
+        for budget in self.budgets:
+            own = calibrations[native][budget].categories
+            for calibration, found in calibrations.items():
+                summary = summaries[f"{calibration}, {budget}"]
+                alike = (found[budget].categories == own).double().mean()
+                share = summary.attention_flops / dense.attention_flops
+                row = Row(table, calibration, name, budget, float(alike), share, dense, summary)
+                rows.append(row)
+        return rows
+
+    @cached_property
+    def most(self) -> Measurements:
+        """Of many prompts of all kinds."""
+        return self.measured(256)
+
+    # The tables.
+
+    def tasks(self) -> list[Row]:
+        calibrations = {
+            half: self.profiles(self.measured(64, tasks=tasks)) for half, tasks in HALVES.items()
+        }
+        rows = []
+        for half, tasks in HALVES.items():
+            questions = self.samples(self.num_questions, split="test", tasks=tasks)
+            rows += self.rows("tasks", half, questions, calibrations, half)
+        return rows
+
+    def images(self) -> list[Row]:
+        kinds = {"2 to 4": FEW, "2 to 12": ALL, "12": MANY}
+        calibrations = {
+            kind: self.profiles(self.measured(64, images=images)) for kind, images in kinds.items()
+        }
+        questions = self.samples(self.num_questions, split="test", images=MANY)
+        return self.rows("images", "12", questions, calibrations, "12")
+
+    def sizes(self) -> list[Row]:
+        questions = self.samples(self.num_questions, split="test")
+        calibrations = {}
+        for number in (4, 16, 64, 256):
+            for draw in range(1 if number == 256 else 3):
+                begin = draw * number
+                part = Measurements(
+                    **{k: x[begin : begin + number] for k, x in self.most.tensors().items()}
+                )
+                label = f"{number} prompts" + ("" if number == 256 else f", draw {draw + 1}")
+                calibrations[label] = self.profiles(part)
+        return self.rows("samples", "all", questions, calibrations, "256 prompts")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.3])
+    parser.add_argument("--num-questions", type=int, default=300, help="a set (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--tables", nargs="+", default=["tasks", "images", "sizes"])
+    parser.add_argument("--work", type=Path, default=Path("build/transfer"))
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "transfer.jsonl"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        bench = Bench(options)
+        tables: dict[str, Callable[[], list[Row]]] = {
+            "tasks": bench.tasks,
+            "images": bench.images,
+            "sizes": bench.sizes,
+        }
+        for name in options.tables:
+            begin = time.perf_counter()
+            rows = tables[name]()
+            seconds = time.perf_counter() - begin
+            print_table(HEADER, [row.cells() for row in rows])
+            made = {**conditions(), "model": str(options.model), "seconds": round(seconds, 1)}
+            with open(options.out, "a", encoding="utf-8") as file:
+                for row in rows:
+                    file.write(json.dumps({**row.as_json(), **made}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
