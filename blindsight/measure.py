@@ -13,8 +13,10 @@ import inspect
 import json
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,7 @@ class Prober:
                 "Load the model with it."
             )
         self._model = model
+        self._towers = _towers_of(model, rule.layer_pattern)
         self._rule = rule
         self._shape = fingerprint(model)
         self._backend = _ProbeBackend(model, rule)
@@ -195,6 +198,7 @@ class Prober:
         with (
             torch.no_grad(),
             torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT),
+            _untraced(self._towers),
         ):
             self._compiled(**{**inputs, **self._options})
         found = self._backend.end()
@@ -206,6 +210,37 @@ class Prober:
             )
         _check_deviation(found, inputs["input_ids"].shape, self._model)
         return found
+
+
+def _towers_of(model: nn.Module, layer_pattern: str) -> list[nn.Module]:
+    """Return the parts with attention of their own, beside the decoder: vision towers."""
+    layers = [name for name, _ in model.named_modules() if re.search(layer_pattern + "$", name)]
+    around = {name[:at] for name in layers for at, letter in enumerate(name) if letter == "."}
+    towers = []
+    for name, module in model.named_modules():
+        beside = name.rpartition(".")[0] in around | {""} and name not in around | {""}
+        inside = any(name.startswith(f"{layer.rpartition('.')[0]}.") for layer in layers)
+        if beside and not inside:
+            kinds = (type(part).__name__ for part in module.modules())
+            if any("Attention" in kind for kind in kinds):
+                towers.append(module)
+    return towers
+
+
+@contextmanager
+def _untraced(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Keep Dynamo out of modules: it would trace a vision tower anew for unlike images."""
+    before = [vars(module).get("forward") for module in modules]
+    for module in modules:
+        module.forward = torch.compiler.disable(module.forward)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
 
 def measurements_of(layers: Mapping[int, Losses], num_tokens: Tensor) -> Measurements:

@@ -343,7 +343,7 @@ def recorded_calls(model: Any) -> Iterator[dict[int, tuple[torch.Tensor, ...]]]:
         del AttentionMaskInterface._global_mapping["recorded"]
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "qwen3_vl"])
 def test_a_model_is_measured_and_its_outputs_stay_as_they_are(family: str) -> None:
     model = tiny_model(family)
     rule = TemplateRule.from_config(model.config)
