@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import Config, conditions, print_table
@@ -25,8 +26,9 @@ from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
 from torch.nn.functional import scaled_dot_product_attention
 
-from blindsight.attention import ordered_attention, ordered_mask, sorted_attention, sorted_mask
+from blindsight.attention import attend
 from blindsight.categories import HeadCategory
+from blindsight.mask_forms import ordered_mask, sorted_mask
 
 RESULTS = Path(__file__).parent / "results" / "order.jsonl"
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 128
@@ -53,18 +55,16 @@ class Result:
     compile_s: float
 
 
-def attend(form: str) -> Callable[..., Tensor]:
-    make_mask, attention = {
-        "sorted": (sorted_mask, sorted_attention),
-        "prompt order": (ordered_mask, ordered_attention),
-    }[form]
+def masked_attention(form: str) -> Callable[..., Tensor]:
+    make_mask: Any = {"sorted": sorted_mask, "prompt order": ordered_mask}[form]
 
     def run(
-        query: Tensor, key: Tensor, value: Tensor, span_id: Tensor, is_sink: Tensor, heads: Tensor
+        query: Tensor, key: Tensor, value: Tensor, span_id: Tensor, is_sink: Tensor, codes: Tensor
     ) -> Tensor:
         size = query.shape[2]
         mask = make_mask(CAUSAL, span_id, is_sink, batch=1, num_queries=size, num_keys=size)
-        return attention(query, key, value, mask, heads)
+        heads = torch.arange(NUM_HEADS)
+        return attend(query, key, value, mask, heads, codes, (("all", NUM_HEADS),))
 
     return run
 
@@ -107,7 +107,7 @@ def measure(config: Config, dtype: torch.dtype, *, repeats: int) -> list[Result]
         heads = torch.tensor(categories, dtype=torch.int32)
         inputs = [*dense, span_id, is_sink, heads]
         for form in ("sorted", "prompt order"):
-            run, seconds = compiled(attend(form), inputs)
+            run, seconds = compiled(masked_attention(form), inputs)
             runs[name, form] = run, inputs, seconds
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for turn in range(repeats + 1):

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from blindsight.compiled_graph import CompiledGraph
 from blindsight.inner import Inner
 from blindsight.layers import LayerMap
+from blindsight.lowering import Lowering
 from blindsight.passes.find_attention import is_token_ids
 from blindsight.profile import Profile
 from blindsight.report import Report, Verdict
@@ -31,11 +32,13 @@ class BlindsightBackend:
         inner: str | Callable[..., Any],
         model: nn.Module | None,
         strict: bool,
+        lowering: Lowering,
         inner_options: dict[str, Any],
     ) -> None:
         self.__name__ = "blindsight"
         self.profile = profile
         self.strict = strict
+        self.lowering = lowering
         self.inner = Inner(inner, inner_options)
         self.layer_map: LayerMap | None = None
         self.runtime = Runtime(profile.rule, range(profile.num_layers), strict=strict)
@@ -114,6 +117,7 @@ def blindsight_backend(
     inner: str | Callable[..., Any] = "inductor",
     model: nn.Module | None = None,
     strict: bool = True,
+    lowering: str = "auto",
     **inner_options: Any,
 ) -> BlindsightBackend:
     """Return a backend for ``torch.compile`` that makes a model's prefill attention sparse.
@@ -130,11 +134,15 @@ def blindsight_backend(
             model is not kept alive; two hooks on it show its ``input_ids`` where it runs eagerly.
         strict: Whether attention of the profile that cannot be rewritten, or is never met, is
             an error. If false it stays dense, with one warning.
+        lowering: How heads of several categories are computed: ``"fused"`` in one call of
+            FlexAttention, ``"split"`` in a call per category with dense heads on
+            ``scaled_dot_product_attention``, or ``"auto"``: whichever is estimated to be the
+            fastest for a prompt (see ``blindsight tune``), and dense where that is.
         **inner_options: Passed on to ``inner``, for example ``mode="max-autotune-no-cudagraphs"``.
 
     Raises:
-        ValueError: The profile is damaged or does not fit the model, or the inner backend does
-            not exist.
+        ValueError: The profile is damaged or does not fit the model, or the inner backend or the
+            lowering does not exist.
     """
     if not isinstance(profile, Profile):
         if not isinstance(profile, (str, os.PathLike)):
@@ -143,7 +151,12 @@ def blindsight_backend(
             )
         profile = Profile.load(profile)
     return BlindsightBackend(
-        profile, inner=inner, model=model, strict=strict, inner_options=inner_options
+        profile,
+        inner=inner,
+        model=model,
+        strict=strict,
+        lowering=Lowering.of(lowering),
+        inner_options=inner_options,
     )
 
 

@@ -1,72 +1,56 @@
-"""Which form the masks of a prompt take: what may be used, and what lists the fewest blocks."""
+"""What is the fastest way to compute the attention of a prompt; every way is exact.
+
+Shapes: B batch, H query heads, C categories, Q and K lengths in tokens.
+"""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from math import gcd
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from blindsight.base_mask import facts_hold
-from blindsight.block_tables import prompt_order_lists_less
+from blindsight.block_tables import (
+    BLOCK_SIZE,
+    prompt_order_lists_less,
+    runs_of_sorted,
+    tables_of_prompt_order,
+)
 from blindsight.categories import NUM_CATEGORIES
-from blindsight.intervals import sorted_bounds
-from blindsight.masks import causal_base, keep_intervals
-from blindsight.passes.find_attention import Attention
-from blindsight.passes.graph import ancestors, fake_tensor
+from blindsight.cost_model import CallSize, Costs, time_of_groups, time_of_own
+from blindsight.intervals import SortedBounds, sorted_bounds
+from blindsight.lowering import Layout, Lowering, fused_layout, split_layout
+from blindsight.masks import BaseMask, Keep, causal_base, keep_intervals
 from blindsight.passes.replace_attention import MaskForm
-from blindsight.plan import Plan
 from blindsight.runtime import History
 
+# Estimates are rough: sparse attention must promise at least this to be worth its compile time.
+_MIN_GAIN = 1.03
 
-class FactCheck:
-    """What the interval forms of a graph's masks rest on, checked on the inputs of every call.
 
-    The tensors in question are computed from the graph's inputs as the graph does, without the
-    rest of it: they are ids and positions, O(T).
+@dataclass(frozen=True)
+class ChoosableCall:
+    """An attention call of a graph, for this prompt.
+
+    Attributes:
+        categories: ``[H]`` codes of its heads.
+        form: Of its mask.
+        is_causal: Whether the model's own mask is plain causal.
+        size: What it computes on.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._checks: dict[object, tuple[tuple[Any, ...], Attention]] = {}
-        for call in plan.calls:
-            if call.lifted.facts:
-                key = (call.attention.attn_mask, str(_num_keys(call.attention)))
-                self._checks.setdefault(key, (call.lifted.facts, call.attention))
-        self._nodes: list[fx.Node] = []
-        for facts, _ in self._checks.values():
-            _map_nodes(facts, self._nodes.append)
-        self._module = _extract(plan.gm, self._nodes) if self._nodes else None
-
-    @property
-    def names(self) -> str:
-        return ", ".join(sorted({fact[0] for facts, _ in self._checks.values() for fact in facts}))
-
-    def hold(self, args: Sequence[Any]) -> bool:
-        """Whether all facts hold for these inputs of the graph."""
-        if not self._checks:
-            return True
-        values: dict[fx.Node, Any] = {}
-        if self._module is not None:
-            values = dict(zip(self._nodes, self._module(*args), strict=True))
-        size_of = self._plan.size_of(args)
-        for facts, attention in self._checks.values():
-            held = facts_hold(
-                _map_nodes(facts, values.__getitem__),
-                **attention.sizes(size_of),
-                device=self._plan.device,
-            )
-            if not bool(held):
-                return False
-        return True
+    categories: tuple[int, ...]
+    form: MaskForm
+    is_causal: bool
+    size: CallSize
 
 
 def best_form(history: History, num_queries: int, categories: Tensor) -> MaskForm:
     """Return the token order that lists fewer blocks for heads of these categories.
 
-    Judged for a causal base mask, once per prompt. Either is exact.
+    Judged for a causal base mask, once per prompt.
 
     Args:
         history: The whole sequence.
@@ -76,39 +60,82 @@ def best_form(history: History, num_queries: int, categories: Tensor) -> MaskFor
     num_heads = torch.bincount(categories.flatten().long(), minlength=NUM_CATEGORIES).tolist()
     key = ("form", num_queries, tuple(num_heads))
     if key not in history.memo:
-        span_id, is_sink = history.template.tensors()
-        batch, num_tokens = span_id.shape
-        base = causal_base(batch, num_queries, num_tokens, num_tokens)
-        keep = keep_intervals(span_id, is_sink, num_queries, num_tokens)
-        bounds, _ = sorted_bounds(base, span_id, is_sink, num_queries, num_tokens)
+        base, keep, bounds = _masks_of(history, num_queries)
         less = prompt_order_lists_less(base, keep, bounds, num_heads)
         history.memo[key] = MaskForm.ORDERED if less else MaskForm.SORTED
     form: MaskForm = history.memo[key]
     return form
 
 
-def _num_keys(attention: Attention) -> object:
-    key = fake_tensor(attention.key)
-    return None if key is None else key.shape[2]
+def choose_layouts(
+    calls: Sequence[ChoosableCall],
+    history: History,
+    *,
+    lowering: Lowering,
+    costs: Costs,
+    num_threads: int,
+) -> tuple[Layout, ...] | None:
+    """Return how to compute each call, or None: the model's own graph is estimated to be faster.
+
+    Args:
+        calls: Of one graph, rewritten together or not at all.
+        history: The whole sequence.
+        lowering: What was asked for.
+        costs: Of the device.
+        num_threads: Among how many threads a CPU's kernels deal out their work, else 1.
+    """
+    layouts, time, own = [], 0.0, 0.0
+    for call in calls:
+        parts = num_threads // gcd(num_threads, call.size.batch)
+        split = split_layout(call.categories, is_causal=call.is_causal)
+        options = [split if lowering is Lowering.SPLIT else fused_layout(call.categories, parts)]
+        if lowering is Lowering.AUTO:
+            options.append(split)
+        listed = _listed_pairs(history, call.size.num_queries, call.form)
+        times = [
+            time_of_groups(
+                costs,
+                call.size,
+                layout.groups,
+                [call.categories[head] for head in layout.heads],
+                listed,
+                is_sorted=call.form is MaskForm.SORTED,
+            )
+            for layout in options
+        ]
+        fastest = min(times)
+        layouts.append(options[times.index(fastest)])
+        time += fastest
+        own += time_of_own(costs, call.size)
+    if lowering is Lowering.AUTO and time * _MIN_GAIN > own:
+        return None
+    return tuple(layouts)
 
 
-def _map_nodes(value: Any, function: Any) -> Any:
-    """Return nested tuples with ``function`` applied to their nodes."""
-    if isinstance(value, fx.Node):
-        return function(value)
-    return (
-        tuple(_map_nodes(item, function) for item in value) if isinstance(value, tuple) else value
-    )
+def _listed_pairs(history: History, num_queries: int, form: MaskForm) -> list[int]:
+    """Return the pairs in the blocks that a head of each category visits, over a causal mask."""
+    key = ("listed", num_queries, form is MaskForm.SORTED)
+    if key not in history.memo:
+        base, keep, bounds = _masks_of(history, num_queries)
+        if form is MaskForm.SORTED:
+            listed = runs_of_sorted(bounds).num_listed()
+        else:
+            tables = tables_of_prompt_order(base, keep, history.num_tokens)
+            listed = tables.num_partial + tables.num_full
+        history.memo[key] = (listed.sum((0, 2), dtype=torch.int64) * BLOCK_SIZE**2).tolist()
+    pairs: list[int] = history.memo[key]
+    return pairs
 
 
-def _extract(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
-    """Return a module of the graph's inputs that computes these nodes only."""
-    needed = {node for wanted in nodes for node in ancestors(wanted)}
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" or node in needed:
-            copied[node] = graph.node_copy(node, copied.__getitem__)
-            copied[node].meta = copy.copy(node.meta)
-    graph.output(tuple(copied[node] for node in nodes))
-    return fx.GraphModule(gm, graph)
+def _masks_of(history: History, num_queries: int) -> tuple[BaseMask, Keep, SortedBounds]:
+    """Return a causal base mask, what the categories keep of it, and both sorted; on the CPU."""
+    key = ("masks", num_queries)
+    if key not in history.memo:
+        span_id, is_sink = history.template.tensors()
+        batch, num_tokens = span_id.shape
+        base = causal_base(batch, num_queries, num_tokens, num_tokens)
+        keep = keep_intervals(span_id, is_sink, num_queries, num_tokens)
+        bounds, _ = sorted_bounds(base, span_id, is_sink, num_queries, num_tokens)
+        history.memo[key] = base, keep, bounds
+    masks: tuple[BaseMask, Keep, SortedBounds] = history.memo[key]
+    return masks

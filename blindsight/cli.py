@@ -77,7 +77,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_prompt_arguments(explain)
     explain.add_argument("--model", required=True, help="folder or hub id of a pretrained model")
     explain.add_argument("--profile", type=Path, required=True)
+    explain.add_argument("--lowering", choices=("auto", "fused", "split"), default="auto")
     explain.set_defaults(run=_run_explain)
+
+    tune = commands.add_parser(
+        "tune",
+        help="measure this device, for the choice of how to compute attention",
+        description="Measure what attention costs on this device, and keep it for later runs.",
+    )
+    tune.add_argument("--device", default="cpu")
+    tune.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), nargs="+", default=["float32"]
+    )
+    tune.set_defaults(run=_run_tune)
     add_calibration_command(commands, everywhere)
     add_evaluation_commands(commands, everywhere)
     return parser
@@ -127,8 +139,33 @@ def _run_explain(arguments: argparse.Namespace) -> None:
     profile = Profile.load(arguments.profile)
     with quiet():
         model, inputs, _ = load(_options(arguments))
-        report = explain(model, inputs, profile)
+        report = explain(model, inputs, profile, lowering=arguments.lowering)
     print(report)
+
+
+def _run_tune(arguments: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from blindsight.cost_model import device_name, save_costs
+    from blindsight.tune import measure_costs
+
+    device = torch.device(arguments.device)
+    for name in arguments.dtype:
+        dtype = getattr(torch, name)
+        with tqdm(total=5, desc=name, leave=False) as bar, torch.inference_mode():
+
+            def progress(text: str, bar: tqdm = bar) -> None:
+                bar.set_postfix_str(text)
+                bar.update()
+
+            costs = measure_costs(device, dtype, progress=progress)
+        path = save_costs(device, dtype, costs)
+        print(
+            f"{device_name(device)}, {name}: a pair of query and key takes {costs.causal:.3g} ns "
+            f"under is_causal, {costs.masked:.3g} under a mask, {costs.flex:.3g} in FlexAttention"
+        )
+    print(f"kept in {path}")
 
 
 def _run_show(arguments: argparse.Namespace) -> None:

@@ -6,19 +6,25 @@ Shapes: B batch, H query heads, Q and K lengths in tokens, T tokens of the whole
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from blindsight.choose import FactCheck, best_form
+from blindsight.choose import ChoosableCall, best_form, choose_layouts
+from blindsight.cost_model import CallSize, costs_of
+from blindsight.data_check import DataCheck
+from blindsight.given_mask import GivenMasks, add_given_inputs, lifted_of_given
 from blindsight.inner import Inner
+from blindsight.lowering import Layout
+from blindsight.masks import BaseMask
 from blindsight.passes.find_attention import find_attention
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.replace_attention import MaskForm, replace_attention_pass
-from blindsight.plan import plan_graph
+from blindsight.plan import PlannedCall, plan_graph
 from blindsight.runtime import History, explicit_template, is_disabled
 
 if TYPE_CHECKING:
@@ -27,6 +33,25 @@ if TYPE_CHECKING:
 _MAX_VARIANTS = 64  # compiled forms of one graph; the least recently used are dropped
 
 _NO_IMAGE_QUERY = "no query in a second image"
+_FASTER_DENSE = "estimated to be faster than sparse"
+_DENSE_HEADS = "all its heads are dense"
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How to run a prompt in a rewritten graph.
+
+    Attributes:
+        calls: Which attention calls are replaced.
+        layouts: Of each of them.
+        form: Of the masks that are known as intervals.
+        given: Intervals of the masks that are inputs of the graph, by their names.
+    """
+
+    calls: tuple[int, ...]
+    layouts: tuple[Layout, ...]
+    form: MaskForm
+    given: dict[str, BaseMask]
 
 
 class CompiledGraph:
@@ -46,9 +71,10 @@ class CompiledGraph:
         self._inner = inner
         self._plan = plan_graph(backend, gm, number)
         self._calls = self._plan.calls
-        self._facts = FactCheck(self._plan)
+        self._data = DataCheck(self._plan)
+        self._given = GivenMasks(self._plan, self._runtime.masks)
         self._variants: OrderedDict[object, Callable[..., Any]] = OrderedDict()
-        self._rows: dict[tuple[int, ...], Tensor] = {}
+        self._rows: dict[object, tuple[Tensor, Tensor]] = {}
         # What a compiler assumes of symbolic sizes must become a guard of Dynamo's, which is only
         # possible now. A graph of fixed sizes is compiled when first needed.
         now = not self._calls or bool(self._plan.symbols)
@@ -75,11 +101,15 @@ class CompiledGraph:
         layers = self._layers_of(args)
         self._runtime.met.update(layers)
         history, dense_because = self._decide(args, layers)
+        choice = None
         if dense_because is None and history is not None:
-            outputs, how = self._run_rewritten(args, layers, history)
+            choice = self._choose(args, layers, history)
+            dense_because = None if choice else _FASTER_DENSE
+        if choice is not None and history is not None:
+            outputs, runs = self._run_rewritten(args, layers, history, choice)
         else:
-            outputs, how = self._run_own(args), f"dense: {dense_because}"
-        for call in self._calls:
+            outputs, runs = self._run_own(args), [f"dense: {dense_because}"] * len(self._calls)
+        for call, how in zip(self._calls, runs, strict=True):
             call.verdict.runs[how] += 1
         self._runtime.serve(layers)
         self._remember(args, outputs, history)
@@ -144,7 +174,7 @@ class CompiledGraph:
         if not history.restricts_queries_from(history.num_tokens - num_queries):
             return history, _NO_IMAGE_QUERY
         if not any(self._profile.categories[layer].any() for layer in layers):
-            return history, "all its heads are dense"
+            return history, _DENSE_HEADS
         return history, None
 
     def _past(
@@ -203,10 +233,48 @@ class CompiledGraph:
             self._own = self._compile(copy_graph_module(self._plan.gm), args)
         return self._own(*args)
 
-    def _run_rewritten(
+    def _choose(
         self, args: Sequence[Any], layers: tuple[int, ...], history: History
-    ) -> tuple[Any, str]:
-        """Return the outputs, and in which form the graph ran."""
+    ) -> _Choice | None:
+        """Return how to run a prompt sparse; None where dense is estimated to be faster."""
+        given = self._given.read(args)
+        categories = [tuple(self._profile.categories[layer].tolist()) for layer in layers]
+        # Dense layers are replaced, too, where their mask is known: it need not be built.
+        replaced = tuple(
+            at
+            for at, call in enumerate(self._calls)
+            if call.layer is None or any(categories[at]) or _tier(call, given) == 1
+        )
+        form = self._form(args, history, [layers[at] for at in replaced], given)
+        is_causal = self._data.plain_causal(args, given)
+        size_of = self._plan.size_of(args)
+        calls = []
+        for at in replaced:
+            call, attention = self._calls[at], self._calls[at].attention
+            num_heads, num_key_heads, head_dim = attention.head_sizes
+            size = CallSize(
+                num_heads=num_heads,
+                num_key_heads=num_key_heads,
+                head_dim=head_dim,
+                is_masked=attention.attn_mask is not None,
+                **attention.sizes(size_of),
+            )
+            its_form = form.of(_tier(call, given))
+            calls.append(ChoosableCall(categories[at], its_form, is_causal[at], size))
+        device = self._plan.device
+        layouts = choose_layouts(
+            calls,
+            history,
+            lowering=self._backend.lowering,
+            costs=costs_of(device, self._plan.dtype),
+            num_threads=torch.get_num_threads() if device.type == "cpu" else 1,
+        )
+        return None if layouts is None else _Choice(replaced, layouts, form, given)
+
+    def _run_rewritten(
+        self, args: Sequence[Any], layers: tuple[int, ...], history: History, choice: _Choice
+    ) -> tuple[Any, list[str]]:
+        """Return the outputs, and in which form each call ran."""
         if torch.is_grad_enabled() and any(
             isinstance(arg, Tensor) and arg.requires_grad for arg in args
         ):
@@ -216,64 +284,84 @@ class CompiledGraph:
                 "to run it dense."
             )
         device = self._plan.device
-        # A call whose layer is dense stays the model's own, where the graph itself tells the layer.
-        chosen = tuple(
-            at
-            for at, call in enumerate(self._calls)
-            if call.layer is None or bool(self._profile.categories[call.layer].any())
-        )
-        rows = tuple(layers[at] for at in chosen)
-        if rows not in self._rows:
-            self._rows[rows] = self._profile.categories[list(rows)].to(device, torch.int32)
-        form = self._form(args, history, rows)
         template = history.on(device)
-        inputs = (*args, template.span_id, template.is_sink, self._rows[rows])
+        edges = [part for mask in choice.given.values() for part in mask]
+        rows = self._rows_of([layers[at] for at in choice.calls], choice.layouts)
+        inputs = (*args, *edges, template.span_id, template.is_sink, *rows)
+        groups = tuple(layout.groups for layout in choice.layouts)
         sizes = tuple(args[at] for at in self._plan.symbols.values())
-        key = (form, chosen, sizes, template.num_tokens)
+        key = (choice.form, choice.calls, groups, tuple(choice.given), sizes, template.num_tokens)
         if key not in self._variants:
-            gm = self._rewrite(chosen, form, self._plan.size_of(args))
+            gm = self._rewrite(choice, self._plan.size_of(args))
             self._variants[key] = self._compile(gm, inputs)
             while len(self._variants) > _MAX_VARIANTS:
                 self._variants.popitem(last=False)
         self._variants.move_to_end(key)
-        return self._variants[key](*inputs), f"sparse, {form.name.lower()}"
+        runs = [f"dense: {_DENSE_HEADS}"] * len(self._calls)
+        for at in choice.calls:
+            if self._profile.categories[layers[at]].any():
+                its_form = choice.form.of(_tier(self._calls[at], choice.given))
+                runs[at] = f"sparse, {its_form.value}"
+        return self._variants[key](*inputs), runs
 
-    def _form(self, args: Sequence[Any], history: History, rows: tuple[int, ...]) -> MaskForm:
-        """Choose the form of this prompt's masks; one that was not lifted is read in any case."""
-        reasons = {call.lifted.reason for call in self._calls if call.lifted.tier != 1}
-        for reason in sorted(reasons):
+    def _rows_of(self, layers: Sequence[int], layouts: Sequence[Layout]) -> tuple[Tensor, Tensor]:
+        """Return the heads of layers in the order of their layouts, and their categories."""
+        key = (tuple(layers), tuple(layouts))
+        if key not in self._rows:
+            heads = torch.tensor([layout.heads for layout in layouts])
+            categories = self._profile.categories[list(layers)].gather(1, heads)
+            device = self._plan.device
+            self._rows[key] = heads.to(device), categories.to(device, torch.int32)
+        return self._rows[key]
+
+    def _form(
+        self,
+        args: Sequence[Any],
+        history: History,
+        layers: Sequence[int],
+        given: Mapping[str, BaseMask],
+    ) -> MaskForm:
+        """Choose the form of this prompt's masks that are known as intervals."""
+        for call in self._calls:
+            if (tier := _tier(call, given)) != 1:
+                how = "evaluated" if tier == 2 else "read"
+                self._runtime.warn_once(
+                    f"a mask is {how} element by element, which is slower: {call.lifted.reason}. "
+                    "The report says whose."
+                )
+        if not self._data.facts_hold(args):
             self._runtime.warn_once(
-                f"a mask is read element by element, which is slower: {reason}. The report says "
-                "whose."
+                "a mask is evaluated element by element: what its interval form rests on does "
+                f"not hold for this prompt ({self._data.names})."
             )
-        if all(call.lifted.tier != 1 for call in self._calls):
-            return MaskForm.MATERIALISED
-        if not self._facts.hold(args):
-            self._runtime.warn_once(
-                "a mask is read element by element: what its interval form rests on does not "
-                f"hold for this prompt ({self._facts.names})."
-            )
-            return MaskForm.MATERIALISED
+            return MaskForm.EXPRESSED
         num_queries = self._plan.sizes(args)[1]
-        return best_form(history, num_queries, self._profile.categories[list(rows)])
+        return best_form(history, num_queries, self._profile.categories[list(layers)])
 
     def _rewrite(
-        self,
-        chosen: Sequence[int],
-        form: MaskForm,
-        size_of: Callable[[int | torch.SymInt], int],
+        self, choice: _Choice, size_of: Callable[[int | torch.SymInt], int]
     ) -> fx.GraphModule:
         gm = copy_graph_module(self._plan.gm)
         by_name = {
             attention.node.name: attention
             for attention in find_attention(gm, layer_pattern=self._profile.rule.layer_pattern)
         }
-        attention = [by_name[self._calls[at].attention.node.name] for at in chosen]
-        lifted = None
-        if form is not MaskForm.MATERIALISED:
-            lifted = [lift_mask(gm, call) for call in attention]
+        inputs = {name: add_given_inputs(gm, name) for name in choice.given}
+        attention, lifted = [], []
+        for at in choice.calls:
+            call = by_name[self._calls[at].attention.node.name]
+            proof = lift_mask(gm, call)
+            if proof.given is not None and proof.given.name in inputs:
+                proof = lifted_of_given(inputs[proof.given.name], call.node)
+            attention.append(call)
+            lifted.append(proof)
         return replace_attention_pass(
-            gm, attention=attention, lifted=lifted, form=form, size_of=size_of
+            gm,
+            attention=attention,
+            lifted=lifted,
+            form=choice.form,
+            groups=[layout.groups for layout in choice.layouts],
+            size_of=size_of,
         )
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -282,3 +370,9 @@ class CompiledGraph:
 
         with compile_lock:
             return self._inner(gm, list(inputs))
+
+
+def _tier(call: PlannedCall, given: Mapping[str, BaseMask]) -> int:
+    """Return how the mask of a call is known, with what was found in the graph's inputs."""
+    node = call.lifted.given
+    return 1 if node is not None and node.name in given else call.lifted.tier

@@ -15,7 +15,11 @@ from blindsight.report import Report
 
 
 def explain(
-    model: nn.Module, inputs: Mapping[str, Any], profile: Profile | str | os.PathLike[str]
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    profile: Profile | str | os.PathLike[str],
+    *,
+    lowering: str = "auto",
 ) -> Report:
     """Trace and rewrite a model, run it once uncompiled, and say what became of its attention.
 
@@ -23,11 +27,14 @@ def explain(
         model: A transformers model; left as it is.
         inputs: Keyword arguments of its forward.
         profile: A profile, or the path of one.
+        lowering: As for :func:`~blindsight.blindsight_backend`.
 
     Returns:
         One row per attention call; ``print`` shows a table.
     """
-    backend = blindsight_backend(profile, inner="eager", model=model, strict=False)
+    backend = blindsight_backend(
+        profile, inner="eager", model=model, strict=False, lowering=lowering
+    )
     try:
         with torch.no_grad():
             torch.compile(model, backend=backend)(**inputs)

@@ -78,6 +78,11 @@ class Plan:
         query = fake_tensor(self.calls[0].attention.query)
         return torch.device("cpu") if query is None else query.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        query = fake_tensor(self.calls[0].attention.query)
+        return torch.float32 if query is None else query.dtype
+
     def size_of(self, args: Sequence[Any]) -> Callable[[int | torch.SymInt], int]:
         """Return the function that gives the graph's sizes their values for these inputs."""
         values = {symbol: args[at] for symbol, at in self.symbols.items()}
@@ -143,7 +148,9 @@ class _Planner:
             heads = self._profile.categories[layer].tolist()
             verdict.categories = summarize_categories(heads)
             if not any(heads):
-                verdict.rewritten, verdict.reason = False, "all its heads are dense"
+                verdict.reason = "all its heads are dense; its mask is not built"
+                if lifted.tier != 1:
+                    verdict.rewritten, verdict.reason = False, "all its heads are dense"
         self.plan.calls.append(PlannedCall(attention, layer, lifted, verdict))
 
     def _place(self, attention: Attention) -> tuple[int | None, str | None]:

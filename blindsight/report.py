@@ -18,12 +18,14 @@ class Verdict:
         path: Dotted path of the module, seen from the compiled frame.
         layer: Layer of the profile, or None (not the decoder's, or one graph serves several).
         tier: How the model's own mask is known: 1 as intervals, 2 as an expression, 3 not at all.
-            Masks of tiers 2 and 3 are read as the model makes them, element by element.
+            A mask of tier 2 is evaluated, one of tier 3 read element by element, unless it is an
+            input of the graph whose elements turn out to be intervals.
         mask: Why the tier is not 1.
         categories: For example ``"2 DENSE, 6 SINK"``.
         rewritten: Whether prompts with several images run the rewritten call.
         reason: Why the call is, or is not, rewritten.
-        runs: How often it ran: ``"sparse, sorted"`` and the like, or dense, by reason.
+        runs: How often it ran: sparse, by the form of its mask (``"sparse, sorted"``; see
+            :mod:`blindsight.mask_forms`), or dense, by reason.
     """
 
     graph: int

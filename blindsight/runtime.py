@@ -18,12 +18,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from blindsight.template import Template, TemplateRule, find_runs_problem
+
+T = TypeVar("T")
 
 _template: ContextVar[Template | None] = ContextVar("blindsight_template", default=None)
 _disabled: ContextVar[bool] = ContextVar("blindsight_disabled", default=False)
@@ -163,22 +165,22 @@ class _Thread(threading.local):
     explicit: tuple[Template, History] | None = None
 
 
-class Caches:
-    """Histories by the tensor that holds a cache's keys; each entry dies with its tensor."""
+class TensorNotes(Generic[T]):
+    """What is known of tensors; a note dies with its tensor, and with any change of it."""
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref[Tensor], int | None, History]] = {}
+        self._entries: dict[int, tuple[weakref.ref[Tensor], int | None, T]] = {}
         self._lock = threading.Lock()
 
-    def get(self, keys: Tensor) -> History | None:
-        entry = self._entries.get(id(keys))
+    def get(self, tensor: Tensor) -> T | None:
+        entry = self._entries.get(id(tensor))
         if entry is None:
             return None
-        reference, version, history = entry
-        return history if reference() is keys and version == version_of(keys) else None
+        reference, version, note = entry
+        return note if reference() is tensor and version == version_of(tensor) else None
 
-    def put(self, keys: Tensor, history: History) -> None:
-        number, entries, lock = id(keys), self._entries, self._lock
+    def put(self, tensor: Tensor, note: T) -> None:
+        number, entries, lock = id(tensor), self._entries, self._lock
 
         def forget(dead: weakref.ref[Tensor]) -> None:
             with lock:
@@ -186,12 +188,12 @@ class Caches:
                     del entries[number]
 
         with lock:
-            entries[number] = (weakref.ref(keys, forget), version_of(keys), history)
+            entries[number] = (weakref.ref(tensor, forget), version_of(tensor), note)
 
-    def drop(self, keys: Tensor) -> None:
+    def drop(self, tensor: Tensor) -> None:
         """Forget what a tensor holds: something unknown was written to it."""
         with self._lock:
-            self._entries.pop(id(keys), None)
+            self._entries.pop(id(tensor), None)
 
 
 class Runtime:
@@ -202,7 +204,8 @@ class Runtime:
         self.layers = frozenset(layers)
         self.strict = strict
         self.met: set[int] = set()
-        self.caches = Caches()
+        self.caches: TensorNotes[History] = TensorNotes()  # by the tensor of a cache's keys
+        self.masks: TensorNotes[Any] = TensorNotes()  # what blindsight.given_mask found out
         self._thread = _Thread()
         self._warned: set[str] = set()
 

@@ -75,6 +75,16 @@ class Attention:
         query = fake_tensor(self.query)
         return None if query is None else int(query.shape[-1])
 
+    @property
+    def head_sizes(self) -> tuple[int, int, int]:
+        """H, G and D.
+
+        Raises:
+            ValueError: The graph does not say what shapes its tensors have.
+        """
+        query, key = self._shapes()
+        return int(query[1]), int(key[1]), int(query[3])
+
     def sizes(self, size_of: Callable[[int | torch.SymInt], int]) -> dict[str, int]:
         """Return B, Q and K as arguments of the functions that make masks.
 
@@ -84,17 +94,21 @@ class Attention:
         Raises:
             ValueError: The graph does not say what shapes its tensors have.
         """
+        query, key = self._shapes()
+        return {
+            "batch": size_of(query[0]),
+            "num_queries": size_of(query[2]),
+            "num_keys": size_of(key[2]),
+        }
+
+    def _shapes(self) -> tuple[torch.Size, torch.Size]:
         query, key = fake_tensor(self.query), fake_tensor(self.key)
         if query is None or key is None:
             raise ValueError(
                 f"queries and keys of {self.node} must have known shapes, and the graph has none. "
                 "Trace it with Dynamo or torch.export."
             )
-        return {
-            "batch": size_of(query.shape[0]),
-            "num_queries": size_of(query.shape[2]),
-            "num_keys": size_of(key.shape[2]),
-        }
+        return query.shape, key.shape
 
 
 def has_attention(gm: fx.GraphModule) -> bool:

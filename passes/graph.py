@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-# Attributes that Dynamo keeps on the graph module and AOTAutograd reads from it.
 # Names in the operator module that write into their first argument.
 IN_PLACE_OPERATORS = {
     *("setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
     *("iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "iconcat"),
 }
+# Attributes that Dynamo keeps on the graph module and AOTAutograd reads from it.
 _DYNAMO_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks")
 
 

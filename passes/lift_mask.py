@@ -60,6 +60,8 @@ class Lifted:
         expression: Tiers 1 and 2: whether (b, q, k) is allowed, with nodes for tensors.
         before: A node before which form, facts and expression may be evaluated; later in the
             graph a tensor that they read may have been overwritten, such as a cache's length.
+        given: Tier 3: the graph's input that is the mask, ``[B or 1, 1, >= Q, >= K]``, if it is
+            one: its elements can be looked at before the graph runs.
     """
 
     tier: int
@@ -68,6 +70,7 @@ class Lifted:
     facts: tuple[Fact, ...]
     expression: Expression
     before: fx.Node
+    given: fx.Node | None = None
 
 
 def lift_mask(gm: fx.GraphModule, call: Attention) -> Lifted:
@@ -83,17 +86,19 @@ def lift_mask(gm: fx.GraphModule, call: Attention) -> Lifted:
         return _opaque(call.node, "both attn_mask and is_causal are given")
     reader = MaskReader(gm)
     before = reader.first_after(reader.made_by(call.attn_mask))
+    given = None
     try:
         value = reader.read(call.attn_mask)
         reader.check_not_overwritten(call.attn_mask, before, call.node)
+        given = _given(value)
         expression = over_named_axes(value)
     except NotUnderstoodError as problem:
-        return _opaque(before, str(problem))
+        return _opaque(before, str(problem), given)
     except RecursionError:
         return _opaque(before, "the graph that builds the mask is too deep")
     opaque = opaque_part(expression)
     if opaque is not None:
-        return _opaque(before, opaque)
+        return _opaque(before, opaque, given)
     matcher = _Matcher()
     try:
         form = matcher.form(expression)
@@ -110,8 +115,19 @@ def _lift_flag(call: Attention) -> Lifted:
     return Lifted(1, "", ("upper", row), (), ("le", column, row), call.node)
 
 
-def _opaque(before: fx.Node, reason: str) -> Lifted:
-    return Lifted(3, reason, None, (), None, before)
+def _opaque(before: fx.Node, reason: str, given: fx.Node | None = None) -> Lifted:
+    return Lifted(3, reason, None, (), None, before, given)
+
+
+def _given(value: Value) -> fx.Node | None:
+    """Return the graph's input that a mask is, from its first query and key on."""
+    expression, rank = value.expression, len(value.shape)
+    if not is_op(expression, "load") or expression[1].op != "placeholder" or rank != 4:
+        return None
+    node, indices = expression[1:]
+    batch, head = indices[:-2] if len(indices) == 4 else (None, None)
+    is_whole = indices[-2:] == (("index", 2), ("index", 3))
+    return node if is_whole and batch in (0, ("index", 0)) and head == 0 else None
 
 
 class _NotIntervalsError(Exception):

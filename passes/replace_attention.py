@@ -9,14 +9,8 @@ from enum import Enum
 import torch
 from torch import fx
 
-from blindsight.attention import (
-    materialised_attention,
-    materialised_mask,
-    ordered_attention,
-    ordered_mask,
-    sorted_attention,
-    sorted_mask,
-)
+from blindsight.attention import Group, attend
+from blindsight.mask_forms import expressed_mask, materialised_mask, ordered_mask, sorted_mask
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import add_placeholder, erase_unused, fake_tensor
 from blindsight.passes.lift_mask import Lifted
@@ -24,15 +18,35 @@ from blindsight.passes.lift_mask import Lifted
 logger = logging.getLogger(__name__)
 
 # The inputs that the pass appends, in this order.
-TEMPLATE_INPUTS = ("blindsight_span_id", "blindsight_is_sink", "blindsight_categories")
+TEMPLATE_INPUTS = (
+    "blindsight_span_id",
+    "blindsight_is_sink",
+    "blindsight_heads",
+    "blindsight_categories",
+)
 
 
 class MaskForm(Enum):
-    """How a replaced call is masked; see :mod:`blindsight.attention`."""
+    """How a replaced call is masked; see :mod:`blindsight.mask_forms`."""
 
-    SORTED = (sorted_mask, sorted_attention)
-    ORDERED = (ordered_mask, ordered_attention)
-    MATERIALISED = (materialised_mask, materialised_attention)
+    SORTED = "sorted"
+    ORDERED = "ordered"
+    EXPRESSED = "expressed"
+    MATERIALISED = "materialised"
+
+    def of(self, tier: int) -> MaskForm:
+        """Return the form of a mask of this tier, where intervals shall take this one."""
+        if tier == 1:
+            return self
+        return MaskForm.EXPRESSED if tier == 2 else MaskForm.MATERIALISED
+
+
+_MAKE_MASK: dict[MaskForm, Callable[..., object]] = {
+    MaskForm.SORTED: sorted_mask,
+    MaskForm.ORDERED: ordered_mask,
+    MaskForm.EXPRESSED: expressed_mask,
+    MaskForm.MATERIALISED: materialised_mask,
+}
 
 
 def replace_attention_pass(
@@ -42,12 +56,14 @@ def replace_attention_pass(
     attention: Sequence[Attention],
     lifted: Sequence[Lifted] | None = None,
     form: MaskForm = MaskForm.SORTED,
+    groups: Sequence[Sequence[Group]] | None = None,
     size_of: Callable[[int | torch.SymInt], int] = int,
 ) -> fx.GraphModule:
     """Replace the given calls; every other node keeps its meaning.
 
-    The graph gets three more inputs: ``span_id [B, T]`` int32 and ``is_sink [B, T]`` bool, the
-    template, and ``categories [len(attention), H]`` int32, one row per replaced call.
+    The graph gets four more inputs: ``span_id [B, T]`` int32 and ``is_sink [B, T]`` bool, the
+    template, and ``heads`` int64 and ``categories`` int32, ``[len(attention), H]``: one row per
+    replaced call, see :func:`~blindsight.attention.attend`.
 
     Args:
         gm: Edited in place; give a copy where somebody else still uses it.
@@ -56,30 +72,40 @@ def replace_attention_pass(
             in graph order.
         lifted: What each call's mask was proven to be, from
             :func:`~blindsight.passes.lift_mask.lift_mask`; without it all masks are read as the
-            model made them. The facts that it rests on must hold.
-        form: For masks that are known as intervals; the others are read as the model made them.
+            model made them. The facts that intervals rest on must hold; ``EXPRESSED`` needs none.
+        form: For masks that are known as intervals. One that is known as an expression is
+            evaluated per element, the others are read as the model made them.
+        groups: Of the heads of each call, see :mod:`blindsight.attention`; by default one call of
+            FlexAttention for all heads.
         size_of: The value of a symbolic size; the graph is then for these sizes alone.
     """
     del example_inputs
     if not attention:
         return gm
-    span_id, is_sink, categories = (add_placeholder(gm, name) for name in TEMPLATE_INPUTS)
+    span_id, is_sink, heads, categories = (add_placeholder(gm, name) for name in TEMPLATE_INPUTS)
     masks: dict[object, fx.Node] = {}
     for row, call in enumerate(attention):
-        proof = None if lifted is None or lifted[row].tier != 1 else lifted[row]
-        make_mask, attend = (MaskForm.MATERIALISED if proof is None else form).value
+        proof = None if lifted is None else lifted[row]
+        its_form = form.of(3 if proof is None else proof.tier)
         sizes = call.sizes(size_of)
         # Layers with the same base mask and number of keys share one mask and its tables.
         shared = (call.attn_mask, call.is_causal, sizes["num_keys"])
         if shared not in masks:
-            base = call.attn_mask if proof is None else proof.form
-            options = {"is_causal": call.is_causal} if proof is None else {}
-            with gm.graph.inserting_before(call.node if proof is None else proof.before):
+            options: dict[str, object] = {**sizes}
+            if proof is None or its_form is MaskForm.MATERIALISED:
+                base: object = call.attn_mask
+                before = call.node
+                options["is_causal"] = call.is_causal
+            else:
+                base = proof.expression if its_form is MaskForm.EXPRESSED else proof.form
+                before = proof.before
+            with gm.graph.inserting_before(before):
                 template = (base, span_id, is_sink)
-                masks[shared] = _call(gm, call, make_mask, template, {**sizes, **options})
+                masks[shared] = _call(gm, call, _MAKE_MASK[its_form], template, options)
+        of_call = (("all", call.num_heads),) if groups is None else tuple(groups[row])
         with gm.graph.inserting_before(call.node):
-            heads = gm.graph.call_method("select", (categories, 0, row))
-            args = (call.query, call.key, call.value, masks[shared], heads, call.scale)
+            rows = tuple(gm.graph.call_method("select", (x, 0, row)) for x in (heads, categories))
+            args = (call.query, call.key, call.value, masks[shared], *rows, of_call, call.scale)
             output = _call(gm, call, attend, args)
             output.meta["example_value"] = fake_tensor(call.node)
         call.node.replace_all_uses_with(output)

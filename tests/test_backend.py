@@ -86,6 +86,7 @@ def test_by_name_with_options(qwen: Any, inputs: Any, as_path: bool, tmp_path: A
     options = {
         "profile": tmp_path / "profile.safetensors" if as_path else profile,
         "inner": "eager",
+        "lowering": "fused",
     }
     model = torch.compile(qwen, backend="blindsight", options=options)
     check(qwen, profile, inputs, model(**inputs, use_cache=False).logits)
@@ -101,7 +102,7 @@ def test_by_name_without_a_profile(qwen: Any, inputs: Any) -> None:
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_compile_in_place_keeps_the_model(qwen: Any, inputs: Any, context: Any) -> None:
     profile = profile_of(qwen)
-    qwen.compile(backend=blindsight_backend(profile, inner="eager"))
+    qwen.compile(backend=blindsight_backend(profile, inner="eager", lowering="fused"))
     try:
         with context():
             logits = qwen(**inputs, use_cache=False).logits
@@ -117,7 +118,7 @@ def test_inner_backend_gets_its_options(qwen: Any, inputs: Any) -> None:
         seen.append(options)
         return gm.forward
 
-    backend = blindsight_backend(profile_of(qwen), inner=inner, color="blue")
+    backend = blindsight_backend(profile_of(qwen), inner=inner, lowering="fused", color="blue")
     torch.compile(qwen, backend=backend, options={"size": 3})(**inputs, use_cache=False)
     assert seen
     assert all(options == {"color": "blue", "options": {"size": 3}} for options in seen)
@@ -125,7 +126,7 @@ def test_inner_backend_gets_its_options(qwen: Any, inputs: Any) -> None:
 
 def test_explain_traces_rewrites_and_leaves_no_trace(qwen: Any, inputs: Any) -> None:
     hooks = dict(qwen._forward_pre_hooks)
-    report = blindsight.explain(qwen, inputs, profile_of(qwen))
+    report = blindsight.explain(qwen, inputs, profile_of(qwen), lowering="fused")
     assert [row.layer for row in report.rows] == [0, 1]
     assert report.num_rewritten == 2
     assert not report.missing_layers
@@ -145,7 +146,9 @@ def test_a_family_that_is_not_listed_works_through_its_rule(qwen: Any, inputs: A
         layer_pattern=r"\.layers\.(\d+)\.self_attn",
     )
     profile = Profile.for_model(qwen, "document_sink", rule=rule)
-    model = torch.compile(qwen, backend=blindsight_backend(profile, inner="eager"))
+    model = torch.compile(
+        qwen, backend=blindsight_backend(profile, inner="eager", lowering="fused")
+    )
     check(qwen, profile, inputs, model(**inputs, use_cache=False).logits)
 
 
@@ -159,7 +162,7 @@ def test_qwen3_with_12_layers(use_cache: bool) -> None:
     categories = [[(layer + head) % 4 for head in range(4)] for layer in range(12)]
     profile = profile_of(model, categories)
     with torch._dynamo.config.patch(recompile_limit=64):
-        backend = blindsight_backend(profile, inner="eager", model=model)
+        backend = blindsight_backend(profile, inner="eager", lowering="fused", model=model)
         logits = torch.compile(model, backend=backend)(**inputs, use_cache=use_cache).logits
     check(model, profile, inputs, logits)
     assert not backend.report().missing_layers
@@ -169,32 +172,17 @@ def test_qwen3_with_12_layers(use_cache: bool) -> None:
     assert sum(row.runs.total() for row in rewritten) == 12
 
 
-def test_a_mask_that_is_not_lifted_is_said_to_be_read(inputs: Any) -> None:
-    model = without_vision(tiny_model("qwen2_5_vl"))
-    allowed = torch.ones(*2 * inputs["input_ids"].shape[1:], dtype=torch.bool).tril()[None, None]
-    given = {**inputs, "attention_mask": allowed}
-    given["position_ids"] = torch.arange(allowed.shape[-1]).expand(3, 1, -1)
-    backend = blindsight_backend(profile_of(model), inner="eager")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", BlindsightWarning)
-        logits = torch.compile(model, backend=backend)(**given, use_cache=False).logits
-    assert ["read element by element" in str(w.message) for w in caught].count(True) == 1
-    assert {row.tier for row in backend.report().rows} == {3}
-    del given["attention_mask"]
-    check(model, profile_of(model), given, logits)
-
-
 def test_qwen3_beyond_the_recompile_limit_is_an_error() -> None:
     model = without_vision(tiny_model("qwen3_vl", num_layers=12))
     inputs = make_inputs("qwen3_vl", [[5, Image(2, 5), 4, Image(4, 3), 7]])
-    backend = blindsight_backend(profile_of(model), inner="eager", model=model)
+    backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused", model=model)
     with pytest.raises(ValueError, match=r"recompile_limit must be at least .* 12.* got 8"):
         torch.compile(model, backend=backend)(**inputs, use_cache=True)
 
 
 def test_layers_lost_to_the_recompile_limit_are_an_error_in_the_same_call() -> None:
     model = without_vision(tiny_model("qwen3_vl", num_layers=4))
-    backend = blindsight_backend(profile_of(model), inner="eager", model=model)
+    backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused", model=model)
     compiled = torch.compile(model, backend=backend)
 
     def run() -> None:
@@ -212,7 +200,9 @@ def test_layers_lost_to_the_recompile_limit_are_an_error_in_the_same_call() -> N
 def test_qwen3_needs_the_model() -> None:
     model = without_vision(tiny_model("qwen3_vl"))
     inputs = make_inputs("qwen3_vl", [[5, Image(2, 5), 4, Image(4, 3), 7]])
-    compiled = torch.compile(model, backend=blindsight_backend(profile_of(model), inner="eager"))
+    compiled = torch.compile(
+        model, backend=blindsight_backend(profile_of(model), inner="eager", lowering="fused")
+    )
     with pytest.raises(ValueError, match=r"blindsight_backend\(profile, model=model\)"):
         compiled(**inputs, use_cache=False)
 
@@ -226,7 +216,7 @@ def test_regional_compilation(family: str) -> None:
         family, [[5, small, 4, small, small, 7], [6, small, 4, small, 0, small, 6]]
     )
     profile = profile_of(model, [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 2, 1, 3]])
-    backend = blindsight_backend(profile, inner="eager", model=model)
+    backend = blindsight_backend(profile, inner="eager", lowering="fused", model=model)
     for layer in model.model.language_model.layers:
         layer.compile(backend=backend)
     logits = model(**inputs, use_cache=False).logits
@@ -242,7 +232,7 @@ def test_regional_compilation_without_the_model_takes_a_template(inputs: Any) ->
     model = tiny_model("qwen2_5_vl")
     profile = profile_of(model)
     text = model.model.language_model
-    backend = blindsight_backend(profile, inner="eager")
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
     text.compile(backend=backend)
     span_id, is_sink = oracle_template(
         inputs["input_ids"], (IMAGE_ID, VIDEO_ID), (START_ID,), (END_ID,)
@@ -260,7 +250,9 @@ def test_regional_compilation_without_the_model_takes_a_template(inputs: Any) ->
 
 def test_state_is_consumed(qwen: Any, inputs: Any) -> None:
     """A later call of the same length with inputs_embeds must not find the last one's images."""
-    model = torch.compile(qwen, backend=blindsight_backend(profile_of(qwen), inner="eager"))
+    model = torch.compile(
+        qwen, backend=blindsight_backend(profile_of(qwen), inner="eager", lowering="fused")
+    )
     model(**inputs, use_cache=False)
     embeds = torch.randn(*inputs["input_ids"].shape, 64)
     with pytest.warns(BlindsightWarning, match="input_ids were not seen"):
@@ -270,7 +262,9 @@ def test_state_is_consumed(qwen: Any, inputs: Any) -> None:
 
 def test_an_aborted_call_leaves_nothing_behind(qwen: Any, inputs: Any) -> None:
     profile = profile_of(qwen)
-    model = torch.compile(qwen, backend=blindsight_backend(profile, inner="eager"))
+    model = torch.compile(
+        qwen, backend=blindsight_backend(profile, inner="eager", lowering="fused")
+    )
     model(**inputs, use_cache=False)
     broken = {**inputs, "pixel_values": inputs["pixel_values"][:-4]}
     with pytest.raises(Exception, match=r"."):
@@ -286,12 +280,14 @@ def test_an_aborted_call_leaves_nothing_behind(qwen: Any, inputs: Any) -> None:
 def test_profile_of_another_model(qwen: Any) -> None:
     other = tiny_model("qwen2_5_vl", num_layers=3)
     with pytest.raises(ValueError, match=r"num_layers=2.*num_layers=3"):
-        blindsight_backend(profile_of(qwen), inner="eager", model=other)
+        blindsight_backend(profile_of(qwen), inner="eager", lowering="fused", model=other)
 
 
 def test_profile_with_fewer_layers_than_the_compiled_model(qwen: Any, inputs: Any) -> None:
     other = without_vision(tiny_model("qwen2_5_vl", num_layers=3))
-    model = torch.compile(other, backend=blindsight_backend(profile_of(qwen), inner="eager"))
+    model = torch.compile(
+        other, backend=blindsight_backend(profile_of(qwen), inner="eager", lowering="fused")
+    )
     with pytest.raises(ValueError, match=r"is layer 2, but the profile has 2 layers"):
         model(**inputs, use_cache=False)
 
@@ -301,7 +297,9 @@ def test_profile_with_other_heads(qwen: Any, inputs: Any) -> None:
     config.get_text_config().num_attention_heads = 8
     config.get_text_config().hidden_size = 128
     profile = Profile.for_model(config, "sink")
-    model = torch.compile(qwen, backend=blindsight_backend(profile, inner="eager"))
+    model = torch.compile(
+        qwen, backend=blindsight_backend(profile, inner="eager", lowering="fused")
+    )
     with pytest.raises(ValueError, match=r"Heads of attention .* must be 8 .* got 4"):
         model(**inputs, use_cache=False)
 
@@ -317,7 +315,9 @@ def test_something_that_is_no_profile() -> None:
 
 
 def test_template_of_the_wrong_length(qwen: Any, inputs: Any) -> None:
-    model = torch.compile(qwen, backend=blindsight_backend(profile_of(qwen), inner="eager"))
+    model = torch.compile(
+        qwen, backend=blindsight_backend(profile_of(qwen), inner="eager", lowering="fused")
+    )
     num_tokens = inputs["input_ids"].shape[1]
     span_id = torch.zeros(1, num_tokens - 1, dtype=torch.int64)
     with (
@@ -344,7 +344,9 @@ def test_template_that_describes_no_spans(span_id: Any, is_sink: Any, message: s
 
 
 def test_gradients(qwen: Any, inputs: Any) -> None:
-    model = torch.compile(qwen, backend=blindsight_backend(profile_of(qwen), inner="eager"))
+    model = torch.compile(
+        qwen, backend=blindsight_backend(profile_of(qwen), inner="eager", lowering="fused")
+    )
     weight = qwen.lm_head.weight
     first = qwen.model.language_model.layers[0].self_attn.q_proj.weight
     first.requires_grad_(True)
@@ -369,7 +371,8 @@ def test_dropout(inputs: Any) -> None:
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5
     compiled = torch.compile(
-        model.train(), backend=blindsight_backend(profile_of(model), inner="eager")
+        model.train(),
+        backend=blindsight_backend(profile_of(model), inner="eager", lowering="fused"),
     )
     with pytest.raises(ValueError, match=r"Dropout of attention .* must be 0, got 0.5.*eval\(\)"):
         compiled(**inputs, use_cache=False)
@@ -378,7 +381,7 @@ def test_dropout(inputs: Any) -> None:
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_model_without_sdpa(inputs: Any, strict: bool) -> None:
     model = without_vision(tiny_model("qwen2_5_vl", attn_implementation="eager"))
-    backend = blindsight_backend(profile_of(model), inner="eager", strict=strict)
+    backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused", strict=strict)
     compiled = torch.compile(model, backend=backend)
     if strict:
         with pytest.raises(ValueError, match=r"attn_implementation='sdpa'"):
@@ -394,7 +397,9 @@ def test_attention_that_never_reaches_the_backend(qwen: Any, inputs: Any) -> Non
     text = qwen.model.language_model
     text.forward = torch._dynamo.disable(text.forward)
     try:
-        compiled = torch.compile(qwen, backend=blindsight_backend(profile_of(qwen), inner="eager"))
+        compiled = torch.compile(
+            qwen, backend=blindsight_backend(profile_of(qwen), inner="eager", lowering="fused")
+        )
         with pytest.raises(ValueError, match=r"layers 0-1 .* were never met"):
             compiled(**inputs, use_cache=False)
     finally:
@@ -403,7 +408,7 @@ def test_attention_that_never_reaches_the_backend(qwen: Any, inputs: Any) -> Non
 
 def test_backend_state_is_not_on_the_model(qwen: Any, inputs: Any) -> None:
     """What we are given is left as it was: the model still pickles, its cache is a plain one."""
-    backend = blindsight_backend(profile_of(qwen), inner="eager")
+    backend = blindsight_backend(profile_of(qwen), inner="eager", lowering="fused")
     output = torch.compile(qwen, backend=backend)(**inputs, use_cache=True)
     assert type(output.past_key_values) is DynamicCache
     assert pickle.loads(pickle.dumps(qwen.config)).to_dict() == qwen.config.to_dict()

@@ -13,7 +13,7 @@ def test_the_example_runs(context: str) -> None:
     text = README.read_text()
     (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     example = example.replace(
-        "blindsight_backend(profile)", "blindsight_backend(profile, inner='eager')"
+        "blindsight_backend(profile, ", "blindsight_backend(profile, inner='eager', "
     )
     example = example.replace("torch.inference_mode()", f"torch.{context}()")
     assert "inner='eager'" in example

@@ -1,0 +1,324 @@
+"""One attention call: every dense baseline, and sparse heads fused and split.
+
+    python bench/attention.py [--device cuda] [--dtype bfloat16] [--tokens 8192 16384] [...]
+
+Prompts of images with 16 text tokens between; heads in the shape of a model; so many of them
+sparse, a third each SINK, DOCUMENT and DOCUMENT_SINK. Times include masks, block tables and the
+moving of tokens and heads. All in turn, A B C A B C, medians. The limit is what the listed blocks
+would take at the speed of FlexAttention's own dense causal call. A baseline that does not fit in
+memory is a row, too. Appends a row for each measurement to bench/results/attention.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Config, conditions, print_table
+from torch import Tensor, fx
+from torch._inductor.compile_fx import compile_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
+
+from blindsight.attention import attend
+from blindsight.block_tables import BLOCK_SIZE, runs_of_sorted
+from blindsight.categories import HeadCategory
+from blindsight.intervals import sorted_bounds
+from blindsight.lowering import Layout, fused_layout, split_layout
+from blindsight.mask_forms import sorted_mask
+from blindsight.masks import causal_base
+
+RESULTS = Path(__file__).parent / "results" / "attention.jsonl"
+CAUSAL = ("upper", ("index", "q"))
+SHAPES = {  # query heads, key heads, head dim
+    "8 heads": (8, 2, 128),
+    "qwen2.5-vl-3b": (16, 2, 128),
+    "qwen2.5-vl-7b": (28, 4, 128),
+    "qwen2-vl-2b": (12, 2, 128),
+    "gemma-3-12b": (16, 8, 256),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """Milliseconds of ``n`` calls; compile time in seconds, memory in MiB (a GPU's only)."""
+
+    shape: str
+    dtype: str
+    tokens: int
+    image_tokens: int
+    sparse_heads: float
+    form: str
+    n: int
+    median_ms: float | None
+    p20_ms: float | None
+    p80_ms: float | None
+    compile_s: float
+    peak_mib: float | None
+    limit_ms: float | None = None
+    problem: str = ""
+
+
+def head_mix(num_heads: int, sparse: float) -> list[int]:
+    """Categories of heads: so many sparse, a third of each kind, all mixed up."""
+    num_sparse = round(num_heads * sparse)
+    kinds = [HeadCategory.SINK, HeadCategory.DOCUMENT, HeadCategory.DOCUMENT_SINK]
+    codes = [0] * (num_heads - num_sparse) + [int(kinds[at % 3]) for at in range(num_sparse)]
+    generator = torch.Generator().manual_seed(0)
+    return [codes[at] for at in torch.randperm(num_heads, generator=generator).tolist()]
+
+
+class Bench:
+    def __init__(self, config: Config, shape: str, dtype: torch.dtype, device: str) -> None:
+        self.config, self.shape, self.dtype, self.device = config, shape, dtype, device
+        self.num_heads, self.num_key_heads, head_dim = SHAPES[shape]
+        size = config.num_tokens
+        generator = torch.Generator(device).manual_seed(0)
+
+        def random(heads: int) -> Tensor:
+            return torch.randn(
+                1, heads, size, head_dim, dtype=dtype, device=device, generator=generator
+            )
+
+        self.dense = [random(self.num_heads), random(self.num_key_heads)]
+        self.dense.append(random(self.num_key_heads))
+        self.template = [x.to(device) for x in config.template()]
+        base = causal_base(1, size, size, size)
+        bounds, _ = sorted_bounds(base, *config.template(), size, size)
+        self.listed = runs_of_sorted(bounds).num_listed().sum((0, 2)).tolist()
+        blocks = -(-size // BLOCK_SIZE)
+        self.causal_blocks = blocks * (blocks + 1) / 2
+
+    def runs(self, mixes: Sequence[float], *, baselines: bool) -> dict[tuple[float, str], Any]:
+        """What to time, by share of sparse heads and name: a function that prepares a call."""
+        found: dict[tuple[float, str], Any] = {}
+        if baselines:
+            found[0.0, "SDPA is_causal"] = lambda: self._call(_causal)
+            if self.device != "cpu":
+                for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+                    name = f"SDPA is_causal, {backend.name.lower()}"
+                    found[0.0, name] = lambda backend=backend: self._call(_with(backend))
+            found[0.0, "SDPA boolean mask"] = self._masked
+            found[0.0, "flex, dense causal"] = lambda: self._flex([0] * self.num_heads)
+            found[0.0, "flex, create_block_mask"] = self._block_mask
+        for mix in mixes:
+            codes = head_mix(self.num_heads, mix)
+            threads = torch.get_num_threads() if self.device == "cpu" else 1
+            for name, layout in (
+                ("fused", fused_layout(codes, threads)),
+                ("split", split_layout(codes, is_causal=True)),
+            ):
+                found[mix, name] = lambda codes=codes, layout=layout: self._flex(codes, layout)
+        return found
+
+    def limit(self, mix: float, dense_ms: float) -> float:
+        """The dense call's time, for the listed blocks alone."""
+        codes = head_mix(self.num_heads, mix)
+        listed = sum(self.listed[code] for code in codes)
+        return dense_ms * listed / (self.num_heads * self.causal_blocks)
+
+    def _call(self, function: Callable[..., Tensor]) -> Callable[[], object]:
+        return lambda: function(*self.dense)
+
+    def _masked(self) -> Callable[[], object]:
+        size, groups = self.config.num_tokens, self.num_heads // self.num_key_heads
+        query, *key_value = self.dense
+        key, value = (x.repeat_interleave(groups, dim=1) for x in key_value)
+        allowed = torch.ones(size, size, dtype=torch.bool, device=self.device).tril_()[None, None]
+        return lambda: scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+
+    def _flex(self, codes: list[int], layout: Layout | None = None) -> Callable[[], object]:
+        size = self.config.num_tokens
+        layout = layout or fused_layout(codes)
+
+        def function(*inputs: Tensor) -> Tensor:
+            *qkv, span_id, is_sink, heads, categories = inputs
+            mask = sorted_mask(CAUSAL, span_id, is_sink, batch=1, num_queries=size, num_keys=size)
+            return attend(*qkv, mask, heads, categories, layout.groups)
+
+        heads = torch.tensor(layout.heads)
+        categories = torch.tensor(codes, dtype=torch.int32)[heads]
+        rows = [x.to(self.device) for x in (heads, categories)]
+        inputs = [*self.dense, *self.template, *rows]
+        graph = fx.Graph()
+        names = [graph.placeholder(f"x{at}") for at in range(len(inputs))]
+        graph.output((graph.call_function(function, tuple(names)),))
+        run = compile_fx(fx.GraphModule({}, graph), inputs)
+        return lambda: run(*inputs)
+
+    def _block_mask(self) -> Callable[[], object]:
+        """What a user of FlexAttention would write for DOCUMENT_SINK heads, prompt order."""
+        span_id, is_sink = self.template
+        size = self.config.num_tokens
+
+        def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            mine, other = span_id[b, q], span_id[b, k]
+            keep = (mine <= 1) | (other == 0) | (mine == other) | is_sink[b, k]
+            return (k <= q) & keep
+
+        compiled = torch.compile(flex_attention, dynamic=False)
+        make = torch.compile(create_block_mask, dynamic=False)
+
+        def run() -> object:
+            block_mask = make(allowed, 1, None, size, size, device=self.device)
+            return compiled(*self.dense, block_mask=block_mask, enable_gqa=True)
+
+        return run
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def _with(backend: SDPBackend) -> Callable[..., Tensor]:
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        with sdpa_kernel([backend]):
+            return scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    return run
+
+
+def measure(
+    bench: Bench, mixes: Sequence[float], *, repeats: int, baselines: bool, bar: Any
+) -> list[Result]:
+    cuda = bench.device != "cpu"
+
+    def wait() -> None:
+        if cuda:
+            torch.accelerator.synchronize()
+
+    prepared: dict[tuple[float, str], tuple[Callable[[], object] | None, float, float | None, str]]
+    prepared = {}
+    for key, make in bench.runs(mixes, baselines=baselines).items():
+        bar.set_postfix_str(f"{bench.config.num_tokens:,} tokens: compiling {key[1]}")
+        begin = time.perf_counter()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            run = make()
+            run()
+            wait()
+            problem = ""
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            run, problem = None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            gc.collect()
+        peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
+        prepared[key] = run, time.perf_counter() - begin, peak, problem
+    times: dict[tuple[float, str], list[float]] = {key: [] for key in prepared}
+    for turn in range(repeats):
+        for key, (run, *_) in prepared.items():
+            bar.set_postfix_str(f"{bench.config.num_tokens:,} tokens: turn {turn + 1}, {key[1]}")
+            if run is None:
+                continue
+            wait()
+            begin = time.perf_counter()
+            run()
+            wait()
+            times[key].append(1e3 * (time.perf_counter() - begin))
+    dense = times.get((0.0, "flex, dense causal"))
+    results = []
+    for (mix, form), values in times.items():
+        _, compile_s, peak, problem = prepared[mix, form]
+        ordered = sorted(values)
+        limit = bench.limit(mix, statistics.median(dense)) if mix and dense else None
+        results.append(
+            Result(
+                bench.shape,
+                str(bench.dtype).removeprefix("torch."),
+                bench.config.num_tokens,
+                bench.config.image_tokens,
+                mix,
+                form,
+                len(values),
+                statistics.median(values) if values else None,
+                ordered[int(0.2 * len(values))] if values else None,
+                ordered[int(0.8 * len(values))] if values else None,
+                compile_s,
+                peak,
+                limit,
+                problem,
+            )
+        )
+    return results
+
+
+def rows_of_table(results: Sequence[Result]) -> list[list[str]]:
+    baseline = {result.form: result.median_ms for result in results if not result.sparse_heads}
+    causal = min(
+        (ms for form, ms in baseline.items() if form.startswith("SDPA is_causal") and ms),
+        default=None,
+    )
+
+    def ratio(ms: float | None, over: float | None) -> str:
+        return f"{over / ms:.2f}" if ms and over else "-"
+
+    return [
+        [
+            f"{result.tokens:,}",
+            f"{result.image_tokens:,}",
+            f"{result.sparse_heads:.0%}" if result.sparse_heads else "-",
+            result.form,
+            f"{result.median_ms:.4g}" if result.median_ms else result.problem,
+            ratio(result.median_ms, causal),
+            ratio(result.median_ms, baseline.get("SDPA boolean mask")),
+            ratio(result.median_ms, result.limit_ms),
+        ]
+        for result in results
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--shape", default="8 heads", choices=SHAPES)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384])
+    parser.add_argument("--image-tokens", type=int, nargs="+", default=[256])
+    parser.add_argument("--sparse", type=float, nargs="+", default=[0.25, 0.5, 0.75, 0.9])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-baselines", action="store_true")
+    arguments = parser.parse_args()
+    told = {**conditions(), "device": arguments.device}
+    if arguments.device != "cpu":
+        told["gpu"] = torch.cuda.get_device_name()
+    RESULTS.parent.mkdir(exist_ok=True)
+    table: list[list[str]] = []
+    cases = [(size, image) for size in arguments.tokens for image in arguments.image_tokens]
+    with tqdm(cases) as bar:
+        for size, image in bar:
+            torch._dynamo.reset()
+            config = Config(max(2, round((size - 64) / (image + 18))), image, 16)
+            bench = Bench(
+                config, arguments.shape, getattr(torch, arguments.dtype), arguments.device
+            )
+            results = measure(
+                bench,
+                arguments.sparse,
+                repeats=arguments.repeats,
+                baselines=not arguments.no_baselines,
+                bar=bar,
+            )
+            with RESULTS.open("a") as file:
+                for result in results:
+                    file.write(json.dumps({**told, **asdict(result)}) + "\n")
+            table += rows_of_table(results)
+    print(f"{arguments.shape}, {arguments.dtype}, {arguments.device}; x: times faster than")
+    header = ["tokens", "image", "sparse heads", "form", "ms", "x SDPA is_causal"]
+    print_table([*header, "x SDPA boolean mask", "share of the limit"], table)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

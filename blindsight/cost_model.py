@@ -1,0 +1,189 @@
+"""How long attention takes on a device, estimated from what it computes.
+
+Constants are measured by ``blindsight tune`` once per device and kept in a file of the user's
+cache; without them, those of a similar device serve. Only ratios decide, and between choices that
+are all exact.
+
+Shapes: B batch, H query heads, C categories, Q and K lengths in tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from blindsight.attention import Group
+
+HEAD_DIM = 128  # that times are given for; attention takes time in proportion
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Times in nanoseconds, all threads of a device together.
+
+    Attributes:
+        causal: Of a pair of query and key in ``scaled_dot_product_attention`` with is_causal.
+        masked: Of a pair with a boolean mask; every pair counts, whether allowed or not.
+        flex: Of a pair in a block that FlexAttention visits.
+        move: Of an element that is moved to sort tokens or gather heads.
+        call: Of a call of FlexAttention, however small.
+    """
+
+    causal: float
+    masked: float
+    flex: float
+    move: float
+    call: float
+
+
+# Measured on two cores of an AMD EPYC with AVX-512 (bench/results/costs.jsonl); the second was not
+# measured: published speeds of the kernels (FlexAttention 400, cuDNN 600 TFLOP/s on an H100).
+_DEFAULTS = {
+    "cpu": {
+        "float32": Costs(causal=3.8, masked=4.2, flex=5.9, move=0.4, call=200_000.0),
+        "bfloat16": Costs(causal=4.9, masked=5.0, flex=9.5, move=0.4, call=200_000.0),
+    },
+    "cuda": {
+        "bfloat16": Costs(causal=8.5e-4, masked=2.5e-3, flex=1.3e-3, move=1e-3, call=20_000.0),
+    },
+}
+
+
+def device_name(device: torch.device) -> str:
+    """Return a name under which a device's costs are kept."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {_cpu_model()}, {torch.get_num_threads()} threads"
+
+
+def costs_of(device: torch.device, dtype: torch.dtype) -> Costs:
+    """Return the measured costs of a device, or those of one like it."""
+    name = str(dtype).removeprefix("torch.")
+    measured = _load(str(cache_file())).get(device_name(device), {})
+    by_dtype = measured or _DEFAULTS.get(device.type, _DEFAULTS["cpu"])
+    return by_dtype.get(name) or next(iter(by_dtype.values()))
+
+
+def save_costs(device: torch.device, dtype: torch.dtype, costs: Costs) -> Path:
+    """Keep what was measured of a device for later processes; return where."""
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = {
+        device: {dtype: asdict(costs) for dtype, costs in by_dtype.items()}
+        for device, by_dtype in _load(str(path)).items()
+    }
+    name = str(dtype).removeprefix("torch.")
+    known.setdefault(device_name(device), {})[name] = asdict(costs)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(known, file, indent=2)
+    os.replace(file.name, path)
+    _load.cache_clear()
+    return path
+
+
+def cache_file() -> Path:
+    """Return where costs are kept: ``$BLINDSIGHT_COSTS``, or in the user's cache folder."""
+    if path := os.environ.get("BLINDSIGHT_COSTS"):
+        return Path(path)
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "blindsight" / "costs.json"
+
+
+@cache
+def _load(path: str) -> dict[str, dict[str, Costs]]:
+    if not os.path.exists(path):
+        return {}
+    try:
+        known = json.loads(Path(path).read_text())
+        names = {field.name for field in fields(Costs)}
+        return {
+            device: {
+                dtype: Costs(**{name: float(costs[name]) for name in names})
+                for dtype, costs in by_dtype.items()
+            }
+            for device, by_dtype in known.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must hold the costs that `blindsight tune` writes, got one that cannot be "
+            f"read ({error!r}). Delete it, and run `blindsight tune` again."
+        ) from None
+
+
+def _cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class CallSize:
+    """What an attention call computes on.
+
+    Attributes:
+        num_heads, num_key_heads, head_dim: H, G and D.
+        batch, num_queries, num_keys: B, Q and K.
+        is_masked: Whether the model's own call reads a mask of all pairs.
+    """
+
+    num_heads: int
+    num_key_heads: int
+    head_dim: int
+    batch: int
+    num_queries: int
+    num_keys: int
+    is_masked: bool
+
+
+def time_of_own(costs: Costs, size: CallSize) -> float:
+    """Return the nanoseconds of a call as the model makes it."""
+    pairs = size.batch * size.num_heads * size.num_queries * size.num_keys
+    scale = size.head_dim / HEAD_DIM
+    return scale * (pairs * costs.masked if size.is_masked else pairs / 2 * costs.causal)
+
+
+def time_of_groups(
+    costs: Costs,
+    size: CallSize,
+    groups: Sequence[Group],
+    categories: Sequence[int],
+    listed_pairs: Sequence[int],
+    *,
+    is_sorted: bool,
+) -> float:
+    """Return the nanoseconds of a call whose heads are computed in groups.
+
+    Args:
+        costs: Of the device.
+        size: Of the call.
+        groups: See :mod:`blindsight.attention`.
+        categories: Codes of the heads, group by group.
+        listed_pairs: Pairs in the blocks that a head of each category visits, batch included.
+        is_sorted: Whether tokens are sorted.
+    """
+    scale = size.head_dim / HEAD_DIM
+    tokens = size.batch * (size.num_queries + size.num_keys)
+    time, begin = 0.0, 0
+    for kind, num_heads in groups:
+        codes = categories[begin : begin + num_heads]
+        begin += num_heads
+        key_heads = size.num_key_heads if kind == "all" else num_heads
+        if kind != "all" or is_sorted:
+            time += costs.move * size.head_dim * tokens * (num_heads + key_heads)
+        if kind == "causal":
+            pairs = size.batch * num_heads * size.num_queries**2 / 2
+            time += scale * pairs * costs.causal
+        else:
+            time += costs.call + scale * sum(listed_pairs[code] for code in codes) * costs.flex
+    return time

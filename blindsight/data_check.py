@@ -1,0 +1,134 @@
+"""What only the data of a call can tell of its masks: facts that a proof rests on, and more.
+
+The tensors in question are computed from a graph's inputs as the graph does, without the rest of
+it: they are ids, positions and paddings, O(T).
+
+Shapes: B batch, Q and K lengths of queries and keys, T tokens of the whole sequence.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from blindsight.base_mask import base_mask_of, facts_hold
+from blindsight.masks import BaseMask
+from blindsight.passes.find_attention import Attention
+from blindsight.passes.graph import ancestors, fake_tensor
+from blindsight.plan import Plan, PlannedCall
+
+
+class DataCheck:
+    """Looks at the data of the masks of one graph.
+
+    Args:
+        plan: Of the graph.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._keys = [_key(call.attention) for call in plan.calls]
+        # Calls with the same mask are looked at once.
+        self._calls: dict[object, PlannedCall] = {}
+        for key, call in zip(self._keys, plan.calls, strict=True):
+            if call.lifted.tier == 1:
+                self._calls.setdefault(key, call)
+        self._of_facts = _Extract(plan.gm, [call.lifted.facts for call in self._calls.values()])
+        self._of_forms = _Extract(plan.gm, [call.lifted.form for call in self._calls.values()])
+
+    @property
+    def names(self) -> str:
+        """The kinds of facts that the graph's proofs rest on."""
+        facts = {fact[0] for call in self._calls.values() for fact in call.lifted.facts}
+        return ", ".join(sorted(facts))
+
+    def facts_hold(self, args: Sequence[Any]) -> bool:
+        """Whether all facts hold for these inputs of the graph."""
+        if not any(call.lifted.facts for call in self._calls.values()):
+            return True
+        size_of = self._plan.size_of(args)
+        values = self._of_facts(args)
+        return all(
+            bool(facts_hold(facts, **call.attention.sizes(size_of), device=self._plan.device))
+            for facts, call in zip(values, self._calls.values(), strict=True)
+            if facts
+        )
+
+    def plain_causal(self, args: Sequence[Any], given: Mapping[str, BaseMask]) -> list[bool]:
+        """Return which of the graph's calls mean ``is_causal``, for these inputs.
+
+        Args:
+            args: The graph's inputs, for which the facts hold.
+            given: Masks that are inputs of the graph and turned out to be intervals, by name.
+        """
+        size_of = self._plan.size_of(args)
+        values = self._of_forms(args)
+        answers: dict[object, bool] = {}
+        for (key, call), form in zip(self._calls.items(), values, strict=True):
+            sizes = call.attention.sizes(size_of)
+            answers[key] = _is_plain_causal(base_mask_of(form, **sizes, device=self._plan.device))
+        for key, call in zip(self._keys, self._plan.calls, strict=True):
+            node = call.lifted.given
+            if node is not None and node.name in given:
+                answers[key] = _is_plain_causal(given[node.name])
+        return [answers.get(key, False) for key in self._keys]
+
+
+def _is_plain_causal(base: BaseMask) -> bool:
+    """Whether query row i sees key columns 0..i, all of them."""
+    num_queries = base.lower.shape[1]
+    if base.valid.shape[1] < num_queries:
+        return False
+    row = torch.arange(num_queries, device=base.lower.device)
+    # A given mask's intervals begin at the first column that is seen.
+    is_causal = (base.lower <= 0).all() & (base.upper == row).all()
+    return bool(is_causal & base.valid[:, :num_queries].all())
+
+
+def _key(attention: Attention) -> object:
+    key = fake_tensor(attention.key)
+    num_keys = None if key is None else str(key.shape[2])
+    return attention.attn_mask, attention.is_causal, num_keys
+
+
+class _Extract:
+    """Computes the nodes in some values (nested tuples) from the inputs of their graph."""
+
+    def __init__(self, gm: fx.GraphModule, values: Sequence[Any]) -> None:
+        self._values = values
+        self._nodes: list[fx.Node] = []
+        _map_nodes(values, self._nodes.append)
+        self._module = _extract(gm, self._nodes) if self._nodes else None
+
+    def __call__(self, args: Sequence[Any]) -> list[Any]:
+        """Return the values with tensors for nodes."""
+        if self._module is None:
+            return list(self._values)
+        tensors: dict[fx.Node, Tensor] = dict(zip(self._nodes, self._module(*args), strict=True))
+        return [_map_nodes(value, tensors.__getitem__) for value in self._values]
+
+
+def _map_nodes(value: Any, function: Any) -> Any:
+    """Return nested tuples with ``function`` applied to their nodes."""
+    if isinstance(value, fx.Node):
+        return function(value)
+    if not isinstance(value, (tuple, list)):
+        return value
+    return tuple(_map_nodes(item, function) for item in value)
+
+
+def _extract(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
+    """Return a module of the graph's inputs that computes these nodes only."""
+    needed = {node for wanted in nodes for node in ancestors(wanted)}
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or node in needed:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+            copied[node].meta = copy.copy(node.meta)
+    graph.output(tuple(copied[node] for node in nodes))
+    return fx.GraphModule(gm, graph)

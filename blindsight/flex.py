@@ -1,0 +1,91 @@
+"""FlexAttention's operator, called so that Inductor can compile it inside a larger graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_op
+from torch.nn.attention.flex_attention import BlockMask
+
+from blindsight.block_tables import BLOCK_SIZE, BlockTables
+
+# What torch.nn.attention.flex_attention passes for inference without auxiliary outputs.
+_KERNEL_OPTIONS: dict[str, Any] = {
+    "BACKEND": "AUTO",
+    "PRESCALE_QK": False,
+    "ROWS_GUARANTEED_SAFE": False,
+    "BLOCKS_ARE_CONTIGUOUS": False,
+    "WRITE_DQ": True,
+    "OUTPUT_LOGSUMEXP": False,
+    "OUTPUT_MAX": False,
+}
+
+
+class Rule(NamedTuple):
+    """What decides of an element.
+
+    Attributes:
+        mask_mod: Whether it is allowed, of ``(b, h, q, k, *captures)``.
+        captures: Tensors that it reads.
+        score_mod: Its score, of ``(score, b, h, q, k, *score_captures)``, or None: unchanged.
+        score_captures: Tensors that this reads.
+    """
+
+    mask_mod: Callable[..., Tensor]
+    captures: tuple[Tensor, ...]
+    score_mod: Callable[..., Tensor] | None = None
+    score_captures: tuple[Tensor, ...] = ()
+
+
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, tables: BlockTables, rule: Rule, scale: float | None
+) -> Tensor:
+    """Call the operator itself: its public function would start a compilation of its own.
+
+    Args:
+        query: ``[B, H, Q, D]``.
+        key, value: ``[B, G, K, D]``, H a multiple of G.
+        tables: ``[B, 1 or H, ...]``, the blocks to visit.
+        rule: For the elements of partial blocks.
+        scale: Factor on the scores; None: ``D ** -0.5``.
+    """
+    block_mask = BlockMask.from_kv_blocks(
+        *tables,
+        BLOCK_SIZE=BLOCK_SIZE,
+        mask_mod=cast(Any, rule.mask_mod),
+        seq_lengths=(query.shape[2], key.shape[2]),
+        compute_q_blocks=False,
+    )
+    output: Tensor = flex_attention_op(
+        query,
+        key,
+        value,
+        rule.score_mod or _unchanged,
+        block_mask.as_tuple(),
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        _KERNEL_OPTIONS,
+        rule.score_captures,
+        rule.captures,
+    )[0]
+    return output
+
+
+def realize(x: Tensor, span_id: Tensor | None = None) -> Tensor:
+    """Return ``x`` as a buffer of its own: Inductor cannot fuse its producer into a mask.
+
+    The C++ lowering of FlexAttention builds the mask's subgraph before the buffers that it
+    captures exist, and fails on one that is still an unfused expression. A uniform tensor would
+    be folded back into one: with ``span_id`` the result depends on an input, if in name only.
+    """
+    if span_id is not None:
+        never = (span_id[:1, :1] < 0).view((1,) * x.dim())
+        x = (x | never) if x.dtype == torch.bool else x + never.to(x.dtype)
+    x = x.contiguous()
+    return torch.as_strided(x, x.shape, x.stride())
+
+
+def _unchanged(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return score

@@ -1,0 +1,135 @@
+"""Masks that a graph is handed ready made: see whether their elements are intervals of keys.
+
+Where no graph shows how a mask came about (decoder layers that are compiled one by one, a static
+cache in ``generate``), its elements still tell what it is. Looking at them once costs a few bytes
+of memory traffic per pair of tokens, beside thousands of operations per pair in attention, which
+would otherwise look at them in every head of every layer.
+
+Shapes: B batch, Q query rows, K key columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from blindsight.masks import BaseMask
+from blindsight.passes.find_attention import Attention
+from blindsight.passes.graph import add_placeholder, fake_tensor, placeholders, same_size
+from blindsight.passes.lift_mask import Lifted
+from blindsight.plan import Plan
+from blindsight.runtime import TensorNotes, version_of
+
+_ELEMENTS = 2**20  # looked at together: what is derived of them should stay in a core's cache
+
+# What is known of a mask of these sizes (B, Q, K); None: it is not intervals.
+Note = tuple[tuple[int, int, int], BaseMask | None]
+
+
+class GivenMasks:
+    """The masks among the inputs of a graph.
+
+    Args:
+        plan: Of the graph.
+        notes: What is known of masks; other graphs of a model are handed the same ones.
+    """
+
+    def __init__(self, plan: Plan, notes: TensorNotes[Note]) -> None:
+        self._plan = plan
+        self._notes = notes
+        users: dict[fx.Node, list[Attention]] = {}
+        for call in plan.calls:
+            if call.lifted.given is not None:
+                users.setdefault(call.lifted.given, []).append(call.attention)
+        self._inputs = [
+            (at, node.name, users[node][0])
+            for at, node in enumerate(placeholders(plan.gm))
+            if node in users and _same_sizes(users[node])
+        ]
+
+    def read(self, args: Sequence[Any]) -> dict[str, BaseMask]:
+        """Return the masks that are intervals, by the names of their inputs."""
+        found = {}
+        for at, name, attention in self._inputs:
+            sizes = attention.sizes(self._plan.size_of(args))
+            mask = self._look_at(args[at], **sizes)
+            if mask is not None:
+                found[name] = mask
+        return found
+
+    def _look_at(
+        self, mask: Tensor, *, batch: int, num_queries: int, num_keys: int
+    ) -> BaseMask | None:
+        sizes = (batch, num_queries, num_keys)
+        known = self._notes.get(mask)
+        # A tensor of inference mode keeps no count of its changes: look again.
+        if known is not None and known[0] == sizes and version_of(mask) is not None:
+            return known[1]
+        found = intervals_of_elements(mask, batch=batch, num_queries=num_queries, num_keys=num_keys)
+        self._notes.put(mask, (sizes, found))
+        return found
+
+
+def intervals_of_elements(
+    mask: Tensor, *, batch: int, num_queries: int, num_keys: int
+) -> BaseMask | None:
+    """Return the intervals and valid columns that a mask consists of, or None if it does not.
+
+    The interval of a row goes from its first allowed column to its last, and a column is valid if
+    any row of the batch row sees it. A row that allows as many columns as are valid within its
+    interval allows the very same ones: it allows no others.
+
+    Args:
+        mask: ``[B or 1, 1, >= Q, >= K]`` bool, or float with 0 for the allowed pairs and -inf, or
+            the smallest finite number, for the others.
+        batch, num_queries, num_keys: B, Q and K.
+    """
+    elements = mask[:, 0, :num_queries, :num_keys].expand(batch, num_queries, num_keys)
+    device = mask.device
+    column = torch.arange(num_keys, device=device, dtype=torch.int32)
+    valid = torch.zeros((batch, num_keys), dtype=torch.bool, device=device)
+    is_mask = torch.ones((), dtype=torch.bool, device=device)
+    parts = []
+    step = max(1, _ELEMENTS // max(1, batch * num_keys))
+    for row in range(0, num_queries, step):
+        rows = elements[:, row : row + step]
+        allowed = rows if rows.dtype == torch.bool else rows == 0
+        if rows.dtype != torch.bool:
+            is_mask &= (allowed | (rows <= torch.finfo(rows.dtype).min)).all()
+        valid |= allowed.any(1)
+        lower = torch.where(allowed, column, num_keys).amin(-1)
+        upper = torch.where(allowed, column, -1).amax(-1)
+        parts.append((lower, upper, allowed.sum(-1)))
+    lower, upper, num_allowed = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    num_before = torch.nn.functional.pad(valid.cumsum(1), (1, 0))
+    begin, end = (num_before.gather(1, edge.long()) for edge in (lower, upper + 1))
+    # Rows that allow nothing: lower is K, upper -1.
+    expected = (end - begin).clamp(min=0)
+    if not bool(is_mask & (num_allowed == expected).all()):
+        return None
+    return BaseMask(lower, upper, valid)
+
+
+def add_given_inputs(gm: fx.GraphModule, name: str) -> tuple[fx.Node, ...]:
+    """Append the inputs that hold the intervals of the mask of this name: those of BaseMask."""
+    return tuple(add_placeholder(gm, f"{name}_{part}") for part in BaseMask._fields)
+
+
+def lifted_of_given(inputs: Sequence[fx.Node], before: fx.Node) -> Lifted:
+    """Return what is proven of a mask whose intervals are inputs of the graph."""
+    lower, upper, valid = inputs
+    b, q, k = (("index", axis) for axis in "bqk")
+    first, last = ("load", lower, (b, q)), ("load", upper, (b, q))
+    is_valid = ("load", valid, (b, k))
+    form = ("and", ("lower", first), ("upper", last), ("valid", is_valid))
+    expression = ("and", is_valid, ("and", ("le", first, k), ("le", k, last)))
+    return Lifted(1, "", form, (), expression, before)
+
+
+def _same_sizes(calls: Sequence[Attention]) -> bool:
+    """Whether calls have as many keys; a mask of more columns may serve several numbers."""
+    sizes = [None if key is None else key.shape[2] for key in (fake_tensor(x.key) for x in calls)]
+    return all(same_size(size, sizes[0]) for size in sizes)

@@ -1,0 +1,87 @@
+"""How the heads of a layer are computed: by which operators, and in which groups.
+
+Shapes: H query heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from blindsight.attention import Group
+from blindsight.categories import HeadCategory
+
+
+class Lowering(Enum):
+    """How a layer whose heads are of several categories is computed.
+
+    ``FUSED``: one call of FlexAttention, with block tables per head.
+    ``SPLIT``: a call per category; dense heads go to ``scaled_dot_product_attention`` where the
+    model's own mask is plain causal, the fastest dense kernel there is.
+    ``AUTO``: whichever is estimated to be the fastest for a prompt, or the model's own graph, all
+    heads dense, where no other is faster: see :mod:`blindsight.cost_model`.
+    """
+
+    FUSED = "fused"
+    SPLIT = "split"
+    AUTO = "auto"
+
+    @classmethod
+    def of(cls, name: str | Lowering) -> Lowering:
+        """Return a lowering by its name.
+
+        Raises:
+            ValueError: There is none of this name.
+        """
+        try:
+            return cls(name)
+        except ValueError:
+            names = ", ".join(repr(member.value) for member in cls)
+            raise ValueError(f"lowering must be one of {names}, got {name!r}.") from None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The heads of a layer in the order in which they are computed, and their groups."""
+
+    heads: tuple[int, ...]
+    groups: tuple[Group, ...]
+
+
+def fused_layout(categories: Sequence[int], num_parts: int = 1) -> Layout:
+    """Return the layout of one call.
+
+    Args:
+        categories: ``[H]`` codes of :class:`~blindsight.HeadCategory`.
+        num_parts: Among how many threads the kernel deals out its work, in runs of neighbours:
+            each gets as many dense heads. 1: heads stay as they are, and share their keys.
+    """
+    heads = tuple(range(len(categories)))
+    if num_parts == 1 or len(set(categories)) == 1:
+        return Layout(heads, (("all", len(heads)),))
+    # Deal the heads out, the dense ones first, there and back again.
+    by_cost = sorted(heads, key=lambda head: categories[head] != HeadCategory.DENSE)
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    for turn, head in enumerate(by_cost):
+        lap, at = divmod(turn, num_parts)
+        parts[at if lap % 2 == 0 else num_parts - 1 - at].append(head)
+    return Layout(tuple(head for part in parts for head in part), (("mixed", len(heads)),))
+
+
+def split_layout(categories: Sequence[int], *, is_causal: bool) -> Layout:
+    """Return the layout of a call per category.
+
+    Args:
+        categories: ``[H]`` codes of :class:`~blindsight.HeadCategory`.
+        is_causal: Whether the model's own mask is plain causal, for this prompt.
+    """
+    heads: list[int] = []
+    groups: list[Group] = []
+    for category in HeadCategory:
+        members = [head for head, code in enumerate(categories) if code == category]
+        if members:
+            heads += members
+            is_plain = is_causal and category is HeadCategory.DENSE
+            groups.append(("causal" if is_plain else "alike", len(members)))
+    return Layout(tuple(heads), tuple(groups))

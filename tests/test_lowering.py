@@ -1,0 +1,240 @@
+"""How heads are grouped, and what is chosen for a prompt; test_exactness shows it exact."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blindsight import Profile, TemplateRule, blindsight_backend
+from blindsight.attention import attend
+from blindsight.choose import ChoosableCall, choose_layouts
+from blindsight.cost_model import (
+    CallSize,
+    Costs,
+    cache_file,
+    costs_of,
+    device_name,
+    save_costs,
+    time_of_groups,
+    time_of_own,
+)
+from blindsight.data_check import _is_plain_causal
+from blindsight.lowering import Lowering, fused_layout, split_layout
+from blindsight.mask_forms import sorted_mask
+from blindsight.masks import BaseMask, causal_base
+from blindsight.passes.replace_attention import MaskForm
+from blindsight.runtime import History
+from blindsight.template import Template
+from models import Image, make_inputs, tiny_model
+from oracles import oracle_attention, oracle_keep
+
+CPU = torch.device("cpu")
+COSTS = Costs(causal=4.0, masked=4.0, flex=6.0, move=0.4, call=2e5)
+
+codes = st.lists(st.integers(0, 3), min_size=1, max_size=12)
+
+
+def prompt(num_images: int, image: int, text: int) -> History:
+    ids = [i for n in range(1, num_images + 1) for i in [0] * text + [n] * image]
+    span_id = torch.tensor([ids + [0] * 64], dtype=torch.int32)
+    is_sink = (span_id > 0) & (span_id != span_id.roll(1, 1))
+    rule = TemplateRule(
+        image_token_ids=(1,),
+    )
+    return History(rule, template=Template(span_id, is_sink))
+
+
+def call_of(history: History, categories: list[int], *, is_masked: bool = True) -> ChoosableCall:
+    size = CallSize(8, 2, 128, 1, history.num_tokens, history.num_tokens, is_masked)
+    return ChoosableCall(tuple(categories), MaskForm.SORTED, True, size)
+
+
+# Layouts
+
+
+@given(codes=codes, num_parts=st.integers(1, 4))
+def test_a_fused_layout_has_every_head_once(codes: list[int], num_parts: int) -> None:
+    layout = fused_layout(codes, num_parts)
+    assert sorted(layout.heads) == list(range(len(codes)))
+    ((kind, size),) = layout.groups
+    assert size == len(codes)
+    if kind == "all":
+        assert layout.heads == tuple(range(len(codes)))
+
+
+@given(num_dense=st.integers(0, 8), num_parts=st.sampled_from([2, 4, 8]))
+def test_each_thread_gets_as_many_dense_heads(num_dense: int, num_parts: int) -> None:
+    categories = [0] * num_dense + [3] * (16 - num_dense)
+    heads = fused_layout(categories, num_parts).heads
+    each = 16 // num_parts
+    dense = [
+        sum(categories[head] == 0 for head in heads[at : at + each]) for at in range(0, 16, each)
+    ]
+    if num_dense > 0:
+        assert max(dense) - min(dense) <= 1
+
+
+@given(codes=codes, is_causal=st.booleans())
+def test_a_split_layout_has_a_group_per_category(codes: list[int], is_causal: bool) -> None:
+    layout = split_layout(codes, is_causal=is_causal)
+    assert sorted(layout.heads) == list(range(len(codes)))
+    begin = 0
+    for kind, size in layout.groups:
+        (category,) = {codes[head] for head in layout.heads[begin : begin + size]}
+        assert kind == ("causal" if category == 0 and is_causal else "alike")
+        begin += size
+    assert begin == len(codes)
+    assert len(layout.groups) == len(set(codes))
+
+
+@given(data=st.data())
+def test_any_grouping_gives_each_head_its_own_attention(data: st.DataObject) -> None:
+    history = prompt(3, 5, 4)
+    span_id, is_sink = history.template.tensors()
+    length = history.num_tokens
+    categories = data.draw(st.lists(st.integers(0, 3), min_size=6, max_size=6))
+    layout = data.draw(
+        st.sampled_from(
+            [
+                fused_layout(categories),
+                fused_layout(categories, 2),
+                fused_layout(categories, 4),
+                split_layout(categories, is_causal=True),
+                split_layout(categories, is_causal=False),
+            ]
+        )
+    )
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    query = torch.randn(1, 6, length, 8, dtype=torch.float64)
+    key, value = (torch.randn(1, 2, length, 8, dtype=torch.float64) for _ in range(2))
+    causal = ("upper", ("index", "q"))
+    mask = sorted_mask(causal, span_id, is_sink, batch=1, num_queries=length, num_keys=length)
+    heads = torch.tensor(layout.heads)
+    found = attend(
+        query,
+        key,
+        value,
+        mask,
+        heads,
+        torch.tensor(categories, dtype=torch.int32)[heads],
+        layout.groups,
+    )
+    keep = torch.stack([oracle_keep(span_id, is_sink, code) for code in categories], dim=1)
+    allowed = keep & torch.ones(length, length, dtype=torch.bool).tril()
+    expected = oracle_attention(query, key, value, allowed, 8**-0.5)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+
+
+# What is_causal means
+
+
+def test_plain_causal_is_only_that() -> None:
+    base = causal_base(2, 9, 9, 9)
+    assert _is_plain_causal(base)
+    assert _is_plain_causal(BaseMask(*base[:2], torch.ones(2, 12, dtype=torch.bool)))
+    window, ahead, padded = base.lower.clone(), base.upper.clone(), base.valid.clone()
+    window[1, 8], ahead[0, 3], padded[1, 0] = 1, 4, False
+    assert not _is_plain_causal(base._replace(lower=window))
+    assert not _is_plain_causal(base._replace(upper=ahead))
+    assert not _is_plain_causal(base._replace(valid=padded))
+    assert not _is_plain_causal(BaseMask(base.lower, base.upper + 2, base.valid))  # past tokens
+    assert not _is_plain_causal(BaseMask(*base[:2], torch.ones(2, 8, dtype=torch.bool)))
+
+
+# Choices
+
+
+def choose(history: History, categories: list[int], lowering: str, **options: Any) -> Any:
+    return choose_layouts(
+        [call_of(history, categories, **options)],
+        history,
+        lowering=Lowering.of(lowering),
+        costs=COSTS,
+        num_threads=2,
+    )
+
+
+def test_a_lowering_that_is_asked_for_is_taken() -> None:
+    history = prompt(2, 5, 5)
+    mixed = [0, 0, 1, 1, 2, 2, 3, 3]
+    assert choose(history, mixed, "fused") == (fused_layout(mixed, 2),)
+    assert choose(history, mixed, "split") == (split_layout(mixed, is_causal=True),)
+
+
+def test_short_prompts_run_dense_and_long_ones_sparse() -> None:
+    mixed = [0, 0, 1, 1, 2, 2, 3, 3]
+    assert choose(prompt(2, 40, 5), mixed, "auto") is None
+    assert choose(prompt(30, 256, 16), mixed, "auto") is not None
+    # against a dense call without a mask there is less to gain
+    short = prompt(4, 256, 16)
+    assert choose(short, mixed, "auto") is not None
+    assert choose(short, mixed, "auto", is_masked=False) is None
+
+
+def test_dense_heads_go_where_they_are_fastest() -> None:
+    history = prompt(30, 256, 16)
+    (layout,) = choose(history, [0, 0, 3, 3, 3, 3, 3, 3], "auto")
+    assert layout.groups[0] == ("causal", 2)
+
+
+def test_estimates_follow_from_what_is_computed() -> None:
+    size = CallSize(8, 2, 64, 1, 1000, 1000, True)
+    assert time_of_own(COSTS, size) == pytest.approx(0.5 * 8 * 1e6 * 4.0)
+    unmasked = CallSize(8, 2, 64, 1, 1000, 1000, False)
+    assert time_of_own(COSTS, unmasked) == pytest.approx(0.5 * 8 * 0.5e6 * 4.0)
+    groups = (("causal", 2), ("alike", 6))
+    found = time_of_groups(
+        COSTS, size, groups, [0, 0, 3, 3, 3, 3, 3, 3], [7, 7, 7, 10**5], is_sorted=True
+    )
+    moved = 0.4 * 64 * 2000 * (2 + 2 + 6 + 6)
+    assert found == pytest.approx(moved + 2e5 + 0.5 * (2 * 0.5e6 * 4.0 + 6 * 1e5 * 6.0))
+
+
+def test_the_report_says_that_dense_was_faster() -> None:
+    model = tiny_model("qwen2_5_vl")
+    model.model.visual.forward = torch._dynamo.disable(model.model.visual.forward)
+    inputs = make_inputs("qwen2_5_vl", [[5, Image(2, 5), 4, Image(4, 3), 7]])
+    backend = blindsight_backend(Profile.for_model(model, "sink"), inner="eager")
+    with torch.no_grad():
+        logits = torch.compile(model, backend=backend)(**inputs, use_cache=False).logits
+        expected = model(**inputs, use_cache=False).logits
+    torch.testing.assert_close(logits, expected)
+    (how,) = {how for row in backend.report().rows for how in row.runs}
+    assert how == "dense: estimated to be faster than sparse"
+
+
+def test_an_unknown_lowering_is_an_error() -> None:
+    profile = Profile.for_model(tiny_model("qwen2_5_vl"), "sink")
+    with pytest.raises(ValueError, match="'fused', 'split', 'auto', got 'unfused'"):
+        blindsight_backend(profile, lowering="unfused")
+
+
+# Costs of a device
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLINDSIGHT_COSTS", str(tmp_path / "cache" / "costs.json"))
+
+
+def test_costs_are_kept_per_device_and_dtype() -> None:
+    default = costs_of(CPU, torch.float32)
+    assert default != COSTS
+    assert save_costs(CPU, torch.float32, COSTS) == cache_file()
+    other = Costs(1.0, 2.0, 3.0, 4.0, 5.0)
+    save_costs(CPU, torch.bfloat16, other)
+    assert costs_of(CPU, torch.float32) == COSTS
+    assert costs_of(CPU, torch.bfloat16) == other
+    assert list(json.loads(cache_file().read_text())) == [device_name(CPU)]
+    assert [path.name for path in cache_file().parent.iterdir()] == ["costs.json"]
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"cpu": {"float32": {"causal": 1}}}'])
+def test_a_damaged_file_of_costs_is_an_error(text: str) -> None:
+    cache_file().parent.mkdir()
+    cache_file().write_text(text)
+    with pytest.raises(ValueError, match=r"costs.json must hold .* Delete it"):
+        costs_of(CPU, torch.float32)
