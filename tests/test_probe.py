@@ -129,7 +129,7 @@ def base_of(case: BaseCase) -> torch.Tensor:
 @given(
     template=templates(max_spans=5, max_span=12, max_text=5, max_batch=2),
     heads=gqa_heads(max_heads=4),
-    sight=st.sampled_from(["causal", "causal or image"]),
+    sight=st.sampled_from(["causal", "causal or image", "all"]),
     window=st.sampled_from([None, None, 1, 7, 20]),
     delimiters=st.booleans(),
     how=st.sampled_from(["intervals", "tensor", "bias", "per head"]),
