@@ -124,6 +124,15 @@ def write_dataset(out: Path, **options: Any) -> Path:
     return final
 
 
+def parse_grid(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    grid = (int(rows), int(columns)) if rows.isdigit() and columns.isdigit() else None
+    if grid not in GRIDS:
+        known = ", ".join(f"{rows}x{columns}" for rows, columns in GRIDS)
+        raise ValueError(f"grids must be of {known}, got {text!r}. Name some of these.")
+    return grid
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("out", type=Path)
@@ -133,6 +142,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--grids", default="2x2,2x3,3x2,3x3", help="rows x columns of digits")
     args = parser.parse_args()
     low, _, high = args.images.partition("-")
     path = write_dataset(
@@ -143,6 +153,7 @@ def main() -> None:
         split=args.split,
         seed=args.seed,
         tasks=tuple(args.tasks.split(",")),
+        grids=tuple(parse_grid(grid) for grid in args.grids.split(",")),
     )
     print(path)
 

@@ -10,8 +10,11 @@ import json
 import os
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from collages import TASKS
+
+SHOWN = ("answer", "early_answer", "mode", "counts", "partner", "look_partner", "look_digit")
 
 
 def plot(log: Path, out: Path) -> None:
@@ -21,19 +24,25 @@ def plot(log: Path, out: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines: list[dict[str, Any]] = []
+    for line in map(json.loads, log.read_text().splitlines()):
+        while lines and lines[-1]["step"] > line["step"]:  # a run resumed from its checkpoint
+            lines.pop()
+        lines.append(line)
     losses = [line for line in lines if "losses" in line]
     evals = [line for line in lines if "eval" in line]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     steps = [line["step"] for line in losses]
-    for name in sorted(losses[-1]["losses"]):
+    for name in SHOWN:
         values = [line["losses"].get(name, float("nan")) for line in losses]
         is_answer = name == "answer"
         left.plot(
             steps, values, label=name, lw=2 if is_answer else 0.8, zorder=3 if is_answer else 2
         )
     left.set(title="Training losses", xlabel="step", ylabel="cross-entropy (nats)", yscale="log")
-    left.legend(fontsize=6, ncols=2)
+    left.set_ylim(0.01, 5)
+    left.grid(alpha=0.3)
+    left.legend(fontsize=8, loc="lower left")
     for axis, images in ((middle, "4"), (right, "12")):
         for task in TASKS:
             axis.plot(

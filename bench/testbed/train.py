@@ -38,7 +38,18 @@ STAGE_STEPS = (1200, 800, 600, 0)  # the stage ends after these steps at the lat
 
 @dataclass(frozen=True)
 class Options:
-    """What to train; see --help."""
+    """What to train.
+
+    Attributes:
+        out: The run's folder.
+        steps: Where the rate reaches zero. decay: over how many steps. warmup: steps.
+        muon_lr, adam_lr, weight_decay: of the two optimizers.
+        aux: Weight of every auxiliary loss. skip: names of those to leave out.
+        tokens: of a step. questions: of a prompt.
+        seed, device, dtype, threads, compile: as they say; 0 threads leaves torch's choice.
+        save_seconds, eval_seconds, log_every: how often; the last in steps.
+        weights: Tasks that are asked more often than by how far they lag, ``find=2,count=1.5``.
+    """
 
     out: Path
     steps: int = 6000
@@ -59,6 +70,7 @@ class Options:
     log_every: int = 20
     threads: int = 0
     weights: str = ""
+    skip: str = ""
 
 
 @dataclass
@@ -93,8 +105,8 @@ def draw_batch(
     )
     n = max(n, 2)
     small = state.stage == 0
-    choice = GRIDS[:4] if small or rng.random() < 0.9 else GRIDS
-    shares = np.array([2, 1, 1, 4, 1, 1][: len(choice)], float)
+    choice = GRIDS[:4] if small or rng.random() < 0.4 else GRIDS
+    shares = np.array([2, 1, 1, 4, 1, 1, 8][: len(choice)], float)
     two = [choice[k] for k in rng.choice(len(choice), size=2, p=shares / shares.sum())]
     grids = tuple(two[0] if two[0] == two[1] else two[k] for k in rng.integers(2, size=n))
     if rng.random() < 0.6:
@@ -121,15 +133,17 @@ def draw_batch(
 
 
 @torch.no_grad()
-def evaluate(trainee: Trainee, *, num_images: int, prompts: int, device: str) -> dict[str, float]:
-    """Accuracy of each task on held-out digits, one question a prompt, images of 3 x 3."""
+def evaluate(
+    trainee: Trainee, *, num_images: int, grid: tuple[int, int], prompts: int, device: str
+) -> dict[str, float]:
+    """Accuracy of each task on held-out digits, one question a prompt."""
     bank = load_bank("test")
     patches = bank_patches(bank, device)
     hits: dict[str, list[int]] = {task: [0, 0] for task in TASKS}
     for part in range(prompts // 32):
         rng = np.random.default_rng((77, num_images, part))
         collages = make_collages(
-            rng, bank, batch=32, grids=((3, 3),) * num_images, num_rare=1, num_pairs=1
+            rng, bank, batch=32, grids=(grid,) * num_images, num_rare=1, num_pairs=1
         )
         questions = tuple(ask(rng, collages, task) for task in (*TASKS, *TASKS))
         batch = build_batch(patches, collages, questions, device=device)
@@ -181,6 +195,7 @@ def train(options: Options) -> None:
     bank = load_bank("train", 4)
     patches = bank_patches(bank, options.device)
     fixed = {k: float(v) for k, v in (x.split("=") for x in options.weights.split(",") if x)}
+    skipped = {"answer", "end", *options.skip.split(",")}
     recent = state.recent or dict.fromkeys(TASKS, 0.0)
     log = (out / "log.jsonl").open("a", buffering=1)
     shown = {k: str(v) for k, v in asdict(options).items() if k != "out"}
@@ -201,8 +216,10 @@ def train(options: Options) -> None:
 
     def score() -> None:
         found = {
-            str(n): evaluate(trainee, num_images=n, prompts=64, device=options.device)
-            for n in (4, 12)
+            f"{n} x {grid[0] * grid[1]}": evaluate(
+                trainee, num_images=n, grid=grid, prompts=64, device=options.device
+            )
+            for n, grid in ((4, (3, 3)), (12, (3, 3)), (8, (4, 4)))
         }
         mean = float(np.mean([x for part in found.values() for x in part.values()]))
         line = {"step": state.step, "seconds": round(time.time() - started), "eval": found}
@@ -220,7 +237,7 @@ def train(options: Options) -> None:
         for optimizer, full in zip(optimizers, (options.muon_lr, options.adam_lr), strict=True):
             optimizer.param_groups[0]["lr"] = full * rate
         losses, right = trainee.losses(batch)
-        aux = [x for name, x in losses.items() if name not in ("answer", "end")]
+        aux = [x for name, x in losses.items() if name not in skipped]
         total = losses["answer"] + 0.1 * losses["end"] + options.aux * torch.stack(aux).sum()
         total.backward()
         for optimizer in optimizers:
