@@ -47,9 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         parents=[everywhere],
-        help="prefill one prompt of photographs, dense and sparse",
-        description="Prefill one prompt of photographs with one compiled model, dense and sparse, "
-        "and compare it with a plain reference. Without --model: a small one, random weights.",
+        help="answer questions and prefill a long prompt, dense and sparse",
+        description="Answer questions about images with a small trained model and its profile, "
+        "dense and sparse side by side. Then prefill one long prompt of photographs with one "
+        "compiled model, dense and sparse, and compare it with a plain reference. Without --model: "
+        "a small one, random weights. With --model, --images or --profile: only that.",
     )
     _add_prompt_arguments(demo)
     demo.add_argument("--model", help="folder or hub id of a pretrained model")
@@ -58,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--inner", default="inductor", help="what compiles the graphs (%(default)s)")
     demo.add_argument(
         "--whole", action="store_true", help="compile the vision tower too, not only the decoder"
+    )
+    demo.add_argument(
+        "--part",
+        choices=("answers", "speed", "both"),
+        default="both",
+        help="the testbed's answers, the timing of a long prompt, or both (default)",
     )
     demo.add_argument("--no-check", action="store_true", help="do not run the slow reference")
     demo.set_defaults(run=_run_demo)
@@ -122,6 +130,7 @@ def _options(arguments: argparse.Namespace) -> DemoOptions:
         inner=getattr(arguments, "inner", "eager"),
         whole=getattr(arguments, "whole", False),
         check=not getattr(arguments, "no_check", True),
+        part=getattr(arguments, "part", "speed"),
     )
 
 

@@ -112,9 +112,14 @@ def test_the_profile_of_another_model_is_one_line(
     assert "model has num_heads=8" in error
 
 
-def test_the_demo_agrees_with_its_reference() -> None:
-    options = DemoOptions(num_images=4, tokens=300, layers=2, inner="eager", repeats=1)
-    result = run_demo(options)
+def test_the_long_prompt_of_the_demo_agrees_with_its_reference() -> None:
+    options = DemoOptions(
+        num_images=4, tokens=300, layers=2, inner="eager", repeats=1, part="speed"
+    )
+    found = run_demo(options)
+    assert found.answers is None and found.note == ""
+    result = found.speed
+    assert result is not None
     assert len(result.image_tokens) == 4
     assert len(set(result.image_tokens)) > 1
     assert 200 < result.num_tokens < 450
@@ -127,7 +132,32 @@ def test_the_demo_agrees_with_its_reference() -> None:
     assert result.difference.same_tokens == result.num_decoded == 8
     assert result.report.num_rewritten == len(result.report.rows)
     assert not result.report.missing_layers
-    assert "random weights" in str(result)
+    assert "random weights" in str(found)
+
+
+def test_the_answers_of_the_demo_are_right_dense_and_sparse() -> None:
+    found = run_demo(DemoOptions(inner="eager", part="answers"))
+    assert found.speed is None and found.note == ""
+    result = found.answers
+    assert result is not None
+    num = len(result.answers)
+    assert len({answer.task for answer in result.answers}) == 6
+    assert num >= 12
+    assert sum(answer.dense == answer.right for answer in result.answers) >= 0.75 * num
+    assert sum(answer.sparse == answer.right for answer in result.answers) >= 0.75 * num
+    assert result.difference < 1e-4 * result.magnitude < result.effect
+    assert result.flops.sparse < 0.7 * result.flops.dense
+    text = str(found)
+    assert all(answer.question in text for answer in result.answers)
+
+
+def test_the_demo_without_the_testbed_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blindsight.demo_answers.MODEL", tmp_path / "gone")
+    found = run_demo(DemoOptions(inner="eager", part="answers"))
+    assert found.answers is None
+    assert "gone is missing" in str(found)
 
 
 def test_the_demo_takes_the_users_images_and_profile(

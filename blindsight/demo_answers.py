@@ -1,0 +1,174 @@
+"""The demo's answers: real questions about real images, answered dense and sparse side by side.
+
+The model is the testbed's, trained from scratch on collages of handwritten digits, with the profile
+that calibration gave it; both, and the questions, are in this repository (``bench/testbed/``).
+
+Shapes: B questions, T tokens of the longest prompt.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blindsight.backend import blindsight_backend
+from blindsight.categories import summarize_categories
+from blindsight.cost import AttentionFlops, attention_flops
+from blindsight.demo_speed import decoder_of
+from blindsight.profile import Profile
+from blindsight.progress import Progress
+from blindsight.reference import reference_logits
+from blindsight.runtime import disabled
+from blindsight.samples import Sample, load_processor, load_samples, model_inputs
+
+_ROOT = Path(__file__).resolve().parent.parent
+MODEL = _ROOT / "bench" / "testbed" / "model"
+QUESTIONS = _ROOT / "bench" / "testbed" / "questions"
+PROFILE = _ROOT / "profiles" / "testbed.safetensors"
+
+NUM_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question, what is right, and what the model says dense and sparse."""
+
+    task: str
+    question: str
+    right: str
+    dense: str
+    sparse: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What the testbed answered; ``str()`` gives its tables.
+
+    Attributes:
+        answers: One for each question.
+        num_images: In each prompt.
+        num_tokens: Of each prompt.
+        profile: The testbed's.
+        flops: Of attention, over all prompts.
+        difference: Of the answers' logits, compiled sparse against the dense-mask reference.
+        effect: Of the same, sparse against dense: what the profile changes.
+        magnitude: The largest logit.
+    """
+
+    answers: tuple[Answer, ...]
+    num_images: tuple[int, ...]
+    num_tokens: tuple[int, ...]
+    profile: Profile
+    flops: AttentionFlops
+    difference: float
+    effect: float
+    magnitude: float
+
+    def __str__(self) -> str:
+        header = ("task", "question", "right", "dense", "sparse")
+        cells = [(x.task, x.question, x.right, x.dense, x.sparse) for x in self.answers]
+        widths = [max(len(row[at]) for row in (header, *cells)) for at in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (header, tuple("-" * width for width in widths), *cells)
+        ]
+        num = len(self.answers)
+        right = [sum(getattr(x, how) == x.right for x in self.answers) for how in header[3:]]
+        heads = summarize_categories(self.profile.categories.flatten().tolist())
+        facts = (
+            ("model", "the testbed: a Qwen2.5-VL trained on collages of handwritten digits"),
+            (
+                "prompts",
+                f"{num}, {_range(self.num_images)} images, {_range(self.num_tokens)} tokens",
+            ),
+            ("layers x heads", f"{self.profile.num_layers} x {self.profile.num_heads}: {heads}"),
+            ("right answers", f"dense {right[0]} of {num}, sparse {right[1]} of {num}"),
+            ("attention FLOPs", f"{self.flops.sparse / self.flops.dense:.1%} of dense"),
+            (
+                "logits, at most",
+                f"{self.magnitude:.3g}; sparse from the reference {self.difference:.2g}, "
+                f"from dense {self.effect:.2g} (what the profile changes)",
+            ),
+        )
+        width = max(len(name) for name, _ in facts)
+        return "\n".join([*lines, "", *(f"{name.ljust(width)}  {text}" for name, text in facts)])
+
+
+def find_problem() -> str | None:
+    """Return why the testbed cannot be shown, or None."""
+    missing = [path for path in (MODEL, QUESTIONS, PROFILE) if not path.exists()]
+    if not missing:
+        return None
+    return (
+        f"the testbed's answers are left out: {missing[0]} is missing, which comes with the "
+        "repository, not with the installed package."
+    )
+
+
+def answer_questions(*, inner: str, progress: Progress) -> Answers:
+    """Answer the questions in one batch, dense and sparse, by one compiled model."""
+    from transformers import AutoModelForImageTextToText
+
+    auto: Any = AutoModelForImageTextToText
+    model = auto.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="sdpa").eval()
+    processor = load_processor(MODEL)
+    profile = Profile.load(PROFILE)
+    samples = list(load_samples(QUESTIONS))
+    inputs = model_inputs(processor, samples)
+    # Prompts this short run dense if that is estimated to be faster: not here.
+    backend = blindsight_backend(profile, inner=inner, model=model, lowering="fused")
+    decoder_of(model)[0].compile(backend=backend)
+
+    def last_logits(dense: bool) -> Tensor:
+        with disabled() if dense else nullcontext():
+            logits: Tensor = model(**inputs, logits_to_keep=1).logits[:, -1]
+        return logits
+
+    try:
+        sparse, _ = progress("compiling (answers, sparse)", lambda: last_logits(dense=False))
+        dense, _ = progress("compiling (answers, dense)", lambda: last_logits(dense=True))
+    finally:
+        backend.detach()
+        decoder_of(model)[0]._compiled_call_impl = None
+    expected, _ = progress(
+        "running the reference", lambda: reference_logits(model, inputs, profile)[:, -1]
+    )
+    said = [processor.tokenizer.batch_decode(x.argmax(-1)[:, None]) for x in (dense, sparse)]
+    valid = inputs["attention_mask"].bool()
+    template = profile.rule.template(inputs["input_ids"])
+    return Answers(
+        answers=tuple(
+            Answer(
+                sample.task or "-", _question(sample), sample.answer or "?", a.strip(), b.strip()
+            )
+            for sample, a, b in zip(samples, *said, strict=True)
+        ),
+        num_images=tuple(len(sample.images) for sample in samples),
+        num_tokens=tuple(valid.sum(1).tolist()),
+        profile=profile,
+        flops=attention_flops(
+            template,
+            profile.categories,
+            head_dim=int(profile.fingerprint["head_dim"]),
+            key_valid=valid,
+        ),
+        difference=float((sparse - expected).abs().max()),
+        effect=float((sparse - dense).abs().max()),
+        magnitude=float(expected.abs().max()),
+    )
+
+
+def _question(sample: Sample) -> str:
+    """Return the last text of the user's."""
+    texts = [x["text"] for x in sample.prompt[-1]["content"] if x.get("type") == "text"]
+    return str(texts[-1])
+
+
+def _range(numbers: tuple[int, ...]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"

@@ -1,0 +1,251 @@
+"""The demo's timing: one long prompt of photographs, prefilled dense and sparse by one model.
+
+Shapes: B batch (1), T tokens of the prompt, L layers, H query heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blindsight.backend import blindsight_backend
+from blindsight.categories import NUM_CATEGORIES, summarize_categories
+from blindsight.cost import AttentionFlops, attention_flops
+from blindsight.demo_prompt import DemoOptions, append_text, load
+from blindsight.families import text_config
+from blindsight.profile import Profile
+from blindsight.progress import Progress
+from blindsight.reference import reference_logits
+from blindsight.report import Report
+from blindsight.runtime import disabled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Largest absolute differences of logits, and what to judge them by.
+
+    Attributes:
+        sparse: Compiled sparse against the dense-mask reference.
+        dense: Compiled dense against the model run eagerly: what compiling alone changes.
+        effect: Compiled sparse against compiled dense: what the profile changes.
+        magnitude: The largest logit of the reference.
+        same_tokens: How many of the decoded tokens are the reference's.
+    """
+
+    sparse: float
+    dense: float
+    effect: float
+    magnitude: float
+    same_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What the demo measured; ``str()`` gives its tables. Times in seconds."""
+
+    model: str
+    num_tokens: int
+    image_tokens: tuple[int, ...]
+    profile: Profile
+    compiled: str
+    flops: AttentionFlops
+    dense_seconds: tuple[float, ...]
+    sparse_seconds: tuple[float, ...]
+    compile_seconds: Mapping[str, float]
+    num_decoded: int
+    difference: Difference | None
+    report: Report
+
+    def __str__(self) -> str:
+        dense, sparse = (statistics.median(x) for x in (self.dense_seconds, self.sparse_seconds))
+        sizes = f"{min(self.image_tokens)} to {max(self.image_tokens)} tokens each"
+        heads = summarize_categories(self.profile.categories.flatten().tolist())
+        compiling = ", ".join(f"{name} {x:.1f} s" for name, x in self.compile_seconds.items())
+        share = self.flops.sparse / self.flops.dense
+        lines = [
+            ("model", self.model),
+            ("compiled", self.compiled),
+            ("prompt", f"{self.num_tokens:,} tokens, {len(self.image_tokens)} images of {sizes}"),
+            ("layers x heads", f"{self.profile.num_layers} x {self.profile.num_heads}: {heads}"),
+            ("attention FLOPs, dense", f"{self.flops.dense:,}"),
+            ("attention FLOPs, sparse", f"{self.flops.sparse:,} ({share:.1%} of dense)"),
+            ("prefill, dense", _seconds(self.dense_seconds)),
+            (
+                "prefill, sparse",
+                f"{_seconds(self.sparse_seconds)}; dense / sparse {dense / sparse:.2f}",
+            ),
+            ("first calls, which compile", compiling),
+        ]
+        if self.difference is not None:
+            found = self.difference
+            equal = f"{found.same_tokens} of {self.num_decoded} tokens as the reference's"
+            lines += [
+                ("decoded", equal),
+                ("largest logit", f"{found.magnitude:.3g}"),
+                ("largest difference of logits", ""),
+                ("  sparse, from the reference", f"{found.sparse:.2g}"),
+                ("  dense, compiled from eager", f"{found.dense:.2g} (rounding alone)"),
+                ("  sparse, from dense", f"{found.effect:.2g} (what the profile changes)"),
+            ]
+        width = max(len(name) for name, _ in lines)
+        table = [f"{name.ljust(width)}  {text}".rstrip() for name, text in lines]
+        return "\n".join([*table, "", str(self.report)])
+
+
+def _seconds(times: tuple[float, ...]) -> str:
+    each = ", ".join(f"{seconds:.3f}" for seconds in times)
+    return f"{statistics.median(times):.3f} s (median of {each})"
+
+
+def num_steps(options: DemoOptions) -> int:
+    """Return how many steps :func:`measure_speed` reports."""
+    return 5 + 2 * options.repeats + options.new_tokens
+
+
+def measure_speed(options: DemoOptions, progress: Progress) -> Speed:
+    """Prefill one prompt dense and sparse, in turn, and compare both with a reference."""
+    model, inputs, described = load(options)
+    profile = _profile_of(model, options)
+    return _measure(options, model, inputs, profile, described, progress)
+
+
+def _measure(
+    options: DemoOptions,
+    model: nn.Module,
+    inputs: dict[str, Any],
+    profile: Profile,
+    described: str,
+    progress: Progress,
+) -> Speed:
+    eager = None
+    if options.check:
+        eager, _ = progress("running eagerly", lambda: model(**inputs).logits.cpu())
+    # Short prompts too: the point is to show what sparse attention does.
+    backend = blindsight_backend(profile, inner=options.inner, model=model, lowering="split")
+    compiled, name = (model, "the whole model") if options.whole else decoder_of(model)
+    compiled.compile(backend=backend)
+
+    def prefill(dense: bool) -> Any:
+        with disabled() if dense else nullcontext():
+            return model(**inputs, use_cache=True)
+
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    try:
+        sparse, first_sparse = progress("compiling (sparse)", lambda: prefill(dense=False))
+        dense, first_dense = progress("compiling (dense)", lambda: prefill(dense=True))
+        sparse_logits, dense_logits = sparse.logits.cpu(), dense.logits.cpu()
+        del sparse, dense
+        for at in range(2 * options.repeats):
+            is_dense = at % 2 == 0
+            how = "dense" if is_dense else "sparse"
+            output, elapsed = progress(f"timing {how}", partial(prefill, is_dense))
+            seconds[is_dense].append(elapsed)
+        tokens, decode_logits, decoding = _decode(model, output, options, progress)
+        difference = None
+        if eager is not None:
+            longer = append_text(inputs, tokens[:, :-1])
+            if "logits_to_keep" in inputs:
+                longer["logits_to_keep"] = inputs["logits_to_keep"] + tokens.shape[1] - 1
+            reference, _ = progress(
+                "running the reference", lambda: reference_logits(model, longer, profile).cpu()
+            )
+            whole = torch.cat([sparse_logits, decode_logits], dim=1)
+            expected = reference[:, -tokens.shape[1] :].argmax(-1)
+            difference = Difference(
+                sparse=_distance(whole, reference),
+                dense=_distance(dense_logits, eager),
+                effect=_distance(sparse_logits, dense_logits),
+                magnitude=float(reference.abs().max()),
+                same_tokens=int((expected == tokens.cpu()).sum()),
+            )
+    finally:
+        backend.detach()
+    template = profile.rule.template(inputs["input_ids"])
+    return Speed(
+        model=described,
+        num_tokens=template.num_tokens,
+        image_tokens=tuple(torch.bincount(template.span_id[0])[1:].tolist()),
+        profile=profile,
+        compiled=f"{name}, by {options.inner}",
+        flops=_count_flops(model, profile, inputs["input_ids"]),
+        dense_seconds=tuple(seconds[True]),
+        sparse_seconds=tuple(seconds[False]),
+        compile_seconds={"sparse": first_sparse, "dense": first_dense, "decoding": decoding},
+        num_decoded=tokens.shape[1],
+        difference=difference,
+        report=backend.report(),
+    )
+
+
+def _decode(
+    model: nn.Module, output: Any, options: DemoOptions, progress: Progress
+) -> tuple[Tensor, Tensor, float]:
+    """Decode greedily after a prefill: tokens ``[B, n]``, logits ``[B, n - 1, V]``, seconds."""
+    tokens, logits, seconds = [output.logits[:, -1:].argmax(-1)], [], 0.0
+    cache = output.past_key_values
+    for layer in getattr(cache, "layers", ()):
+        # The length grows with every token: compile for any, at once.
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(tensor, Tensor):
+                torch._dynamo.maybe_mark_dynamic(tensor, 2)
+    for _ in range(options.new_tokens - 1):
+        token = tokens[-1]
+        output, elapsed = progress(
+            "decoding",
+            partial(model, input_ids=token, past_key_values=cache, use_cache=True),
+        )
+        seconds += elapsed
+        logits.append(output.logits[:, -1:].cpu())
+        tokens.append(output.logits[:, -1:].argmax(-1))
+    empty = output.logits[:, :0].cpu()
+    return torch.cat(tokens, dim=1), torch.cat([empty, *logits], dim=1), seconds
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).abs().max())
+
+
+def _count_flops(model: nn.Module, profile: Profile, input_ids: Tensor) -> AttentionFlops:
+    """Add up the layers, each under its causal mask or sliding window."""
+    template = profile.rule.template(input_ids)
+    window = getattr(text_config(model.config), "sliding_window", None)
+    layer_types = profile.fingerprint["layer_types"].split(",")
+    dense = sparse = 0
+    for layer_type in set(layer_types):
+        rows = [at for at, name in enumerate(layer_types) if name == layer_type]
+        lower = None
+        if layer_type == "sliding_attention" and window is not None:
+            lower = (torch.arange(template.num_tokens) - window + 1)[None]
+        found = attention_flops(
+            template,
+            profile.categories[rows],
+            head_dim=int(profile.fingerprint["head_dim"]),
+            base_lower=lower,
+        )
+        dense, sparse = dense + found.dense, sparse + found.sparse
+    return AttentionFlops(dense, sparse)
+
+
+def decoder_of(model: nn.Module) -> tuple[nn.Module, str]:
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "language_model":
+            return module, f"the decoder ({name})"
+    raise ValueError(
+        f"model must have a decoder called 'language_model', got {type(model).__name__}. Compile "
+        "the whole model."
+    )
+
+
+def _profile_of(model: nn.Module, options: DemoOptions) -> Profile:
+    if options.profile is not None:
+        return Profile.load(options.profile)
+    text = text_config(model.config)
+    layer, head = torch.arange(text.num_hidden_layers), torch.arange(text.num_attention_heads)
+    return Profile.for_model(model, (layer[:, None] + head) % NUM_CATEGORIES)

@@ -1,0 +1,61 @@
+"""What a user sees while the demo runs."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from blindsight.runtime import BlindsightWarning
+
+
+class Progress:
+    """A bar that says what is under way, and a clock."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+
+    def __call__(self, description: str, function: Callable[[], Any]) -> tuple[Any, float]:
+        """Return what the function returns, and the seconds it took."""
+        self._bar.set_description(description)
+        _wait()
+        start = time.perf_counter()
+        result = function()
+        _wait()
+        elapsed = time.perf_counter() - start
+        self._bar.update()
+        return result, elapsed
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the chatter of other libraries out of the output; our own warnings stay."""
+    import transformers
+
+    transformers_logging: Any = transformers.logging
+    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._inductor")]
+    levels = [logger.level for logger in loggers]
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # Appended: whoever asked for something else, gets it.
+            warnings.filterwarnings("default", category=BlindsightWarning, append=True)
+            warnings.filterwarnings("ignore", append=True)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
