@@ -53,7 +53,8 @@ class Losses(NamedTuple):
         lost: ``[B, H, C]`` float64, the attention weight that a category hides.
         mass: ``[B, H, R]`` float64, the attention weight in each of :data:`REGIONS`.
         offsets: ``[B, H, NUM_OFFSETS + 1]`` float64, the attention weight on tokens of other spans
-            by their offset from the span's start; the last entry is for each span's last token.
+            by their offset from the span's start; the last entry is for each span's last token,
+            which counts as nothing else.
         pairs: ``[B, C]`` int64, the pairs of a query and a key that a category computes, in all
             rows.
         deviation: ``[B, H]`` float64, the squared norm of the difference between the model's
@@ -206,7 +207,8 @@ def _layout(span_id: Tensor, is_sink: Tensor, first_span: Tensor | None) -> _Lay
         )
     ]
     offset = torch.where(in_span, position - first, -1)
-    flags = [offset == at for at in range(NUM_OFFSETS)] + [in_span & (last == position)]
+    is_last = in_span & (last == position)
+    flags = [(offset == at) & ~is_last for at in range(NUM_OFFSETS)] + [is_last]
     offsets = torch.stack(flags, dim=1)[order].float()
     return _Layout(order, tokens, starts, spans, offsets, is_sink & in_span)
 

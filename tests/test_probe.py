@@ -79,10 +79,10 @@ def expected_losses(
                     region = "own_span"
                 else:
                     region = "other_sinks" if is_sink[b, k] else "other_spans"
-                    if k - first[span] < NUM_OFFSETS:
-                        result["offsets"][b, :, k - first[span]] += weight
                     if k == last[span]:
                         result["offsets"][b, :, NUM_OFFSETS] += weight
+                    elif k - first[span] < NUM_OFFSETS:
+                        result["offsets"][b, :, k - first[span]] += weight
                 result["mass"][b, :, REGIONS.index(region)] += weight
     return result
 
