@@ -1,4 +1,4 @@
-"""The commands ``evaluate`` and ``sweep``: their arguments, and the files that they write.
+"""The commands ``evaluate``, ``sweep`` and ``refine``: their arguments, and what they write.
 
 Nothing heavy is imported before a command runs.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
-    """Add both to the subparsers of the command line; ``everywhere`` holds what all share."""
+    """Add them to the subparsers of the command line; ``everywhere`` holds what all share."""
     evaluate = commands.add_parser(
         "evaluate",
         parents=[everywhere],
@@ -40,6 +40,30 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     )
     evaluate.set_defaults(run=_run_evaluate)
 
+    refine = commands.add_parser(
+        "refine",
+        parents=[everywhere],
+        help="choose a profile's categories anew, by what they do to the next token",
+        description="Try categories one head or one layer at a time, measure how far each moves "
+        "the token after the prompt, and spend the budget by that: what a head computes may be "
+        "changed a lot, and nobody reads it.",
+    )
+    _add_inputs(refine, "prompts to try categories on, those of calibration for example")
+    refine.add_argument("-o", "--output", type=Path, required=True, help="the profile to write")
+    refine.add_argument(
+        "--budget",
+        type=float,
+        default=0.02,
+        help="how far one head may move the next token: root of nats (%(default)s)",
+    )
+    refine.add_argument(
+        "--by",
+        choices=("head", "layer"),
+        default="head",
+        help="what is tried at a time; by layer is faster and coarser (%(default)s)",
+    )
+    refine.set_defaults(run=_run_refine)
+
     sweep = commands.add_parser(
         "sweep",
         parents=[everywhere],
@@ -62,22 +86,24 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     sweep.set_defaults(run=_run_sweep)
 
 
-def _add_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
+def _add_inputs(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--model", required=True, help="folder or hub id of a pretrained model")
     parser.add_argument("--profile", type=Path, required=True)
-    parser.add_argument(
-        "--data", required=True, help="JSON-lines file, folder or hub id, with answers"
-    )
+    parser.add_argument("--data", required=True, help=f"JSON-lines file, folder or hub id: {what}")
     parser.add_argument("--split", help="of the dataset, where it has several")
     parser.add_argument("--limit", type=int, help="at most so many samples")
     parser.add_argument("--sample-seed", type=int, help="draw them; else the first")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts at once (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+
+
+def _add_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
+    _add_inputs(parser, "questions with answers")
     parser.add_argument(
         "--max-new-tokens", type=int, help="of an answer (default: as many as the expected one)"
     )
     parser.add_argument("--inner", default="inductor", help="what compiles (%(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
     parser.add_argument(
         "--out",
@@ -110,6 +136,30 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
     found.save(arguments.out / "evaluation.json")
     found.save(arguments.out / "evaluation.md")
     print(found.to_markdown(), end="")
+
+
+def _run_refine(arguments: argparse.Namespace) -> None:
+    from blindsight.demo import quiet
+    from blindsight.effect import refine
+
+    output: Path = arguments.output
+    if not output.parent.is_dir():
+        raise ValueError(f"output must be in an existing folder, got {output}.")
+    with quiet():
+        model, processor, samples, profile = _load(arguments)
+        found = refine(
+            model,
+            processor,
+            samples,
+            profile,
+            budget=arguments.budget,
+            by=arguments.by,
+            batch_size=arguments.batch_size,
+            progress=True,
+        )
+    found.save(output)
+    print(found)
+    print(f"saved to {output}")
 
 
 def _run_sweep(arguments: argparse.Namespace) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
 
-CRITERIA = {"output_error": "error", "attention_mass": "lost_mass"}  # to names of evidence
+# To names of evidence.
+CRITERIA = {"output_error": "error", "attention_mass": "lost_mass", "next_token": "effect"}
 ALLOCATIONS = ("per_head", "global")
 
 
@@ -33,12 +34,13 @@ def select_categories(
     costs more.
 
     Args:
-        evidence: ``error`` (or ``lost_mass``) and ``pairs``, each ``[L, H, C]``.
+        evidence: ``error`` (or ``lost_mass``, or ``effect``) and ``pairs``, each ``[L, H, C]``.
         budget: With ``allocation="per_head"`` the most that any head may lose: every head takes
             the cheapest category within it. With ``"global"`` the root mean square of what all
             heads may lose: spent where it saves the most pairs for what it costs.
         criterion: What counts as lost: ``"output_error"``, the change of a head's output relative
-            to its norm, or ``"attention_mass"``, the attention weight that is hidden.
+            to its norm; ``"attention_mass"``, the attention weight that is hidden; or
+            ``"next_token"``, the change of what follows the prompt, see :mod:`blindsight.effect`.
         allocation: ``"per_head"`` or ``"global"``.
 
     Raises:

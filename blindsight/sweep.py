@@ -41,7 +41,7 @@ from blindsight.samples import Sample
 # What a budget selects: evidence, budget -> category codes [L, H].
 Select = Callable[[Mapping[str, Tensor], float], Tensor]
 
-_LOSSES = ("error", "lost_mass")  # of the evidence, what a budget limits
+_LOSSES = ("error", "lost_mass", "effect")  # of the evidence, what a budget limits
 _BISECTIONS = 24
 
 BY_HEAD, BY_LAYER, RANDOM = "by head", "by layer", "random"

@@ -1,0 +1,167 @@
+"""What a head's category does to the answer: the other evidence that a budget can be spent by.
+
+Calibration measures how much of a head's own output a category changes. Whether anybody reads that
+output is another matter: what image tokens attend to in the last layer cannot change the answer at
+all, and a small error in the first may be amplified by all that follow. So here categories are
+tried, one head or one layer at a time, and what is measured is the KL divergence of the next token
+after the prompt, dense against tried.
+
+Shapes: L layers, H query heads, C categories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from blindsight.categories import NUM_CATEGORIES, HeadCategory
+from blindsight.masked_model import ProfileMasking
+from blindsight.outcomes import divergence
+from blindsight.prefill import Decoder
+from blindsight.profile import Profile
+from blindsight.samples import Sample, model_inputs
+from blindsight.selection import select_categories
+
+CRITERION = "next_token"  # its evidence is called "effect"
+UNITS = ("head", "layer")
+
+
+def refine(
+    model: nn.Module,
+    processor: Any,
+    samples: Sequence[Sample],
+    profile: Profile,
+    *,
+    budget: float,
+    by: str = "head",
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Profile:
+    """Return a calibrated profile whose categories follow from their effect on the next token.
+
+    Args:
+        model: A transformers model that reads images.
+        processor: Its processor.
+        samples: Prompts to try categories on, those of calibration for example. Answers are not
+            looked at.
+        profile: With evidence, ``error`` and ``pairs``.
+        budget: The most that any one head may change the next token, as the square root of the
+            mean KL divergence in nats; see :func:`~blindsight.selection.select_categories`.
+        by: ``"head"`` tries every category of every head: L * H * (C - 1) prefills a prompt.
+            ``"layer"`` tries SINK in all heads of a layer, L prefills a prompt, and shares the
+            layer's divergence out among its heads and their categories by their squared errors.
+        batch_size: Prompts at once.
+        progress: Whether to show a bar.
+
+    Raises:
+        ValueError: The profile has no evidence or is another model's, or an argument is malformed.
+    """
+    if by not in UNITS:
+        raise ValueError(f"by must be one of {', '.join(UNITS)}, got {by!r}.")
+    if missing := [name for name in ("error", "pairs") if name not in profile.evidence]:
+        raise ValueError(
+            f"profile must hold the evidence of its calibration, got no {', '.join(missing)}. "
+            "Give a profile that `blindsight calibrate` made."
+        )
+    profile.validate(model)
+    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    trials = _trials(profile, by)
+    was_training = model.training
+    model.eval()
+    try:
+        found = mean_divergence(
+            decoder, processor, samples, trials, batch_size=batch_size, progress=progress
+        )
+    finally:
+        model.train(was_training)
+    effect = _by_head(found, profile) if by == "head" else _by_layer(found, profile)
+    evidence = {**profile.evidence, "effect": effect}
+    noted = {
+        **profile.calibration,
+        "criterion": CRITERION,
+        "budget": repr(float(budget)),
+        "effect": f"by {by}, {len(samples)} prompts",
+    }
+    noted.pop("aggregate", None)
+    noted.pop("quantile", None)
+    options = {"allocation": noted["allocation"]} if "allocation" in noted else {}
+    categories = select_categories(evidence, budget, criterion=CRITERION, **options)
+    evidence["margin"] = budget - effect
+    return replace(profile, categories=categories, evidence=evidence, calibration=noted)
+
+
+def mean_divergence(
+    decoder: Decoder,
+    processor: Any,
+    samples: Sequence[Sample],
+    trials: Sequence[Tensor],
+    *,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Tensor:
+    """Return KL(dense || tried) of the next token, the mean over samples, ``[len(trials)]``.
+
+    Args:
+        decoder: The model.
+        processor: Its processor.
+        samples: Prompts.
+        trials: Category codes ``[L, H]`` of each trial.
+        batch_size: Prompts at once.
+        progress: Whether to show a bar.
+
+    Raises:
+        ValueError: There are no samples, or ``batch_size`` is not positive.
+    """
+    if not len(samples):
+        raise ValueError("samples must be at least one, got none.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    total = torch.zeros(len(trials), dtype=torch.float64)
+    with tqdm(
+        total=len(samples) * len(trials), disable=None if progress else True, unit="trial"
+    ) as bar:
+        for begin in range(0, len(samples), batch_size):
+            chosen = [samples[at] for at in range(begin, min(begin + batch_size, len(samples)))]
+            batch = decoder.prepare(model_inputs(processor, chosen))
+            dense = decoder.prefill(batch, None).logits
+            for at, categories in enumerate(trials):
+                masks = ProfileMasking(categories).masks(batch.prompt)
+                total[at] += divergence(dense, decoder.prefill(batch, masks).logits).sum().cpu()
+                bar.update(len(chosen))
+    return total / len(samples)
+
+
+def _trials(profile: Profile, by: str) -> list[Tensor]:
+    trials = []
+    for layer in range(profile.num_layers):
+        if by == "layer":
+            tried = torch.zeros_like(profile.categories)
+            tried[layer] = HeadCategory.SINK
+            trials.append(tried)
+            continue
+        for head in range(profile.num_heads):
+            for code in range(1, NUM_CATEGORIES):
+                tried = torch.zeros_like(profile.categories)
+                tried[layer, head] = code
+                trials.append(tried)
+    return trials
+
+
+def _by_head(found: Tensor, profile: Profile) -> Tensor:
+    tried = found.view(profile.num_layers, profile.num_heads, NUM_CATEGORIES - 1)
+    return torch.nn.functional.pad(tried, (1, 0)).sqrt().float()
+
+
+def _by_layer(found: Tensor, profile: Profile) -> Tensor:
+    squares = profile.evidence["error"].double() ** 2
+    of_layer = squares[:, :, HeadCategory.SINK].sum(1)
+    # A layer whose heads lose nothing has nothing to share out.
+    weight = torch.where(of_layer > 0, found / of_layer.clamp(min=1e-300), 0.0)
+    effect = (squares * weight[:, None, None]).sqrt().float()
+    effect[:, :, HeadCategory.DENSE] = 0.0
+    return effect
