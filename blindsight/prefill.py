@@ -220,7 +220,10 @@ class CompiledDecoder:
         self, decoder: Decoder, profile: Profile, *, inner: str | Callable[..., Any] = "inductor"
     ) -> None:
         self._decoder = decoder
-        self.backend = blindsight_backend(profile, inner=inner, model=decoder.model)
+        # "auto" would run short prompts dense: what is asked for here is the profile.
+        self.backend = blindsight_backend(
+            profile, inner=inner, model=decoder.model, lowering="split"
+        )
         self._compiled: Any = torch.compile(decoder.decoder, backend=self.backend)
         self._compiled_model: Any = torch.compile(decoder.model, backend=self.backend)
 
