@@ -33,6 +33,7 @@ from blindsight.families import fingerprint
 from blindsight.masked_model import EVERYTHING, Call, Group, Masks
 from blindsight.masks import BaseMask
 from blindsight.measure import Measurements, measurements_of
+from blindsight.outcomes import digest_of_weights
 from blindsight.prefill import Decoder
 from blindsight.probe import Losses, measure_losses
 from blindsight.profile import Profile
@@ -114,6 +115,9 @@ class Bench:
         self.batch_size: int = options.batch_size
         self.model = load_model(str(options.model), "float32")
         self.processor = load_processor(options.model)
+        # What was measured of other weights is of no use here.
+        self.known = self.work / digest_of_weights(self.model)[:12]
+        self.known.mkdir(parents=True, exist_ok=True)
         self.rule = rule_of(self.model)
         self.decoder = Decoder(self.model, rule=self.rule, fingerprint=fingerprint(self.model))
 
@@ -142,7 +146,7 @@ class Bench:
         have the same images, so tracing each anew would take most of the time.
         """
         samples = self.samples(number, split="train", **options)
-        path = self.work / f"measured-{samples.digest()[:16]}.pt"
+        path = self.known / f"measured-{samples.digest()[:16]}.pt"
         if not path.exists():
             parts = [self._measure(sample) for sample in tqdm(samples, desc="measuring")]
             torch.save(Measurements.join(parts).tensors(), path)
@@ -195,7 +199,7 @@ class Bench:
             questions,
             profiles,
             batch_size=self.batch_size,
-            checkpoint=self.work / f"answers-{questions.digest()[:16]}.jsonl",
+            checkpoint=self.known / f"answers-{questions.digest()[:16]}.jsonl",
             progress=True,
         )
         rows = []

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Told apart by everybody, and in print: M. Okabe and K. Ito, Color universal design, 2008.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#B0608F"
+SKY = "#56B4E9"
 GREY, INK, FAINT = "#8A8A8A", "#222222", "#D9D9D9"
 
 # From all to least of what a head sees, dark to light.

@@ -42,13 +42,15 @@ from blindsight.samples import Sample
 Select = Callable[[Mapping[str, Tensor], float], Tensor]
 
 _LOSSES = ("error", "lost_mass", "effect")  # of the evidence, what a budget limits
+_OWN = "output_error"  # the criterion that looks at nothing but the head itself
 _BISECTIONS = 24
 
-BY_HEAD, BY_LAYER, RANDOM = "by head", "by layer", "random"
+BY_HEAD, BY_LAYER, BY_ERROR, RANDOM = "by head", "by layer", "by own error", "random"
 WINDOW, PRUNING = "window", "pruning"
 MEANINGS = {
     BY_HEAD: "a category for each head, selected at the budget",
     BY_LAYER: "all heads of a layer alike, selected at the budget from the layer's mean errors",
+    BY_ERROR: "a category for each head, selected by how much of the head's own output changes",
     RANDOM: "the categories of the point by head, dealt anew to all heads of all layers; in "
     "brackets the range of the draws",
     WINDOW: "first tokens and a sliding window, in all rows and heads (StreamingLLM's mask, "
@@ -402,11 +404,17 @@ def _category_plans(
         for name, tensor in profile.evidence.items()
     }
     plans: list[_Plan] = []
-    series = [(BY_HEAD, profile.evidence), *([(BY_LAYER, alike)] if baselines else [])]
-    for name, evidence in series:
+    series = [(BY_HEAD, profile.evidence, select, budgets)]
+    if baselines:
+        series.append((BY_LAYER, alike, select, budgets))
+        if profile.calibration.get("criterion", _OWN) != _OWN and len(budgets) > 1:
+            by_error = selection_of(profile, criterion=_OWN)
+            spread = spread_budgets(profile.evidence, by_error, len(budgets))
+            series.append((BY_ERROR, profile.evidence, by_error, spread))
+    for name, evidence, selected, knobs in series:
         seen: set[str] = set()
-        for budget in sorted(budgets):
-            categories = select(evidence, budget).to(torch.uint8)
+        for budget in sorted(knobs):
+            categories = selected(evidence, budget).to(torch.uint8)
             masking = ProfileMasking(categories)
             if masking.key in seen or not bool(categories.any()):
                 continue
@@ -429,12 +437,14 @@ def _token_plans(shares: Sequence[float], num_layers: int) -> list[_Plan]:
     return plans
 
 
-def selection_of(profile: Profile) -> Select:
-    """Return what a budget selects, by the criterion that the profile was calibrated with."""
+def selection_of(profile: Profile, *, criterion: str | None = None) -> Select:
+    """Return what a budget selects, by default by the criterion that made the profile."""
     from blindsight.selection import select_categories
 
     noted = profile.calibration
     options = {name: noted[name] for name in ("criterion", "allocation") if name in noted}
+    if criterion is not None:
+        options["criterion"] = criterion
 
     def select(evidence: Mapping[str, Tensor], budget: float) -> Tensor:
         return select_categories(evidence, budget, **options)

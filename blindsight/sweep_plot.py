@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from blindsight.bootstrap import Estimate
-from blindsight.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Curve, Panel, plot_curves
-from blindsight.sweep import BY_HEAD, BY_LAYER, PRUNING, RANDOM, WINDOW, Sweep, SweepPoint
+from blindsight.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Curve, Panel, plot_curves
+from blindsight.sweep import BY_ERROR, BY_HEAD, BY_LAYER, PRUNING, RANDOM, WINDOW, Sweep, SweepPoint
 
 _LOOKS = {
     BY_HEAD: ("category by head", BLUE),
     BY_LAYER: ("category by layer", ORANGE),
+    BY_ERROR: ("by head, from\nits own error", SKY),
     RANDOM: ("same categories,\nrandom heads", GREY),
     WINDOW: ("sliding window\n+ sink", GREEN),
     PRUNING: ("image tokens\ndropped", PURPLE),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+import blindsight.sweep as room
 from blindsight.baselines import PruningMasking, WindowMasking, shuffled_categories
 from blindsight.cli import main
 from blindsight.masked_model import Call
 from blindsight.plots import CATEGORY_COLORS, _spread, plot_profile
 from blindsight.prefill import Batch, Decoder
 from blindsight.profile import Profile
+from blindsight.selection import select_categories
 from blindsight.sweep import (
+    BY_ERROR,
     BY_HEAD,
     BY_LAYER,
     PRUNING,
@@ -132,16 +136,31 @@ def test_the_criterion_is_that_of_calibration() -> None:
         evidence=other,
         calibration=noted,
     )
-    from blindsight.selection import select_categories
-
     expected = select_categories(other, 0.3, criterion="attention_mass", allocation="global")
     assert torch.equal(selection_of(marked)(other, 0.3), expected)
     assert not torch.equal(expected, selection_of(profile)(other, 0.3))
 
 
-def test_layers_alike_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    import blindsight.sweep as room
+def test_a_refined_profile_is_compared_with_its_own_errors() -> None:
+    _, profile = model_and_profile()
+    noted = {"criterion": "next_token", "allocation": "per_head"}
+    both = {**evidence(), "effect": evidence(1)["error"] / 100}
+    refined = replace(profile, evidence=both, calibration=noted)
+    select = selection_of(refined)
+    budgets = spread_budgets(both, select, 4)
+    plans = room._category_plans(refined, budgets, select, 0, True)
+    found = [plan for plan in plans if plan.series == BY_ERROR]
+    assert len(found) >= 3
+    for plan in found:
+        assert plan.categories is not None
+        assert torch.equal(plan.categories, select_categories(both, plan.knob))
+    assert not any(
+        plan.series == BY_ERROR
+        for plan in room._category_plans(profile, budgets, selection_of(profile), 0, True)
+    )
 
+
+def test_layers_alike_are_alike() -> None:
     seen = []
     plans = room._category_plans(
         model_and_profile()[1], [0.2, 0.5], selection_of(model_and_profile()[1]), 1, True
