@@ -18,8 +18,9 @@ from blindsight.layers import LayerMap
 from blindsight.lowering import Lowering
 from blindsight.passes.find_attention import is_token_ids
 from blindsight.profile import Profile
-from blindsight.report import Report, Verdict
+from blindsight.report import Report
 from blindsight.runtime import Runtime
+from blindsight.state import BackendState
 
 
 class BlindsightBackend:
@@ -36,13 +37,9 @@ class BlindsightBackend:
         inner_options: dict[str, Any],
     ) -> None:
         self.__name__ = "blindsight"
-        self.profile = profile
-        self.strict = strict
-        self.lowering = lowering
         self.inner = Inner(inner, inner_options)
-        self.layer_map: LayerMap | None = None
-        self.runtime = Runtime(profile.rule, range(profile.num_layers), strict=strict)
-        self.verdicts: list[Verdict] = []
+        runtime = Runtime(profile.rule, range(profile.num_layers), strict=strict)
+        self.state = BackendState(profile, strict, lowering, runtime)
         self._lock = threading.Lock()
         self._num_graphs = 0
         self._hooks: list[RemovableHandle] = []
@@ -56,13 +53,16 @@ class BlindsightBackend:
         with self._lock:
             number = self._num_graphs
             self._num_graphs += 1
-        graph = CompiledGraph(self, gm, example_inputs, number, self.inner.with_options(options))
+        graph = CompiledGraph(
+            self.state, gm, example_inputs, number, self.inner.with_options(options)
+        )
         return graph.as_callable()
 
     def report(self) -> Report:
         """Return what became of every attention call that was compiled so far."""
-        missing = sorted(set(range(self.profile.num_layers)) - self.runtime.met)
-        return Report(tuple(self.verdicts), tuple(missing))
+        state = self.state
+        missing = sorted(set(range(state.profile.num_layers)) - state.runtime.met)
+        return Report(tuple(state.verdicts), tuple(missing))
 
     def detach(self) -> None:
         """Remove the hooks from the model that was given."""
@@ -72,15 +72,17 @@ class BlindsightBackend:
 
     def _attach(self, model: nn.Module) -> None:
         model = getattr(model, "_orig_mod", model)
-        self.profile.validate(model)
-        self.layer_map = LayerMap(model, self.profile.rule.layer_pattern)
-        if len(self.layer_map) != self.profile.num_layers:
+        profile = self.state.profile
+        profile.validate(model)
+        layer_map = LayerMap(model, profile.rule.layer_pattern)
+        if len(layer_map) != profile.num_layers:
             raise ValueError(
-                f"model must have attention parameters in {self.profile.num_layers} layers at "
-                f"{self.profile.rule.layer_pattern!r}, found {len(self.layer_map)}. Give the whole "
-                "model, or a rule whose layer_pattern matches its parameter names."
+                f"model must have attention parameters in {profile.num_layers} layers at "
+                f"{profile.rule.layer_pattern!r}, found {len(layer_map)}. Give the whole model, or "
+                "a rule whose layer_pattern matches its parameter names."
             )
-        self._hooks = watch_forward(model, self.runtime)
+        self.state.layer_map = layer_map
+        self._hooks = watch_forward(model, self.state.runtime)
 
 
 def watch_forward(model: nn.Module, runtime: Runtime) -> list[RemovableHandle]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -26,9 +26,7 @@ from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.replace_attention import MaskForm, replace_attention_pass
 from blindsight.plan import PlannedCall, plan_graph
 from blindsight.runtime import History, explicit_template, is_disabled
-
-if TYPE_CHECKING:
-    from blindsight.backend import BlindsightBackend
+from blindsight.state import BackendState
 
 _MAX_VARIANTS = 64  # compiled forms of one graph; the least recently used are dropped
 
@@ -59,17 +57,17 @@ class CompiledGraph:
 
     def __init__(
         self,
-        backend: BlindsightBackend,
+        state: BackendState,
         gm: fx.GraphModule,
         example_inputs: Sequence[Any],
         number: int,
         inner: Inner,
     ) -> None:
-        self._backend = backend
-        self._runtime = backend.runtime
-        self._profile = backend.profile
+        self._state = state
+        self._runtime = state.runtime
+        self._profile = state.profile
         self._inner = inner
-        self._plan = plan_graph(backend, gm, number)
+        self._plan = plan_graph(state, gm, number)
         self._calls = self._plan.calls
         self._data = DataCheck(self._plan)
         self._given = GivenMasks(self._plan, self._runtime.masks)
@@ -119,9 +117,9 @@ class CompiledGraph:
         layers = []
         for call in self._calls:
             layer = call.layer
-            if layer is None and self._backend.layer_map is not None:
+            if layer is None and self._state.layer_map is not None:
                 parameters = (args[at] for at in call.attention.parameters)
-                layer = self._backend.layer_map.layer_of(parameters)
+                layer = self._state.layer_map.layer_of(parameters)
             if layer is None:
                 raise ValueError(
                     f"the parameters of attention at {call.attention.path or 'the frame'} must "
@@ -265,7 +263,7 @@ class CompiledGraph:
         layouts = choose_layouts(
             calls,
             history,
-            lowering=self._backend.lowering,
+            lowering=self._state.lowering,
             costs=costs_of(device, self._plan.dtype),
             num_threads=torch.get_num_threads() if device.type == "cpu" else 1,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -26,9 +26,7 @@ from blindsight.passes.find_attention import (
 from blindsight.passes.graph import copy_graph_module, fake_tensor, placeholders, source_name
 from blindsight.passes.lift_mask import Lifted, lift_mask
 from blindsight.report import Verdict
-
-if TYPE_CHECKING:
-    from blindsight.backend import BlindsightBackend
+from blindsight.state import BackendState
 
 
 @dataclass(frozen=True)
@@ -96,15 +94,15 @@ class Plan:
         return size_of(query[0]), size_of(query[2]), max(map(size_of, keys))
 
 
-def plan_graph(backend: BlindsightBackend, gm: fx.GraphModule, number: int) -> Plan:
-    """Decide what to rewrite of a graph, and add its attention to the backend's verdicts."""
-    return _Planner(backend, gm, number).plan
+def plan_graph(state: BackendState, gm: fx.GraphModule, number: int) -> Plan:
+    """Decide what to rewrite of a graph, and add its attention to the verdicts."""
+    return _Planner(state, gm, number).plan
 
 
 class _Planner:
-    def __init__(self, backend: BlindsightBackend, gm: fx.GraphModule, number: int) -> None:
-        self._backend = backend
-        self._profile = backend.profile
+    def __init__(self, state: BackendState, gm: fx.GraphModule, number: int) -> None:
+        self._state = state
+        self._profile = state.profile
         self._inputs = placeholders(gm)
         self._number = number
         # Without attention the graph goes on as it is.
@@ -138,7 +136,7 @@ class _Planner:
             rewritten=False,
             reason=reason or "its heads keep what their categories keep",
         )
-        self._backend.verdicts.append(verdict)
+        self._state.verdicts.append(verdict)
         if reason is not None:
             return
         verdict.rewritten = True
@@ -157,7 +155,7 @@ class _Planner:
         """Return the layer of a call, if it is the graph that tells it, or why it is not ours."""
         where = attention.path or "a frame of its own"
         layer = layer_of_path(attention)
-        layer_map = self._backend.layer_map
+        layer_map = self._state.layer_map
         known_class = attention.module_class in DECODER_ATTENTION_CLASSES
         if layer is None and layer_map is not None:
             examples = [_example(self._inputs[at]) for at in attention.parameters]
@@ -236,11 +234,11 @@ class _Planner:
 
     def _refuse(self, problem: str) -> str:
         """Make a problem an error of every call (strict), or warn of it; return it."""
-        if self._backend.strict:
+        if self._state.strict:
             sentence = problem[0].upper() + problem[1:]
             self.plan.problem = f"{sentence}, or leave such attention dense with strict=False."
         else:
-            self._backend.runtime.warn_once(f"left dense: {problem}.")
+            self._state.runtime.warn_once(f"left dense: {problem}.")
         return problem
 
 

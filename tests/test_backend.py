@@ -225,7 +225,7 @@ def test_regional_compilation(family: str) -> None:
         layer._compiled_call_impl = None
     check(model, profile, inputs, logits)
     assert not backend.report().missing_layers
-    assert backend.runtime.pending is None
+    assert backend.state.runtime.pending is None
 
 
 def test_regional_compilation_without_the_model_takes_a_template(inputs: Any) -> None:

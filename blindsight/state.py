@@ -1,0 +1,30 @@
+"""What the graphs of one compiled model share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from blindsight.layers import LayerMap
+from blindsight.lowering import Lowering
+from blindsight.profile import Profile
+from blindsight.report import Verdict
+from blindsight.runtime import Runtime
+
+
+@dataclass
+class BackendState:
+    """The settings and the memory of one backend.
+
+    Attributes:
+        profile, strict, lowering: As the user gave them.
+        runtime: What is known of the calls under way.
+        layer_map: Tells layers by their parameters, where the user gave the model.
+        verdicts: Of every attention call that was met, in the order of the graphs.
+    """
+
+    profile: Profile
+    strict: bool
+    lowering: Lowering
+    runtime: Runtime
+    layer_map: LayerMap | None = None
+    verdicts: list[Verdict] = field(default_factory=list)
