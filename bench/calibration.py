@@ -201,13 +201,19 @@ def main() -> None:
         rows += json.loads(found.stdout.splitlines()[-1])
     write(rows)
     table = []
+    before = None
     for row, *dense in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        more = "-"
+        if before is not None:
+            grown = row["tensor_bytes"] - before["tensor_bytes"]
+            more = f"{grown / (row['num_tokens'] - before['num_tokens']) / 1024:.1f}"
+        before = row
         table.append(
             [
                 f"{row['num_tokens']:,}",
                 f"{row['resident_bytes'] / 2**20:.0f}",
                 f"{row['tensor_bytes'] / 2**20:.0f}",
-                f"{row['tensor_bytes'] / row['num_tokens'] / 1024:.1f}",
+                more,
                 f"{4 * NUM_HEADS * row['num_tokens'] ** 2 / 2**20:,.0f}",
                 f"{row['median_ms']:,.0f}",
                 *(f"{other['median_ms']:,.0f}" for other in dense),
@@ -218,7 +224,7 @@ def main() -> None:
             "tokens",
             "resident peak, MiB",
             "tensors' peak, MiB",
-            "KiB a token",
+            "KiB for each token more",
             "scores of all pairs, MiB",
             "probe, ms",
             "SDPA, boolean mask, ms",
