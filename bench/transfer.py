@@ -28,7 +28,7 @@ from tqdm import tqdm
 from blindsight.calibrate import profile_of, rule_of
 from blindsight.calibrate_cli import load_model
 from blindsight.demo import quiet
-from blindsight.evaluate import Summary, compare
+from blindsight.evaluate import compare
 from blindsight.families import fingerprint
 from blindsight.masked_model import EVERYTHING, Call, Group, Masks
 from blindsight.masks import BaseMask
@@ -38,6 +38,7 @@ from blindsight.prefill import Decoder
 from blindsight.probe import Losses, measure_losses
 from blindsight.profile import Profile
 from blindsight.samples import Samples, load_processor, load_samples, model_inputs
+from blindsight.summary import Summary
 from blindsight.visibility import IntervalVisibility
 
 sys.path.insert(0, str(Path(__file__).parent / "testbed"))

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ import torch
 from torch import nn
 
 import blindsight
-from blindsight.bootstrap import Differences, Estimate, mean_over_tasks, paired_differences, share
 from blindsight.masked_model import ProfileMasking
 from blindsight.outcomes import (
     Checkpoint,
@@ -37,91 +35,12 @@ from blindsight.outcomes import (
 )
 from blindsight.prefill import Batch, CompiledDecoder, Decoder, check_has_vision
 from blindsight.profile import Profile
-from blindsight.samples import Sample, model_inputs
+from blindsight.samples import Sample
+from blindsight.summary import Summary, by_task, percent, summarize, table
+from blindsight.timing import Timing, longest_prompt, time_prefill
 
 ENGINES = ("reference", "compiled")
 _NO_DIFFERENCE = 3.0  # n questions without one: the rate is below 3 / n, at a level of 95 %
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What the answers under one masking amount to, beside those of the dense model.
-
-    Attributes:
-        accuracy: By task.
-        mean: Of the tasks' accuracies.
-        difference: From dense, by the paired bootstrap.
-        worst_task: The task with the lowest difference.
-        num_changed: Answers that are not dense's.
-        num_samples: Answers.
-        kl_mean, kl_p95, kl_max: KL(dense || this) of the next token after the prompt, in nats.
-        attention_flops, decoder_flops: Of all prefills: the two matrix products of attention
-            alone, and with the decoder's linear layers.
-    """
-
-    accuracy: dict[str, Estimate]
-    mean: Estimate
-    difference: Differences
-    worst_task: str
-    num_changed: int
-    num_samples: int
-    kl_mean: float
-    kl_p95: float
-    kl_max: float
-    attention_flops: int
-    decoder_flops: int
-
-    @property
-    def changed(self) -> float:
-        """Share of answers that are not dense's."""
-        return self.num_changed / self.num_samples
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Summary:
-        """Inverse of ``dataclasses.asdict``, through JSON too."""
-
-        def estimates(found: Mapping[str, Any]) -> dict[str, Estimate]:
-            return {task: Estimate(*numbers) for task, numbers in found.items()}
-
-        tasks, mean, worst = data["difference"]
-        difference = Differences(estimates(tasks), Estimate(*mean), Estimate(*worst))
-        return cls(
-            **{
-                **data,
-                "accuracy": estimates(data["accuracy"]),
-                "mean": Estimate(*data["mean"]),
-                "difference": difference,
-            }
-        )
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Prefill of one prompt, compiled, dense and sparse in turn, in seconds.
-
-    Attributes:
-        num_tokens: Of the prompt, the longest of the questions.
-        compiled: What was, ``"decoder"`` or ``"whole model"``, images included.
-        inner: What compiled the graphs.
-        dense, sparse: Each run.
-        runs: How the attention of the sparse runs ran, for example ``"sparse, sorted"``.
-        distance: Largest difference of the last logits between compiled and explicit masks.
-        rounding: The same for the dense model: what rounding alone does.
-    """
-
-    num_tokens: int
-    compiled: str
-    inner: str
-    dense: tuple[float, ...]
-    sparse: tuple[float, ...]
-    runs: tuple[str, ...]
-    distance: float
-    rounding: float
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Timing:
-        tuples = {name: tuple(data[name]) for name in ("dense", "sparse", "runs")}
-        return cls(**{**data, **tuples})
 
 
 @dataclass(frozen=True)
@@ -181,9 +100,9 @@ class Evaluation:
                 [
                     name,
                     str(number),
-                    _points(dense.accuracy[task]),
-                    _points(sparse.accuracy[task]),
-                    _points(changes, sign=True),
+                    percent(dense.accuracy[task]),
+                    percent(sparse.accuracy[task]),
+                    percent(changes, sign=True),
                 ]
             )
         number = sum(self.num_questions.values())
@@ -191,9 +110,9 @@ class Evaluation:
             [
                 "**mean of the tasks**",
                 str(number),
-                _points(dense.mean),
-                _points(sparse.mean),
-                _points(sparse.difference.mean, sign=True),
+                percent(dense.mean),
+                percent(sparse.mean),
+                percent(sparse.difference.mean, sign=True),
             ]
         )
         return table(rows)
@@ -352,48 +271,6 @@ def run_header(
     }
 
 
-def by_task(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """Return the outcomes of each task, tasks by name."""
-    tasks: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        tasks.setdefault(outcome.task, []).append(outcome)
-    return {task: tasks[task] for task in sorted(tasks)}
-
-
-def summarize(
-    decoder: Decoder,
-    dense: Sequence[Outcome],
-    outcomes: Sequence[Outcome],
-    *,
-    num_resamples: int = 10_000,
-    seed: int = 0,
-) -> Summary:
-    """Return what answers amount to, beside the dense model's to the same questions."""
-    draws = {"num_resamples": num_resamples, "seed": seed}
-    before, after = (
-        {task: [float(row.is_right) for row in rows] for task, rows in by_task(run).items()}
-        for run in (dense, outcomes)
-    )
-    difference = paired_differences(before, after, **draws)
-    accuracy = {task: share(int(sum(right)), len(right)) for task, right in after.items()}
-    kl = torch.tensor([outcome.kl for outcome in outcomes], dtype=torch.float64)
-    attention = 4 * decoder.head_dim * sum(outcome.pairs for outcome in outcomes)
-    linear = 2 * sum(outcome.rows for outcome in outcomes) * decoder.weights_per_layer
-    return Summary(
-        accuracy=accuracy,
-        mean=mean_over_tasks(list(accuracy.values())),
-        difference=difference,
-        worst_task=min(difference.tasks, key=lambda task: difference.tasks[task].value),
-        num_changed=sum(a.answer != b.answer for a, b in zip(dense, outcomes, strict=True)),
-        num_samples=len(outcomes),
-        kl_mean=float(kl.mean()),
-        kl_p95=float(kl.quantile(0.95)),
-        kl_max=float(kl.max()),
-        attention_flops=attention,
-        decoder_flops=attention + linear,
-    )
-
-
 def compare(
     model: nn.Module,
     processor: Any,
@@ -461,86 +338,6 @@ def point_of(categories: torch.Tensor, engine: str = ENGINES[0]) -> Point:
     return Point(f"{engine}: {masking.key}", masking)
 
 
-def time_prefill(
-    decoder: Decoder,
-    batch: Batch,
-    profile: Profile,
-    *,
-    inner: str | Callable[..., Any] = "inductor",
-    repeats: int = 5,
-) -> Timing:
-    """Compile the decoder for one batch, check it, and time it, dense and sparse in turn.
-
-    Raises:
-        ValueError: Compiled logits differ from those with explicit masks by more than rounding.
-    """
-    compiled = CompiledDecoder(decoder, profile, inner=inner)
-    try:
-        found = {dense: compiled.prefill(batch, dense=dense).logits for dense in (True, False)}
-        masks = ProfileMasking(profile.categories).masks(batch.prompt)
-        explicit = {
-            True: decoder.prefill(batch, None).logits,
-            False: decoder.prefill(batch, masks).logits,
-        }
-        rounding, distance = (
-            float((found[dense] - explicit[dense]).double().abs().max()) for dense in (True, False)
-        )
-        check_distance(distance, rounding, explicit[False])
-        before = _runs(compiled)
-        compiled.prefill(batch, dense=False)
-        runs = tuple(
-            sorted(how for how, number in _runs(compiled).items() if number > before.get(how, 0))
-        )
-        seconds: dict[bool, list[float]] = {True: [], False: []}
-        for at in range(2 * repeats):
-            dense = at % 2 == 0
-            _wait(decoder.device)
-            begin = time.perf_counter()
-            compiled.prefill(batch, dense=dense)
-            _wait(decoder.device)
-            seconds[dense].append(time.perf_counter() - begin)
-        return Timing(
-            num_tokens=int(batch.prompt.num_tokens.max()),
-            compiled="whole model" if compiled.compiles_whole(batch) else "decoder",
-            inner=compiled.backend.inner.name,
-            dense=tuple(seconds[True]),
-            sparse=tuple(seconds[False]),
-            runs=runs,
-            distance=distance,
-            rounding=rounding,
-        )
-    finally:
-        compiled.close()
-
-
-def check_distance(distance: float, rounding: float, logits: torch.Tensor) -> None:
-    """Check that compiled logits are those with explicit masks.
-
-    The masks being equal, both do the same sums in another order, as they do for the dense model,
-    whose difference says what that is worth; a few units of the last place for where it is zero.
-
-    Raises:
-        ValueError: They differ by more than ten times that.
-    """
-    unit = torch.finfo(logits.dtype).eps * float(logits.abs().max())
-    bound = 10 * max(rounding, 8 * unit)
-    if not distance <= bound:
-        raise ValueError(
-            "compiled logits must be those with explicit masks, but for rounding of "
-            f"{bound:.1e}, got a difference of {distance:.1e}. Please report this."
-        )
-
-
-def longest_prompt(
-    decoder: Decoder, processor: Any, samples: Sequence[Sample], outcomes: Sequence[Outcome]
-) -> Batch:
-    """Return the longest of the answered prompts, alone and so without padding or its mask."""
-    longest = max(outcomes, key=lambda outcome: outcome.num_tokens).sample
-    inputs = model_inputs(processor, [samples[longest]])
-    inputs.pop("attention_mask", None)  # nothing is padded, and dense is at its fastest without
-    return decoder.prepare(inputs)
-
-
 def conditions(model: nn.Module, samples: Sequence[Sample], seed: int) -> dict[str, str]:
     """Return what numbers depend on besides the code."""
     parameter = next(model.parameters())
@@ -563,27 +360,6 @@ def conditions(model: nn.Module, samples: Sequence[Sample], seed: int) -> dict[s
     }
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table; the first row is its head, numbers to the right."""
-    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = (
-            cell.rjust(width) if at else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "| " + " | ".join([first, *rest]) + " |"
-
-    dashes = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return [line(rows[0]), line(dashes), *map(line, rows[1:])]
-
-
-def _points(estimate: Estimate, *, sign: bool = False) -> str:
-    form = "+.1f" if sign else ".1f"
-    value, low, high = (format(100 * x + 0.0, form) for x in estimate)
-    return f"{value} [{low}, {high}]"
-
-
 def _timing(
     decoder: Decoder,
     processor: Any,
@@ -601,16 +377,3 @@ def _timing(
         found = time_prefill(decoder, batch, profile, inner=inner, repeats=repeats)
         known.note(name, asdict(found))
     return Timing.from_dict(known.notes[name])
-
-
-def _runs(compiled: CompiledDecoder) -> dict[str, int]:
-    runs: dict[str, int] = {}
-    for row in compiled.backend.report().rows:
-        for how, number in row.runs.items():
-            runs[how] = runs.get(how, 0) + number
-    return runs
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,45 +19,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blindsight.baselines import PruningMasking, WindowMasking, shuffled_categories
 from blindsight.categories import HeadCategory
-from blindsight.evaluate import (
-    Summary,
-    Timing,
-    by_task,
-    conditions,
-    decoder_of,
-    longest_prompt,
-    run_header,
-    summarize,
-    table,
-    time_prefill,
-)
+from blindsight.evaluate import conditions, decoder_of, run_header
 from blindsight.masked_model import Masking, ProfileMasking
 from blindsight.outcomes import Checkpoint, Outcome, Point, answer_samples, write_text
 from blindsight.profile import Profile
 from blindsight.samples import Sample
-
-# What a budget selects: evidence, budget -> category codes [L, H].
-Select = Callable[[Mapping[str, Tensor], float], Tensor]
-
-_LOSSES = ("error", "lost_mass", "effect")  # of the evidence, what a budget limits
-_OWN = "output_error"  # the criterion that looks at nothing but the head itself
-_BISECTIONS = 24
-
-BY_HEAD, BY_LAYER, BY_ERROR, RANDOM = "by head", "by layer", "by own error", "random"
-WINDOW, PRUNING = "window", "pruning"
-MEANINGS = {
-    BY_HEAD: "a category for each head, selected at the budget",
-    BY_LAYER: "all heads of a layer alike, selected at the budget from the layer's mean errors",
-    BY_ERROR: "a category for each head, selected by how much of the head's own output changes",
-    RANDOM: "the categories of the point by head, dealt anew to all heads of all layers; in "
-    "brackets the range of the draws",
-    WINDOW: "first tokens and a sliding window, in all rows and heads (StreamingLLM's mask, "
-    "arXiv 2309.17453)",
-    PRUNING: "image tokens dropped after layer 2 by the last token's attention (FastV's rule, "
-    "arXiv 2403.06764)",
-}
+from blindsight.summary import Summary, by_task, percent, summarize, table
+from blindsight.sweep_points import (
+    BY_HEAD,
+    MEANINGS,
+    RANDOM,
+    Plan,
+    Select,
+    category_plans,
+    selection_of,
+    spread_budgets,
+    token_plans,
+)
+from blindsight.timing import Timing, longest_prompt, time_prefill
 
 
 @dataclass(frozen=True)
@@ -180,8 +160,8 @@ class Sweep:
                 f"{self.attention_share(point):.1%}",
                 f"{self.decoder_share(point):.1%}",
                 f"{100 * found.mean.value:.1f}",
-                _points(found.difference.mean),
-                _points(found.difference.worst),
+                percent(found.difference.mean, sign=True),
+                percent(found.difference.worst, sign=True),
                 found.worst_task if found.difference.worst.value < 0 else "",
                 f"{found.changed:.1%}",
                 f"{found.kl_mean:.1e}",
@@ -270,11 +250,11 @@ def sweep(
     select = selection_of(profile) if select is None else select
     if budgets is None:
         budgets = spread_budgets(profile.evidence, select, num_points)
-    plans = _category_plans(profile, budgets, select, num_seeds if baselines else 0, baselines)
+    plans = category_plans(profile, budgets, select, num_seeds if baselines else 0, baselines)
     known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
     dense_point = _point(ProfileMasking(torch.zeros_like(profile.categories)))
 
-    def answer(wanted: Sequence[_Plan]) -> dict[str, list[Outcome]]:
+    def answer(wanted: Sequence[Plan]) -> dict[str, list[Outcome]]:
         points = {point.key: point for point in (dense_point, *(_point(p.masking) for p in wanted))}
         return answer_samples(
             decoder,
@@ -299,7 +279,7 @@ def sweep(
                 for plan in plans
                 if plan.series == BY_HEAD
             }
-            more = _token_plans(sorted(costs, reverse=True), profile.num_layers)
+            more = token_plans(sorted(costs, reverse=True), profile.num_layers)
             outcomes.update(answer(more))
             plans = [*plans, *more]
         timings: dict[str, Timing] = {}
@@ -338,128 +318,6 @@ def sweep(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """A point to be answered."""
-
-    series: str
-    knob: float
-    masking: Masking
-    categories: Tensor | None = None
-    seed: int | None = None
-
-
-def spread_budgets(evidence: Mapping[str, Tensor], select: Select, num_points: int) -> list[float]:
-    """Return budgets whose costs spread evenly, from nothing sparse to all that can be.
-
-    Args:
-        evidence: Of calibration; the costs are those of its prompts.
-        select: What a budget selects; a larger one never costs more.
-        num_points: How many, about.
-
-    Raises:
-        ValueError: There are fewer than two points, or the evidence lacks something.
-    """
-    if num_points < 2:
-        raise ValueError(f"num_points must be at least 2, got {num_points}.")
-    _check_evidence(evidence)
-    largest = max(float(evidence[name].max()) for name in _LOSSES if name in evidence)
-    pairs = evidence["pairs"].double()
-
-    def cost(budget: float) -> float:
-        return float(pairs.gather(2, select(evidence, budget).long()[..., None]).sum())
-
-    most, least = cost(0.0), cost(largest)
-    budgets = {0.0, largest}
-    for at in range(1, num_points - 1):
-        wanted = most + (least - most) * at / (num_points - 1)
-        low, high = 0.0, largest
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if cost(middle) > wanted else (low, middle)
-        budgets.add(high)
-    return sorted(budgets)
-
-
-def with_categories(profile: Profile, categories: Tensor) -> Profile:
-    """Return the profile of the same model with other categories, without evidence."""
-    return Profile(
-        categories.to(torch.uint8),
-        rule=profile.rule,
-        fingerprint=profile.fingerprint,
-        model=profile.model,
-    )
-
-
-def _category_plans(
-    profile: Profile,
-    budgets: Sequence[float],
-    select: Select,
-    num_seeds: int,
-    baselines: bool,
-) -> list[_Plan]:
-    _check_evidence(profile.evidence)
-    alike = {
-        name: tensor.mean(1, keepdim=True).expand_as(tensor) if name in _LOSSES else tensor
-        for name, tensor in profile.evidence.items()
-    }
-    plans: list[_Plan] = []
-    series = [(BY_HEAD, profile.evidence, select, budgets)]
-    if baselines:
-        series.append((BY_LAYER, alike, select, budgets))
-        if profile.calibration.get("criterion", _OWN) != _OWN and len(budgets) > 1:
-            by_error = selection_of(profile, criterion=_OWN)
-            spread = spread_budgets(profile.evidence, by_error, len(budgets))
-            series.append((BY_ERROR, profile.evidence, by_error, spread))
-    for name, evidence, selected, knobs in series:
-        seen: set[str] = set()
-        for budget in sorted(knobs):
-            categories = selected(evidence, budget).to(torch.uint8)
-            masking = ProfileMasking(categories)
-            if masking.key in seen or not bool(categories.any()):
-                continue
-            seen.add(masking.key)
-            plans.append(_Plan(name, budget, masking, categories))
-    for plan in [plan for plan in plans if plan.series == BY_HEAD]:
-        assert plan.categories is not None
-        if int(plan.categories.min()) == int(plan.categories.max()):
-            continue  # there is only one way to deal equal cards
-        for seed in range(num_seeds):
-            dealt = shuffled_categories(plan.categories, seed)
-            plans.append(_Plan(RANDOM, plan.knob, ProfileMasking(dealt), dealt, seed))
-    return plans
-
-
-def _token_plans(shares: Sequence[float], num_layers: int) -> list[_Plan]:
-    plans = [_Plan(WINDOW, share, WindowMasking(share)) for share in shares]
-    if num_layers > 2:
-        plans += [_Plan(PRUNING, share, PruningMasking(share)) for share in shares]
-    return plans
-
-
-def selection_of(profile: Profile, *, criterion: str | None = None) -> Select:
-    """Return what a budget selects, by default by the criterion that made the profile."""
-    from blindsight.selection import select_categories
-
-    noted = profile.calibration
-    options = {name: noted[name] for name in ("criterion", "allocation") if name in noted}
-    if criterion is not None:
-        options["criterion"] = criterion
-
-    def select(evidence: Mapping[str, Tensor], budget: float) -> Tensor:
-        return select_categories(evidence, budget, **options)
-
-    return select
-
-
-def _check_evidence(evidence: Mapping[str, Tensor]) -> None:
-    if missing := [name for name in ("error", "pairs") if name not in evidence]:
-        raise ValueError(
-            "profile must hold the evidence of its calibration, error and pairs, got no "
-            f"{', '.join(missing)}. Give a profile that `blindsight calibrate` made."
-        )
-
-
 def _point(masking: Masking) -> Point:
     return Point(f"reference: {masking.key}", masking)
 
@@ -475,11 +333,6 @@ def _heads(categories: Tensor | None) -> dict[str, int]:
     return {category.name: codes.count(category) for category in HeadCategory}
 
 
-def _points(estimate: Any) -> str:
-    value, low, high = (f"{100 * x + 0.0:+.1f}" for x in estimate)
-    return f"{value} [{low}, {high}]"
-
-
 def _range(values: Sequence[float]) -> str:
     mean, low, high = (100 * x + 0.0 for x in (statistics.fmean(values), min(values), max(values)))
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
@@ -490,3 +343,13 @@ def _ratio(timing: Timing | None) -> str:
         return ""
     dense, sparse = (statistics.median(x) for x in (timing.dense, timing.sparse))
     return f"{sparse / dense:.1%}"
+
+
+def with_categories(profile: Profile, categories: Tensor) -> Profile:
+    """Return the profile of the same model with other categories, without evidence."""
+    return Profile(
+        categories.to(torch.uint8),
+        rule=profile.rule,
+        fingerprint=profile.fingerprint,
+        model=profile.model,
+    )

@@ -16,7 +16,7 @@ from blindsight.prefill import Decoder
 from blindsight.profile import Profile
 from blindsight.reference import reference_logits
 from blindsight.samples import model_inputs
-from blindsight.sweep import selection_of
+from blindsight.sweep_points import selection_of
 from models import tiny_model
 from processors import tiny_processor
 from questions import rows, samples

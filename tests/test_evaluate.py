@@ -11,18 +11,20 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import blindsight.evaluate as evaluation
+import blindsight.timing as timing
 from blindsight.bootstrap import Estimate, mean_over_tasks, paired_differences, share
 from blindsight.categories import HeadCategory
 from blindsight.cli import main
 from blindsight.cost import attention_flops
-from blindsight.evaluate import Evaluation, check_distance, evaluate, time_prefill
+from blindsight.evaluate import Evaluation, evaluate
 from blindsight.masked_model import EVERYTHING, Call, Group, ProfileMasking, masked
 from blindsight.outcomes import Outcome, divergence
 from blindsight.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.profile import Profile
 from blindsight.reference import kept_pairs, reference_logits
 from blindsight.samples import load_samples, model_inputs
+from blindsight.summary import summarize
+from blindsight.timing import check_distance, time_prefill
 from models import FAMILIES, Image, make_inputs, tiny_model
 from processors import tiny_processor
 from questions import Watched, rows, samples
@@ -234,7 +236,7 @@ def test_a_compiled_model_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPat
     decoder, batch, profile = decoder_and_batch(prompts=PROMPTS[1:])
     other = Profile.for_model(decoder.model, "document")
     monkeypatch.setattr(
-        evaluation, "CompiledDecoder", lambda d, _, inner: CompiledDecoder(d, other, inner=inner)
+        timing, "CompiledDecoder", lambda d, _, inner: CompiledDecoder(d, other, inner=inner)
     )
     with pytest.raises(ValueError, match="compiled logits must be those with explicit masks"):
         time_prefill(decoder, batch, profile, inner="eager", repeats=1)
@@ -370,7 +372,7 @@ def test_the_worst_task_is_the_one_that_loses_most() -> None:
         ]
 
     dense = outcomes({"a": True, "b": True, "c": False})
-    found = evaluation.summarize(decoder, dense, outcomes({"a": True, "b": False, "c": True}))
+    found = summarize(decoder, dense, outcomes({"a": True, "b": False, "c": True}))
     assert found.worst_task == "b"
     assert found.difference.worst.value == -1.0
     assert found.attention_flops == 4 * 16 * 300

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import blindsight.sweep as room
 from blindsight.baselines import PruningMasking, WindowMasking, shuffled_categories
 from blindsight.cli import main
 from blindsight.masked_model import Call
@@ -18,17 +17,17 @@ from blindsight.plots import CATEGORY_COLORS, _spread, plot_profile
 from blindsight.prefill import Batch, Decoder
 from blindsight.profile import Profile
 from blindsight.selection import select_categories
-from blindsight.sweep import (
+from blindsight.sweep import Sweep, sweep
+from blindsight.sweep_points import (
     BY_ERROR,
     BY_HEAD,
     BY_LAYER,
     PRUNING,
     RANDOM,
     WINDOW,
-    Sweep,
+    category_plans,
     selection_of,
     spread_budgets,
-    sweep,
 )
 from models import Image, make_inputs, tiny_model
 from processors import tiny_processor
@@ -148,7 +147,7 @@ def test_a_refined_profile_is_compared_with_its_own_errors() -> None:
     refined = replace(profile, evidence=both, calibration=noted)
     select = selection_of(refined)
     budgets = spread_budgets(both, select, 4)
-    plans = room._category_plans(refined, budgets, select, 0, True)
+    plans = category_plans(refined, budgets, select, 0, True)
     found = [plan for plan in plans if plan.series == BY_ERROR]
     assert len(found) >= 3
     for plan in found:
@@ -156,13 +155,13 @@ def test_a_refined_profile_is_compared_with_its_own_errors() -> None:
         assert torch.equal(plan.categories, select_categories(both, plan.knob))
     assert not any(
         plan.series == BY_ERROR
-        for plan in room._category_plans(profile, budgets, selection_of(profile), 0, True)
+        for plan in category_plans(profile, budgets, selection_of(profile), 0, True)
     )
 
 
 def test_layers_alike_are_alike() -> None:
     seen = []
-    plans = room._category_plans(
+    plans = category_plans(
         model_and_profile()[1], [0.2, 0.5], selection_of(model_and_profile()[1]), 1, True
     )
     for plan in plans:

@@ -1,0 +1,133 @@
+"""What the answers under one masking amount to, and tables of such.
+
+Accuracy by task with intervals, the paired difference from dense, answers changed, divergence,
+exact operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from blindsight.bootstrap import Differences, Estimate, mean_over_tasks, paired_differences, share
+from blindsight.outcomes import Outcome
+from blindsight.prefill import Decoder
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the answers under one masking amount to, beside those of the dense model.
+
+    Attributes:
+        accuracy: By task.
+        mean: Of the tasks' accuracies.
+        difference: From dense, by the paired bootstrap.
+        worst_task: The task with the lowest difference.
+        num_changed: Answers that are not dense's.
+        num_samples: Answers.
+        kl_mean, kl_p95, kl_max: KL(dense || this) of the next token after the prompt, in nats.
+        attention_flops, decoder_flops: Of all prefills: the two matrix products of attention
+            alone, and with the decoder's linear layers.
+    """
+
+    accuracy: dict[str, Estimate]
+    mean: Estimate
+    difference: Differences
+    worst_task: str
+    num_changed: int
+    num_samples: int
+    kl_mean: float
+    kl_p95: float
+    kl_max: float
+    attention_flops: int
+    decoder_flops: int
+
+    @property
+    def changed(self) -> float:
+        """Share of answers that are not dense's."""
+        return self.num_changed / self.num_samples
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Summary:
+        """Inverse of ``dataclasses.asdict``, through JSON too."""
+
+        def estimates(found: Mapping[str, Any]) -> dict[str, Estimate]:
+            return {task: Estimate(*numbers) for task, numbers in found.items()}
+
+        tasks, mean, worst = data["difference"]
+        difference = Differences(estimates(tasks), Estimate(*mean), Estimate(*worst))
+        return cls(
+            **{
+                **data,
+                "accuracy": estimates(data["accuracy"]),
+                "mean": Estimate(*data["mean"]),
+                "difference": difference,
+            }
+        )
+
+
+def by_task(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """Return the outcomes of each task, tasks by name."""
+    tasks: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        tasks.setdefault(outcome.task, []).append(outcome)
+    return {task: tasks[task] for task in sorted(tasks)}
+
+
+def summarize(
+    decoder: Decoder,
+    dense: Sequence[Outcome],
+    outcomes: Sequence[Outcome],
+    *,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> Summary:
+    """Return what answers amount to, beside the dense model's to the same questions."""
+    draws = {"num_resamples": num_resamples, "seed": seed}
+    before, after = (
+        {task: [float(row.is_right) for row in rows] for task, rows in by_task(run).items()}
+        for run in (dense, outcomes)
+    )
+    difference = paired_differences(before, after, **draws)
+    accuracy = {task: share(int(sum(right)), len(right)) for task, right in after.items()}
+    kl = torch.tensor([outcome.kl for outcome in outcomes], dtype=torch.float64)
+    attention = 4 * decoder.head_dim * sum(outcome.pairs for outcome in outcomes)
+    linear = 2 * sum(outcome.rows for outcome in outcomes) * decoder.weights_per_layer
+    return Summary(
+        accuracy=accuracy,
+        mean=mean_over_tasks(list(accuracy.values())),
+        difference=difference,
+        worst_task=min(difference.tasks, key=lambda task: difference.tasks[task].value),
+        num_changed=sum(a.answer != b.answer for a, b in zip(dense, outcomes, strict=True)),
+        num_samples=len(outcomes),
+        kl_mean=float(kl.mean()),
+        kl_p95=float(kl.quantile(0.95)),
+        kl_max=float(kl.max()),
+        attention_flops=attention,
+        decoder_flops=attention + linear,
+    )
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table; the first row is its head, numbers to the right."""
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (
+            cell.rjust(width) if at else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "| " + " | ".join([first, *rest]) + " |"
+
+    dashes = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return [line(rows[0]), line(dashes), *map(line, rows[1:])]
+
+
+def percent(estimate: Estimate, *, sign: bool = False) -> str:
+    """Return a share and its interval in percent, or a difference in percentage points."""
+    form = "+.1f" if sign else ".1f"
+    value, low, high = (format(100 * x + 0.0, form) for x in estimate)
+    return f"{value} [{low}, {high}]"
