@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 AGGREGATES = ("quantile", "mean")
+MEASURED = ("output_error", "attention_mass")  # criteria that need no other measurement
 BUDGET, QUANTILE = 0.1, 0.95
 
 _LAST_OFFSET = 2**20  # offsets are clipped to the span: its last token
@@ -75,7 +76,8 @@ def calibrate(
         num_samples: At most so many samples; by default all.
         seed: Of the choice among them; by default the first ones are taken.
         batch_size: Prompts that run together; results differ by rounding only.
-        criterion, allocation: See :func:`~blindsight.selection.select_categories`.
+        criterion, allocation: See :func:`~blindsight.selection.select_categories`. What the
+            categories do to the answer is another measurement: :mod:`blindsight.effect`.
         aggregate: How the losses of the prompts become one: ``"quantile"`` holds on that share of
             them, so that a rare prompt which needs attention between images is seen; ``"mean"``.
         quantile: Which one.
@@ -239,7 +241,7 @@ def _check_options(
     if not budget >= 0:
         raise ValueError(f"budget must be at least 0, got {budget}.")
     for name, value, known in (
-        ("criterion", criterion, tuple(CRITERIA)),
+        ("criterion", criterion, MEASURED),
         ("aggregate", aggregate, AGGREGATES),
     ):
         if value not in known:
