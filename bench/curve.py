@@ -18,11 +18,9 @@ import torch
 from common import conditions
 from transfer import Bench
 
-from blindsight.calibrate import profile_of
 from blindsight.demo import quiet
-from blindsight.effect import refine
+from blindsight.effect import UNITS, reselect
 from blindsight.plots import plot_profile
-from blindsight.profile import Profile
 from blindsight.sweep import sweep
 
 
@@ -32,6 +30,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=64, help="of calibration (%(default)s)")
     parser.add_argument("--num-questions", type=int, default=480)
     parser.add_argument("--budget", type=float, default=0.02, help="of the profile (%(default)s)")
+    parser.add_argument("--by", choices=UNITS, default="head", help="how it is refined")
     parser.add_argument("--points", type=int, default=14)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -45,7 +44,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with quiet():
         bench = Bench(options)
-        profile = _profile(bench, options)
+        prompts = bench.samples(options.num_prompts, split="train")
+        profile = reselect(bench.refined(prompts, by=options.by), options.budget)
         profile.save(options.out / "profile.safetensors")
         plot_profile(profile, options.out / "heads.png")
         questions = bench.samples(options.num_questions, split="test")
@@ -65,32 +65,6 @@ def main() -> None:
     made = json.dumps(conditions(), indent=1) + "\n"
     (options.out / "conditions.json").write_text(made, encoding="utf-8")
     print(found.to_markdown())
-
-
-def _profile(bench: Bench, options: argparse.Namespace) -> Profile:
-    """Return the refined profile, made where it is not at hand."""
-    prompts = bench.samples(options.num_prompts, split="train")
-    path = bench.known / f"refined-{options.num_prompts}-{options.budget}.safetensors"
-    if path.exists():
-        return Profile.load(path)
-    measured = bench.measured(options.num_prompts)
-    first = profile_of(
-        bench.model,
-        measured,
-        rule=bench.rule,
-        calibration={"dataset": f"testbed, {len(prompts)} prompts of the training split"},
-    )
-    found = refine(
-        bench.model,
-        bench.processor,
-        prompts,
-        first,
-        budget=options.budget,
-        batch_size=options.batch_size,
-        progress=True,
-    )
-    found.save(path)
-    return found
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from blindsight.calibrate import profile_of, rule_of
 from blindsight.calibrate_cli import load_model
 from blindsight.demo import quiet
+from blindsight.effect import UNITS, refine, reselect
 from blindsight.evaluate import compare
 from blindsight.families import fingerprint
 from blindsight.masked_model import EVERYTHING, Call, Group, Masks
@@ -114,6 +114,7 @@ class Bench:
         self.budgets: list[float] = options.budgets
         self.num_questions: int = options.num_questions
         self.batch_size: int = options.batch_size
+        self.by: str = options.by
         self.model = load_model(str(options.model), "float32")
         self.processor = load_processor(options.model)
         # What was measured of other weights is of no use here.
@@ -140,13 +141,12 @@ class Bench:
             )
         return load_samples(folder)
 
-    def measured(self, number: int, **options: Any) -> Measurements:
-        """Return what calibration measures on prompts of the training split.
+    def measured(self, samples: Samples) -> Measurements:
+        """Return what calibration measures on some prompts.
 
         The same measurement, beside the model run eagerly: these prompts are short, and no two
         have the same images, so tracing each anew would take most of the time.
         """
-        samples = self.samples(number, split="train", **options)
         path = self.known / f"measured-{samples.digest()[:16]}.pt"
         if not path.exists():
             parts = [self._measure(sample) for sample in tqdm(samples, desc="measuring")]
@@ -174,11 +174,21 @@ class Bench:
         self.decoder.prefill(batch, cast(Masks, Measuring()))
         return measurements_of(losses, prompt.num_tokens)
 
-    def profiles(self, measurements: Measurements) -> dict[float, Profile]:
-        return {
-            budget: profile_of(self.model, measurements, rule=self.rule, budget=budget)
-            for budget in self.budgets
-        }
+    def refined(self, samples: Samples, *, by: str) -> Profile:
+        """Return a profile that is calibrated and refined on some prompts."""
+        path = self.known / f"refined-{by}-{samples.digest()[:16]}.safetensors"
+        if not path.exists():
+            note = {"dataset": f"the testbed's: {Path(samples.name).parent.name}"}
+            first = profile_of(self.model, self.measured(samples), rule=self.rule, calibration=note)
+            options = {"budget": self.budgets[0], "by": by, "batch_size": self.batch_size}
+            found = refine(self.model, self.processor, samples, first, progress=True, **options)
+            found.save(path)
+        return Profile.load(path)
+
+    def profiles(self, samples: Samples) -> dict[float, Profile]:
+        """Return the profile of every budget."""
+        found = self.refined(samples, by=self.by)
+        return {budget: reselect(found, budget) for budget in self.budgets}
 
     def rows(
         self,
@@ -214,16 +224,12 @@ class Bench:
                 rows.append(row)
         return rows
 
-    @cached_property
-    def most(self) -> Measurements:
-        """Of many prompts of all kinds."""
-        return self.measured(256)
-
     # The tables.
 
     def tasks(self) -> list[Row]:
         calibrations = {
-            half: self.profiles(self.measured(64, tasks=tasks)) for half, tasks in HALVES.items()
+            half: self.profiles(self.samples(64, split="train", tasks=tasks))
+            for half, tasks in HALVES.items()
         }
         rows = []
         for half, tasks in HALVES.items():
@@ -234,20 +240,19 @@ class Bench:
     def images(self) -> list[Row]:
         kinds = {"2 to 4": FEW, "2 to 12": ALL, "12": MANY}
         calibrations = {
-            kind: self.profiles(self.measured(64, images=images)) for kind, images in kinds.items()
+            kind: self.profiles(self.samples(64, split="train", images=images))
+            for kind, images in kinds.items()
         }
         questions = self.samples(self.num_questions, split="test", images=MANY)
         return self.rows("images", "12", questions, calibrations, "12")
 
     def sizes(self) -> list[Row]:
         questions = self.samples(self.num_questions, split="test")
+        prompts = self.samples(256, split="train")
         calibrations = {}
         for number in (4, 16, 64, 256):
             for draw in range(1 if number == 256 else 3):
-                begin = draw * number
-                part = Measurements(
-                    **{k: x[begin : begin + number] for k, x in self.most.tensors().items()}
-                )
+                part = prompts[draw * number : (draw + 1) * number]
                 label = f"{number} prompts" + ("" if number == 256 else f", draw {draw + 1}")
                 calibrations[label] = self.profiles(part)
         return self.rows("samples", "all", questions, calibrations, "256 prompts")
@@ -256,7 +261,8 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.3])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.02, 0.05])
+    parser.add_argument("--by", choices=UNITS, default="layer", help="how profiles are refined")
     parser.add_argument("--num-questions", type=int, default=300, help="a set (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--tables", nargs="+", default=["tasks", "images", "sizes"])

@@ -80,18 +80,23 @@ def refine(
     finally:
         model.train(was_training)
     effect = _by_head(found, profile) if by == "head" else _by_layer(found, profile)
+    noted = {**profile.calibration, "effect": f"by {by}, {len(samples)} prompts"}
+    for name in ("aggregate", "quantile"):
+        noted.pop(name, None)  # of the error, which no longer decides
     evidence = {**profile.evidence, "effect": effect}
-    noted = {
-        **profile.calibration,
-        "criterion": CRITERION,
-        "budget": repr(float(budget)),
-        "effect": f"by {by}, {len(samples)} prompts",
-    }
-    noted.pop("aggregate", None)
-    noted.pop("quantile", None)
+    return reselect(replace(profile, evidence=evidence, calibration=noted), budget)
+
+
+def reselect(profile: Profile, budget: float) -> Profile:
+    """Return a refined profile with what another budget selects; nothing is measured.
+
+    Raises:
+        ValueError: The profile was not refined, or the budget is negative.
+    """
+    noted = {**profile.calibration, "criterion": CRITERION, "budget": repr(float(budget))}
     options = {"allocation": noted["allocation"]} if "allocation" in noted else {}
-    categories = select_categories(evidence, budget, criterion=CRITERION, **options)
-    evidence["margin"] = budget - effect
+    categories = select_categories(profile.evidence, budget, criterion=CRITERION, **options)
+    evidence = {**profile.evidence, "margin": budget - profile.evidence["effect"]}
     return replace(profile, categories=categories, evidence=evidence, calibration=noted)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from blindsight.cli import main
-from blindsight.effect import mean_divergence, refine
+from blindsight.effect import mean_divergence, refine, reselect
 from blindsight.masked_model import ProfileMasking
 from blindsight.outcomes import divergence
 from blindsight.prefill import Decoder
@@ -94,6 +94,13 @@ def test_the_profile_says_how_it_was_refined(tmp_path: Path) -> None:
     torch.testing.assert_close(found.evidence["margin"], 0.02 - effect)
     found.save(tmp_path / "refined.safetensors")
     assert Profile.load(tmp_path / "refined.safetensors") == found
+
+
+def test_another_budget_needs_no_other_measurement() -> None:
+    assert reselect(run(budget=0.02), 0.3) == run(budget=0.3)
+    assert run(budget=0.02) != run(budget=0.3)
+    with pytest.raises(ValueError, match="got no effect"):
+        reselect(model_and_profile()[1], 0.3)
 
 
 def test_batches_do_not_matter() -> None:
