@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=14)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--grids", default="4x4", help="digits of an image (%(default)s)")
+    parser.add_argument("--images", type=int, default=8, help="of a question (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("build/transfer"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "curve")
     parser.add_argument("--threads", type=int, default=1)
@@ -48,7 +50,8 @@ def main() -> None:
         profile = reselect(bench.refined(prompts, by=options.by), options.budget)
         profile.save(options.out / "profile.safetensors")
         plot_profile(profile, options.out / "heads.png")
-        questions = bench.samples(options.num_questions, split="test")
+        images = options.images, options.images
+        questions = bench.samples(options.num_questions, split="test", images=images)
         found = sweep(
             bench.model,
             bench.processor,

@@ -42,7 +42,7 @@ from blindsight.summary import Summary
 from blindsight.visibility import IntervalVisibility
 
 sys.path.insert(0, str(Path(__file__).parent / "testbed"))
-from make_dataset import TASKS, write_dataset
+from make_dataset import TASKS, parse_grid, write_dataset
 
 HALVES = {"one image": TASKS[:3], "several images": TASKS[3:]}
 FEW, MANY, ALL = (2, 4), (12, 12), (2, 12)  # images a prompt
@@ -115,6 +115,7 @@ class Bench:
         self.num_questions: int = options.num_questions
         self.batch_size: int = options.batch_size
         self.by: str = options.by
+        self.grids: str = options.grids
         self.model = load_model(str(options.model), "float32")
         self.processor = load_processor(options.model)
         # What was measured of other weights is of no use here.
@@ -133,11 +134,17 @@ class Bench:
         tasks: tuple[str, ...] = TASKS,
     ) -> Samples:
         """Return prompts of the testbed, made where they are not at hand."""
-        name = f"{split}-{seed}-{images[0]}-{images[1]}-{'+'.join(tasks)}-{number}"
+        name = f"{split}-{seed}-{images[0]}-{images[1]}-{self.grids}-{'+'.join(tasks)}-{number}"
         folder = self.work / name
         if not (folder / "data.jsonl").exists():
             write_dataset(
-                folder, num_samples=number, images=images, split=split, seed=seed, tasks=tasks
+                folder,
+                num_samples=number,
+                images=images,
+                split=split,
+                seed=seed,
+                tasks=tasks,
+                grids=tuple(map(parse_grid, self.grids.split(","))),
             )
         return load_samples(folder)
 
@@ -265,6 +272,7 @@ def main() -> None:
     parser.add_argument("--by", choices=UNITS, default="layer", help="how profiles are refined")
     parser.add_argument("--num-questions", type=int, default=300, help="a set (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--grids", default="3x3,3x4,4x3,4x4", help="digits of an image")
     parser.add_argument("--tables", nargs="+", default=["tasks", "images", "sizes"])
     parser.add_argument("--work", type=Path, default=Path("build/transfer"))
     parser.add_argument(
