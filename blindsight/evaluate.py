@@ -338,6 +338,11 @@ def point_of(categories: torch.Tensor, engine: str = ENGINES[0]) -> Point:
     return Point(f"{engine}: {masking.key}", masking)
 
 
+def short_name(name: str) -> str:
+    """Return the last two parts of a path that exists; ids of the hub are as long."""
+    return "/".join(Path(name).resolve().parts[-2:]) if os.path.exists(name) else name
+
+
 def conditions(model: nn.Module, samples: Sequence[Sample], seed: int) -> dict[str, str]:
     """Return what numbers depend on besides the code."""
     parameter = next(model.parameters())
@@ -349,8 +354,8 @@ def conditions(model: nn.Module, samples: Sequence[Sample], seed: int) -> dict[s
     import transformers
 
     return {
-        "model": str(getattr(config, "_name_or_path", "") or type(model).__name__),
-        "dataset": str(getattr(samples, "name", "given samples")),
+        "model": short_name(getattr(config, "_name_or_path", "") or type(model).__name__),
+        "dataset": short_name(getattr(samples, "name", "given samples")),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": f"{device.type} ({hardware}, {torch.get_num_threads()} threads)",
         "blindsight": blindsight.__version__,

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blindsight.categories import HeadCategory
@@ -98,7 +99,10 @@ def plot_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     axes.tick_params(length=0)
 
     total, counts = layers * heads, profile.counts()
-    name = profile.model.get("id") or profile.fingerprint["architecture"]
+    known = profile.model.get("id", "")
+    name = (
+        Path(known).name if os.path.isabs(known) else known or profile.fingerprint["architecture"]
+    )
     top = 1 - 0.33 / height
     figure.text(left, top, f"What each head of {name} sees", color=INK, size=11, weight="bold")
     x = left

@@ -37,11 +37,8 @@ def plot_sweep(sweep: Sweep, path: str | os.PathLike[str]) -> None:
             0.0,
         ),
     ]
-    kl = [
-        replace(curve, x=curve.x[1:], y=curve.y[1:], low=curve.low[1:], high=curve.high[1:])
-        for curve in _curves(sweep, _kl, 0.0)
-    ]
-    if all(value > 0 for curve in kl for value in curve.y):
+    kl = [_positive(curve) for curve in _curves(sweep, _kl, 0.0)]
+    if kl := [curve for curve in kl if len(curve.x)]:
         panels.append(Panel("KL of the next token from dense (nats, mean)", kl, is_log=True))
     timed = [point for point in sweep.series(BY_HEAD) if point.timing is not None]
     if timed:
@@ -117,6 +114,17 @@ def _time_panel(sweep: Sweep, timed: list[SweepPoint]) -> Panel:
     label, color = _LOOKS[BY_HEAD]
     title = f"Prefill time, over dense (one prompt of {num_tokens:,} tokens)"
     return Panel(title, [Curve(label, color, x, y, is_main=True)], 1.0)
+
+
+def _positive(curve: Curve) -> Curve:
+    """Return the points that a logarithmic axis can show."""
+    shown = [at for at, value in enumerate(curve.y) if value > 0]
+    x, y, high = (
+        [values[at] for at in shown if values] for values in (curve.x, curve.y, curve.high)
+    )
+    # A band may begin at zero, its middle does not.
+    low = [max(curve.low[at], 0.1 * curve.y[at]) for at in shown if curve.low]
+    return replace(curve, x=x, y=y, low=low, high=high)
 
 
 def _kl(point: SweepPoint) -> Estimate:
