@@ -3,11 +3,12 @@
     python bench/ablations.py MODEL CALIBRATION_DATA TEST_DATA [--num-samples 64] [--limit 200]
 
 The model is measured once on the calibration data (once more for sinks at other places). Then each
-variant differs from ours in one choice: attention mass for output error, the mean over prompts for
-the quantile, one budget for all heads together for one per head, sinks found by measurement for
-sinks at the delimiter. Budgets of different variants do not compare, so each gets the smallest that
-saves as much as wanted. Prints a table and appends its rows to bench/results/ablations.jsonl. What
-is measured and answered is kept in --out; a second run goes on from there.
+variant differs from the first in one choice: attention mass, or the effect on the next token, for
+output error; the mean over prompts for the quantile; one budget for all heads together for one per
+head; sinks found by measurement for sinks at the delimiter. Budgets of different variants do not
+compare, so each gets the smallest that saves as much as wanted. Prints a table and appends its rows
+to bench/results/ablations.jsonl. What is measured and answered is kept in --out; a second run goes
+on from there.
 """
 
 from __future__ import annotations
@@ -52,8 +53,12 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("ours: output error, quantile 0.95, per head, sinks at the delimiter"),
+    Variant("output error, quantile 0.95, per head, sinks at the delimiter"),
     Variant("attention mass", {"criterion": "attention_mass"}),
+    Variant("effect on the next token", {"criterion": "next_token"}),
+    Variant(
+        "effect, one budget for all heads", {"criterion": "next_token", "allocation": "global"}
+    ),
     Variant("mean over prompts", {"aggregate": "mean"}),
     Variant("one budget for all heads", {"allocation": "global"}),
     Variant("sinks by measurement", sinks="measured"),
@@ -119,6 +124,7 @@ def main() -> None:
                 processor,
                 calibration,
                 rule=rules[sinks],
+                next_token=True,
                 checkpoint=arguments.out / f"{sinks.replace(' ', '-')}.safetensors",
             )
         rows = []

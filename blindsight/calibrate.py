@@ -35,7 +35,6 @@ __all__ = [
 ]
 
 AGGREGATES = ("quantile", "mean")
-MEASURED = ("output_error", "attention_mass")  # criteria that need no other measurement
 BUDGET, QUANTILE = 0.1, 0.95
 
 _LAST_OFFSET = 2**20  # offsets are clipped to the span: its last token
@@ -76,8 +75,8 @@ def calibrate(
         num_samples: At most so many samples; by default all.
         seed: Of the choice among them; by default the first ones are taken.
         batch_size: Prompts that run together; results differ by rounding only.
-        criterion, allocation: See :func:`~blindsight.selection.select_categories`. What the
-            categories do to the answer is another measurement: :mod:`blindsight.effect`.
+        criterion, allocation: See :func:`~blindsight.selection.select_categories`. Measuring
+            ``"next_token"`` takes gradients, and so the memory of all layers' activations.
         aggregate: How the losses of the prompts become one: ``"quantile"`` holds on that share of
             them, so that a rare prompt which needs attention between images is seen; ``"mean"``.
         quantile: Which one.
@@ -108,6 +107,7 @@ def calibrate(
         rule = replace(rule, sink_offsets=find_sink_offsets(found))
     elif sink_offsets is not None:
         rule = replace(rule, sink_offsets=sink_offsets)
+    options["next_token"] = criterion == "next_token"
     measurements = measure(model, processor, samples, rule=rule, checkpoint=checkpoint, **options)
     return profile_of(
         model,
@@ -168,9 +168,9 @@ def summarize(
     """Return the evidence of a profile, float32 ``[L, H, ...]``.
 
     Returns:
-        ``error`` and ``lost_mass`` ``[L, H, C]``, aggregated over prompts; ``error_spread``, the
-        standard deviation over prompts; ``pairs`` ``[L, H, C]``, ``mass`` ``[L, H, R]`` and
-        ``offset_mass``, means over prompts.
+        ``error``, ``lost_mass`` and, where it was measured, ``effect`` ``[L, H, C]``, aggregated
+        over prompts; ``error_spread``, the standard deviation over prompts; ``pairs``
+        ``[L, H, C]``, ``mass`` ``[L, H, R]`` and ``offset_mass``, means over prompts.
 
     Raises:
         ValueError: No prompt has two images.
@@ -184,6 +184,7 @@ def summarize(
     error, lost = measurements.error[used], measurements.lost_mass[used]
     num_heads = error.shape[2]
     pairs = measurements.pairs[used].double().mean(0)[:, None].expand(-1, num_heads, -1)
+    effect = measurements.effect[used]
     evidence = {
         "error": _aggregate(error, aggregate, quantile),
         "error_spread": error.double().std(0, correction=0),
@@ -192,6 +193,8 @@ def summarize(
         "offset_mass": measurements.offset_mass[used].double().mean(0),
         "pairs": pairs,
     }
+    if bool(effect.any()):
+        evidence["effect"] = _aggregate(effect, aggregate, quantile)
     return {name: tensor.float().contiguous() for name, tensor in evidence.items()}
 
 
@@ -241,7 +244,7 @@ def _check_options(
     if not budget >= 0:
         raise ValueError(f"budget must be at least 0, got {budget}.")
     for name, value, known in (
-        ("criterion", criterion, MEASURED),
+        ("criterion", criterion, tuple(CRITERIA)),
         ("aggregate", aggregate, AGGREGATES),
     ):
         if value not in known:

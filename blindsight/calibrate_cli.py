@@ -47,7 +47,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         help="what was measured so far (default: next to the profile; removed at the end)",
     )
     ablations = parser.add_argument_group("ablations, best left alone")
-    ablations.add_argument("--criterion", choices=("output_error", "attention_mass"))
+    ablations.add_argument("--criterion", choices=("output_error", "attention_mass", "next_token"))
     ablations.add_argument("--aggregate", choices=("quantile", "mean"), help="over prompts")
     ablations.add_argument("--quantile", type=float, help="default: 0.95")
     ablations.add_argument("--allocation", choices=("per_head", "global"), help="of the budget")

@@ -33,7 +33,7 @@ from blindsight.passes.find_attention import Attention, find_attention, has_atte
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.probe_attention import probe_attention_pass
-from blindsight.probe import Losses, empty_losses
+from blindsight.probe import Call, Losses, empty_losses, measure_losses
 from blindsight.profile import write_whole
 from blindsight.samples import Samples, model_inputs
 from blindsight.template import Template, TemplateRule
@@ -41,6 +41,7 @@ from blindsight.template import Template, TemplateRule
 FORMAT = "blindsight-measurements"
 
 _RECOMPILE_LIMIT = 64  # of frames, each with its own number and sizes of images
+_NUM_TOKENS = 4  # that may follow a prompt, and are looked at
 _SAVING = 0.05  # of the time may go into writing checkpoints
 
 
@@ -57,6 +58,8 @@ class Measurements:
         mass: ``[N, L, H, R]`` float32, the mean attention weight in each region.
         offset_mass: ``[N, L, H, NUM_OFFSETS + 1]`` float32, the mean attention weight on tokens
             of other spans, by offset, see :class:`~blindsight.probe.Losses`.
+        effect: ``[N, L, H, C]`` float32, how far a category moves the next token after the prompt:
+            the root of the KL divergence in nats, to first order; 0 if not measured.
         pairs: ``[N, L, C]`` float32, the pairs of a query and a key that a head computes.
     """
 
@@ -66,6 +69,7 @@ class Measurements:
     lost_mass: Tensor
     mass: Tensor
     offset_mass: Tensor
+    effect: Tensor
     pairs: Tensor
 
     def __len__(self) -> int:
@@ -86,6 +90,7 @@ def measure(
     samples: Samples,
     *,
     rule: TemplateRule,
+    next_token: bool = False,
     batch_size: int = 1,
     padding_side: str = "left",
     progress: bool | None = None,
@@ -99,6 +104,8 @@ def measure(
         processor: Its processor.
         samples: From :func:`~blindsight.samples.load_samples`.
         rule: How the images of a prompt are found, and which tokens are sinks.
+        next_token: Whether to measure the effect on the next token too. That takes gradients, and
+            so the memory of all layers' activations.
         batch_size: Prompts that run together.
         padding_side: Of shorter prompts in a batch.
         progress: Whether to show a bar; by default where standard error is a terminal.
@@ -121,6 +128,7 @@ def measure(
                 "samples": samples.digest(),
                 "num_samples": len(samples),
                 "rule": rule.to_json(),
+                "next_token": next_token,
                 "batch_size": batch_size,
                 "padding_side": padding_side,
                 "torch": torch.__version__,
@@ -128,7 +136,7 @@ def measure(
         )
         parts = saved.load()
     done = sum(map(len, parts))
-    prober = Prober(model, rule)
+    prober = Prober(model, rule, next_token=next_token)
     bar = tqdm(
         total=len(samples),
         initial=done,
@@ -158,7 +166,7 @@ def measure(
 class Prober:
     """Runs a model and measures its attention; one instance serves many prompts."""
 
-    def __init__(self, model: nn.Module, rule: TemplateRule) -> None:
+    def __init__(self, model: nn.Module, rule: TemplateRule, *, next_token: bool = False) -> None:
         model = getattr(model, "_orig_mod", model)
         implementation = getattr(text_config(config_of(model)), "_attn_implementation", "sdpa")
         if implementation != "sdpa":
@@ -170,7 +178,8 @@ class Prober:
         self._towers = _towers_of(model, rule.layer_pattern)
         self._rule = rule
         self._shape = fingerprint(model)
-        self._backend = _ProbeBackend(model, rule)
+        self._next_token = next_token
+        self._backend = _ProbeBackend(model, rule, Call if next_token else measure_losses)
         self._compiled: Callable[..., Any] = torch.compile(model, backend=self._backend)
         self._options: dict[str, Any] = {"use_cache": False}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -186,30 +195,96 @@ class Prober:
         template = self._rule.template(inputs["input_ids"])
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         if template.restricts_queries_from(0):
-            layers = self._run(inputs, template)
+            layers, shares = self._run(inputs, template, mask)
         else:
             size = int(self._shape["num_layers"]), int(self._shape["num_heads"])
             nothing = empty_losses(len(mask), size[1], torch.device("cpu"))
-            layers = dict.fromkeys(range(size[0]), nothing)
-        return measurements_of(layers, mask.sum(1))
+            layers, shares = dict.fromkeys(range(size[0]), nothing), None
+        return measurements_of(layers, mask.sum(1), shares)
 
-    def _run(self, inputs: dict[str, Any], template: Template) -> dict[int, Losses]:
+    def _run(
+        self, inputs: dict[str, Any], template: Template, mask: Tensor
+    ) -> tuple[dict[int, Losses], Tensor | None]:
+        """Return the losses by layer, and the probabilities of the tokens that may follow."""
         self._backend.begin(template)
+        options = dict(self._options)
+        if not bool(mask[:, -1].all()):
+            options.pop("logits_to_keep", None)  # the last position is not every prompt's last
         with (
-            torch.no_grad(),
+            _gradients_from_embeddings(self._model) if self._next_token else torch.no_grad(),
             torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT),
             _untraced(self._towers),
         ):
-            self._compiled(**{**inputs, **self._options})
-        found = self._backend.end()
-        if missing := sorted(set(range(int(self._shape["num_layers"]))) - set(found)):
+            logits = self._compiled(**{**inputs, **options}).logits
+        calls = self._backend.end()
+        if missing := sorted(set(range(int(self._shape["num_layers"]))) - set(calls)):
             raise ValueError(
                 f"the attention of all {self._shape['num_layers']} layers must be met, got none "
                 f"of layers {', '.join(map(str, missing))}. Load the model with "
                 "attn_implementation='sdpa', or give a rule whose layer_pattern fits its modules."
             )
-        _check_deviation(found, inputs["input_ids"].shape, self._model)
-        return found
+        found, shares = _with_gradients(calls, logits, mask) if self._next_token else (calls, None)
+        losses: dict[int, Losses] = {}
+        for layer, part in found.items():
+            assert isinstance(part, Losses)
+            losses[layer] = part
+        _check_deviation(losses, inputs["input_ids"].shape, self._model)
+        return losses, shares
+
+
+def _with_gradients(
+    calls: Mapping[int, Losses | Call], logits: Tensor, mask: Tensor
+) -> tuple[dict[int, Losses | Call], Tensor]:
+    """Measure calls with the gradients of the likeliest next tokens' log-probabilities.
+
+    The KL divergence of a small change is half the mean of its squared effect on the
+    log-probabilities, over tokens as the model draws them: the Fisher information.
+
+    Returns:
+        The losses by layer, and the probabilities ``[B, Y]`` of those tokens.
+    """
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # of each prompt
+    at = torch.arange(len(mask), device=mask.device)
+    next_logits = logits[at, last if logits.shape[1] == mask.shape[1] else -1]
+    log_p = next_logits.float().log_softmax(-1)
+    likeliest = log_p.detach().topk(min(_NUM_TOKENS, log_p.shape[-1]), dim=-1)
+    layers = sorted(calls)
+    outputs = []
+    for layer in layers:
+        call = calls[layer]
+        assert isinstance(call, Call)
+        outputs.append(call.output)
+    gradients = []
+    for tokens in likeliest.indices.unbind(1):
+        # Prompts of a batch do not see each other: one backward serves all.
+        chosen = log_p.gather(1, tokens[:, None]).sum()
+        found = torch.autograd.grad(chosen, outputs, retain_graph=True, allow_unused=True)
+        gradients.append(
+            [torch.zeros_like(o) if g is None else g for g, o in zip(found, outputs, strict=True)]
+        )
+    losses: dict[int, Losses | Call] = {}
+    for number, layer in enumerate(layers):
+        call = calls[layer]
+        assert isinstance(call, Call)
+        losses[layer] = call.losses([of_token[number] for of_token in gradients])
+    return losses, likeliest.values.exp()
+
+
+@contextmanager
+def _gradients_from_embeddings(model: nn.Module) -> Iterator[None]:
+    """Let gradients flow from the token embeddings on, and none into the weights."""
+    parameters = list(model.parameters())
+    before = [parameter.requires_grad for parameter in parameters]
+    embeddings: Any = model
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        embeddings.get_input_embeddings().weight.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in zip(parameters, before, strict=True):
+            parameter.requires_grad_(flag)
 
 
 def _towers_of(model: nn.Module, layer_pattern: str) -> list[nn.Module]:
@@ -243,12 +318,15 @@ def _untraced(modules: Sequence[nn.Module]) -> Iterator[None]:
                 module.forward = forward
 
 
-def measurements_of(layers: Mapping[int, Losses], num_tokens: Tensor) -> Measurements:
+def measurements_of(
+    layers: Mapping[int, Losses], num_tokens: Tensor, shares: Tensor | None = None
+) -> Measurements:
     """Return the means over rows of what was measured of each layer.
 
     Args:
         layers: The losses of one batch, by layer.
         num_tokens: ``[B]``, of each prompt, without padding.
+        shares: ``[B, Y]``, the probabilities of the tokens that gradients are of.
     """
     stacked = Losses(
         *(
@@ -259,6 +337,10 @@ def measurements_of(layers: Mapping[int, Losses], num_tokens: Tensor) -> Measure
     num_rows = stacked.num_rows[:, 0]
     per_row = stacked.num_rows[..., None, None].clamp(min=1)
     relative = (stacked.error / stacked.norm[..., None]).nan_to_num(nan=0.0, posinf=math.inf)
+    effect = torch.zeros_like(relative)
+    if shares is not None:
+        squares = stacked.influence.square() * shares.cpu()[:, None, None, None]
+        effect = (squares.sum(-1) / 2).sqrt()
     return Measurements(
         num_rows=num_rows.float(),
         share=(num_rows / num_tokens.cpu()).float(),
@@ -266,6 +348,7 @@ def measurements_of(layers: Mapping[int, Losses], num_tokens: Tensor) -> Measure
         lost_mass=(stacked.lost / per_row).float(),
         mass=(stacked.mass / per_row).float(),
         offset_mass=(stacked.offsets / per_row).float(),
+        effect=effect.float(),
         pairs=stacked.pairs.float(),
     )
 
@@ -273,17 +356,20 @@ def measurements_of(layers: Mapping[int, Losses], num_tokens: Tensor) -> Measure
 class _ProbeBackend:
     """A backend for ``torch.compile`` that runs the graphs as they are, and measures."""
 
-    def __init__(self, model: nn.Module, rule: TemplateRule) -> None:
+    def __init__(
+        self, model: nn.Module, rule: TemplateRule, measure: Callable[..., Losses | Call]
+    ) -> None:
+        self._measure = measure
         self._pattern = rule.layer_pattern
         self._layer_map = LayerMap(model, rule.layer_pattern)
         self._template: Template | None = None
-        self._losses: dict[int, Losses] = {}
+        self._losses: dict[int, Losses | Call] = {}
 
     def begin(self, template: Template) -> None:
         """Say where the images of the next forward are."""
         self._template, self._losses = template, {}
 
-    def end(self) -> dict[int, Losses]:
+    def end(self) -> dict[int, Losses | Call]:
         """Return what was measured of each layer in the forward that is over."""
         found, self._template, self._losses = self._losses, None, {}
         return found
@@ -301,7 +387,8 @@ class _ProbeBackend:
         ]
         if not calls:
             return gm.forward
-        probe_attention_pass(gm, attention=calls, lifted=[lift_mask(gm, call) for call in calls])
+        lifted = [lift_mask(gm, call) for call in calls]
+        probe_attention_pass(gm, attention=calls, lifted=lifted, measure=self._measure)
 
         def run(*args: Any) -> tuple[Any, ...]:
             if self._template is None:

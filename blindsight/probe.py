@@ -57,6 +57,8 @@ class Losses(NamedTuple):
             which counts as nothing else.
         pairs: ``[B, C]`` int64, the pairs of a query and a key that a category computes, in all
             rows.
+        influence: ``[B, H, C, Y]`` float64, the change of a category times each of the given
+            gradients: to first order, what it does to what the gradients are of.
         deviation: ``[B, H]`` float64, the squared norm of the difference between the model's
             output and the dense output as it was computed here.
     """
@@ -68,6 +70,7 @@ class Losses(NamedTuple):
     mass: Tensor
     offsets: Tensor
     pairs: Tensor
+    influence: Tensor
     deviation: Tensor
 
 
@@ -82,6 +85,7 @@ def measure_losses(
     is_sink: Tensor,
     *,
     scale: float | None = None,
+    gradients: Sequence[Tensor] = (),
     query_block: int = QUERY_BLOCK,
     key_block: int = KEY_BLOCK,
 ) -> Losses:
@@ -94,6 +98,7 @@ def measure_losses(
         visibility: What the model's own mask allows.
         span_id, is_sink: ``[B, T]``, the template.
         scale: Factor on the scores; default ``D ** -0.5``.
+        gradients: Of Y numbers, with respect to the output, ``[B, H, T, D]`` each.
         query_block, key_block: Tokens that are looked at together.
 
     Raises:
@@ -107,7 +112,7 @@ def measure_losses(
             f"tokens, got {batch} x {sizes[0]} queries and {sizes[1]} keys. Calibrate without a "
             "cache."
         )
-    losses = empty_losses(batch, num_heads, query.device)
+    losses = empty_losses(batch, num_heads, query.device, len(gradients))
     losses.pairs.copy_(_count_pairs(Template(span_id, is_sink), visibility))
     scale = head_dim**-0.5 if scale is None else scale
     for b in range(batch):
@@ -115,13 +120,36 @@ def measure_losses(
         if not layout.spans:
             continue
         row = _Row(layout, query[b], key[b], value[b], output[b], visibility, b, scale, key_block)
+        row.gradients = [gradient[b] for gradient in gradients]
         for span in layout.spans:
             for begin in range(span.begin, span.end, query_block):
                 row.measure(span, begin, min(begin + query_block, span.end), losses)
     return losses
 
 
-def empty_losses(batch: int, num_heads: int, device: torch.device) -> Losses:
+class Call(NamedTuple):
+    """One call of attention, kept to be measured later: the arguments of that."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    visibility: Visibility
+    span_id: Tensor
+    is_sink: Tensor
+    scale: float | None = None
+
+    def losses(self, gradients: Sequence[Tensor] = ()) -> Losses:
+        """Return what :func:`measure_losses` does."""
+        arguments = (self.query, self.key, self.value, self.output, self.visibility)
+        return measure_losses(
+            *arguments, self.span_id, self.is_sink, scale=self.scale, gradients=gradients
+        )
+
+
+def empty_losses(
+    batch: int, num_heads: int, device: torch.device, num_gradients: int = 0
+) -> Losses:
     """Return the losses of prompts in which no row is restricted."""
 
     def zeros(*shape: int) -> Tensor:
@@ -135,6 +163,7 @@ def empty_losses(batch: int, num_heads: int, device: torch.device) -> Losses:
         mass=zeros(num_heads, len(REGIONS)),
         offsets=zeros(num_heads, NUM_OFFSETS + 1),
         pairs=torch.zeros(batch, NUM_CATEGORIES, dtype=torch.int64, device=device),
+        influence=zeros(num_heads, NUM_CATEGORIES, num_gradients),
         deviation=zeros(num_heads),
     )
 
@@ -274,6 +303,7 @@ class _Row:
         self._scale = scale
         self._key_block = key_block
         self._group_size = query.shape[0] // key.shape[0]
+        self.gradients: list[Tensor] = []
 
     def measure(self, span: _Span, begin: int, end: int, losses: Losses) -> None:
         """Add what rows ``begin..end - 1`` of a span lose."""
@@ -304,7 +334,11 @@ class _Row:
             if category is HeadCategory.SINK:
                 kept.append(itself)
                 hidden = hidden - weights[-1]
-            losses.error[b, :, category] += _square_sum(_divide(_join(kept)) - expected)
+            change = _divide(_join(kept)) - expected
+            losses.error[b, :, category] += _square_sum(change)
+            for at, gradient in enumerate(self.gradients):
+                product = gradient[:, begin:end].to(self._dtype) * change
+                losses.influence[b, :, category, at] += product.double().sum((1, 2))
             losses.lost[b, :, category] += hidden.clamp(min=0).double().sum(-1)
         regions = (weights[_OWN_SINKS] + weights[_OWN], weights[_OTHER_SINKS], weights[_TEXT])
         mass = torch.stack([*regions, weights[_OTHERS]], dim=-1)

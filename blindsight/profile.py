@@ -28,7 +28,14 @@ FORMAT = "blindsight-profile"
 VERSION = "1"
 FINGERPRINT = ("architecture", "num_layers", "num_heads", "num_kv_heads", "head_dim", "layer_types")
 METADATA = ("format", "version", "model", "fingerprint", "rule", "calibration")
-_BY_CATEGORY = ("error", "error_spread", "lost_mass", "margin", "pairs")  # of the evidence
+_BY_CATEGORY = (
+    "error",
+    "error_spread",
+    "effect",
+    "lost_mass",
+    "margin",
+    "pairs",
+)  # of the evidence
 _DAMAGED = "The file is damaged or was edited: copy it again, or calibrate again."
 
 

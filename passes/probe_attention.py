@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
@@ -11,7 +11,7 @@ from torch import fx
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import add_placeholder
 from blindsight.passes.lift_mask import Lifted
-from blindsight.probe import measure_losses
+from blindsight.probe import Call, Losses, measure_losses
 from blindsight.visibility import (
     visibility_of_expression,
     visibility_of_form,
@@ -30,13 +30,13 @@ def probe_attention_pass(
     *,
     attention: Sequence[Attention],
     lifted: Sequence[Lifted],
+    measure: Callable[..., Losses | Call] = measure_losses,
 ) -> fx.GraphModule:
     """Measure the given calls; every node of the graph stays as it is, and so do its outputs.
 
     The graph gets two more inputs, the template: ``span_id [B, T]`` ints and ``is_sink [B, T]``
-    bool; and one more output for each call, after its own, a
-    :class:`~blindsight.probe.Losses`. It is to be run as it is, not compiled: how the measurement
-    proceeds depends on the data.
+    bool; and one more output for each call, after its own, what ``measure`` returns. It is to be
+    run as it is, not compiled: how the measurement proceeds depends on the data.
 
     Args:
         gm: Edited in place; give a copy where somebody else still uses it.
@@ -44,6 +44,8 @@ def probe_attention_pass(
         attention: Calls in ``gm``, from :func:`~blindsight.passes.find_attention.find_attention`.
         lifted: What each call's mask was proven to be, from
             :func:`~blindsight.passes.lift_mask.lift_mask`.
+        measure: :func:`~blindsight.probe.measure_losses`; or :class:`~blindsight.probe.Call`, for
+            calls that are measured later, when gradients are known.
     """
     del example_inputs
     if not attention:
@@ -57,7 +59,7 @@ def probe_attention_pass(
             visibilities[shared] = _visibility(gm, call, proof, span_id)
         with gm.graph.inserting_after(call.node):
             node = gm.graph.call_function(
-                measure_losses,
+                measure,
                 (
                     *(call.query, call.key, call.value, call.node),
                     *(visibilities[shared], span_id, is_sink),

@@ -48,6 +48,7 @@ def measurements_of_errors(error: torch.Tensor) -> Measurements:
         lost_mass=error / 2,
         mass=torch.full((num, layers, heads, 4), 0.25),
         offset_mass=torch.zeros(num, layers, heads, 9),
+        effect=error / 4,
         pairs=PAIRS.expand(num, layers, 4),
     )
 
@@ -202,7 +203,7 @@ def test_an_interrupted_calibration_goes_on_to_the_same_profile(
     class Interrupted:
         """One prober for all, which is compiled once; the third call of all is interrupted."""
 
-        def __init__(self, model: Any, rule: Any) -> None:
+        def __init__(self, model: Any, rule: Any, **options: Any) -> None:
             pass
 
         def __call__(self, inputs: Any) -> Measurements:

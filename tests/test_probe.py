@@ -1,7 +1,7 @@
 """What the probe measures, against fp64 and the definitions; and that it changes nothing."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,7 @@ def expected_losses(
     is_sink: torch.Tensor,
     scale: float,
     bias: torch.Tensor | float = 0.0,
+    gradients: Sequence[torch.Tensor] = (),
 ) -> dict[str, torch.Tensor]:
     """The same sums straight from the definitions, in fp64; base is bool [B, 1 or H, T, T]."""
     query, key, value = (x.double() for x in (query, key, value))
@@ -61,11 +62,14 @@ def expected_losses(
         "lost": torch.zeros(batch, num_heads, 4, dtype=torch.float64),
         "mass": torch.zeros(batch, num_heads, len(REGIONS), dtype=torch.float64),
         "offsets": torch.zeros(batch, num_heads, NUM_OFFSETS + 1, dtype=torch.float64),
+        "influence": torch.zeros(batch, num_heads, 4, len(gradients), dtype=torch.float64),
     }
     for category in range(4):
         keep = oracles.oracle_keep(span_id, is_sink, category)[:, None]
         sparse = attend(base & keep) @ value
         result["error"][..., category] = (sparse - dense).square().sum((-1, -2))
+        for at, gradient in enumerate(gradients):
+            result["influence"][..., category, at] = (gradient * (sparse - dense)).sum((-1, -2))
         result["lost"][..., category] = (weights * ~keep).sum((-1, -2))
     for b, spans in enumerate(span_id.tolist()):
         first = {span: spans.index(span) for span in spans}
@@ -89,7 +93,11 @@ def expected_losses(
 
 def assert_losses(found: Losses, expected: dict[str, torch.Tensor], tolerance: float) -> None:
     for name, value in expected.items():
-        scale = expected["norm"].max() if name in ("norm", "error") else value.max()
+        if not value.numel():
+            continue
+        scale = value.abs().max()
+        if name in ("norm", "error", "influence"):
+            scale = torch.maximum(scale, expected["norm"].max())
         difference = (getattr(found, name) - value).abs().max()
         assert difference <= tolerance * scale + 1e-12, (name, difference, scale)
 
@@ -179,6 +187,7 @@ def test_losses_are_those_of_the_definitions(
     output = torch.nn.functional.scaled_dot_product_attention(
         query, *repeated, attn_mask=torch.where(base, added, float("-inf")).to(dtype), scale=scale
     ).nan_to_num(nan=0.0)
+    gradients = [draw(num_heads) for _ in range(2)]
     found = measure_losses(
         query,
         key,
@@ -188,11 +197,13 @@ def test_losses_are_those_of_the_definitions(
         template.span_id,
         template.is_sink,
         scale=scale,
+        gradients=gradients,
         query_block=blocks[0],
         key_block=blocks[1],
     )
     expected = expected_losses(
-        query, key, value, base, template.span_id, template.is_sink, scale, added
+        *(query, key, value, base, template.span_id, template.is_sink),
+        *(scale, added, gradients),
     )
     tolerance = 1e-9 if dtype == torch.float64 else 2e-4
     assert_losses(found, expected, tolerance)
@@ -365,6 +376,48 @@ def test_a_model_is_measured_and_its_outputs_stay_as_they_are(family: str) -> No
             assert_losses(layers[layer], expected_losses(*arguments), 1e-5)
             deviation = layers[layer].deviation / layers[layer].norm
             assert (deviation < 1e-10).all()
+
+
+def test_the_effect_on_the_next_token_is_that_of_a_small_change() -> None:
+    """Attention that adds little to the residual: then an effect is what one head does."""
+    model = tiny_model("qwen2_5_vl", dtype=torch.float64)
+    model.model.language_model.layers[0].self_attn.o_proj.weight.data *= 3e-3
+    rule = TemplateRule.from_config(model.config)
+    prober = Prober(model, rule, next_token=True)
+    rows = [[3, Image(), 2, Image(), 4], [Image(), Image(), 1]]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    for side in ("left", "right"):
+        inputs = make_inputs("qwen2_5_vl", rows, pad_side=side)
+        found = prober(inputs)
+        assert flags == [parameter.requires_grad for parameter in model.parameters()]
+        template = rule.template(inputs["input_ids"]).tensors()
+        last = [int(row.nonzero()[-1]) for row in inputs["attention_mask"]]
+        after = [_next_token(model, None, inputs, template, last)]
+        for head, category in ((0, 1), (2, 2), (3, 3)):
+            after.append(_next_token(model, (0, head, category), inputs, template, last))
+            change = after[-1] - after[0]
+            weights = (after[0].exp() * change**2).gather(1, after[0].topk(4).indices)
+            expected = weights.sum(1).div(2).sqrt()
+            effect = found.effect[:, 0, head, category].double()
+            assert torch.allclose(effect, expected, rtol=0.05)
+        assert (found.effect[:, 0, :, 1:] > 0).all()
+        assert not found.effect[:, 1].any()  # nobody reads what images are in the last layer
+
+
+def _next_token(
+    model: Any,
+    tried: tuple[int, int, int] | None,
+    inputs: dict[str, torch.Tensor],
+    template: tuple[torch.Tensor, torch.Tensor],
+    last: list[int],
+) -> torch.Tensor:
+    """Log-probabilities [B, V] after each prompt, with one head of another category."""
+    categories = torch.zeros(2, 4, dtype=torch.int64)
+    if tried is not None:
+        categories[tried[0], tried[1]] = tried[2]
+    run = oracles.run_reference(model, categories, *template, inputs, use_cache=False)
+    logits: torch.Tensor = run.logits[torch.arange(len(last)), last]
+    return logits.log_softmax(-1)
 
 
 def test_a_prompt_with_one_image_loses_nothing() -> None:
