@@ -15,10 +15,15 @@ from typing import Any
 from collages import TASKS
 
 SHOWN = ("answer", "early_answer", "mode", "counts", "partner", "look_partner", "look_digit")
+PANELS = {
+    "4 x 9": "4 images of 3 x 3 digits",
+    "12 x 9": "12 images of 3 x 3 digits",
+    "8 x 16": "8 images of 4 x 4 digits",
+}
 
 
 def plot(log: Path, out: Path) -> None:
-    """Three panels: answer and auxiliary losses, accuracy at 4 images, accuracy at 12."""
+    """The answer's loss with some auxiliary ones, and held-out accuracy by task."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -31,7 +36,7 @@ def plot(log: Path, out: Path) -> None:
         lines.append(line)
     losses = [line for line in lines if "losses" in line]
     evals = [line for line in lines if "eval" in line]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    figure, (left, *axes) = plt.subplots(1, 4, figsize=(18, 4.5), layout="constrained")
     steps = [line["step"] for line in losses]
     for name in SHOWN:
         values = [line["losses"].get(name, float("nan")) for line in losses]
@@ -43,24 +48,21 @@ def plot(log: Path, out: Path) -> None:
     left.set_ylim(0.01, 5)
     left.grid(alpha=0.3)
     left.legend(fontsize=8, loc="lower left")
-    for axis, images in ((middle, "4"), (right, "12")):
+    for axis, (key, title) in zip(axes, PANELS.items(), strict=True):
+        done = [(line["step"], line["eval"][key]) for line in evals if key in line["eval"]]
         for task in TASKS:
-            axis.plot(
-                [line["step"] for line in evals],
-                [line["eval"][images][task] for line in evals],
-                marker=".",
-                label=task,
-            )
+            axis.plot([s for s, _ in done], [x[task] for _, x in done], marker=".", label=task)
         axis.set(
-            title=f"Held-out digits, {images} images, one question",
+            title=title,
             xlabel="step",
             ylabel="accuracy",
             ylim=(0, 1.02),
+            xlim=(0, lines[-1]["step"]),
         )
         axis.grid(alpha=0.3)
-    middle.legend(fontsize=8)
+    axes[0].legend(fontsize=8)
     stages = [b["step"] for a, b in pairwise(losses) if b["stage"] > a["stage"]]
-    for axis in (left, middle, right):
+    for axis in (left, *axes):
         for step in stages:
             axis.axvline(step, color="gray", lw=0.8, ls=":")
     temporary = out.with_name("tmp-" + out.name)

@@ -1,6 +1,6 @@
 """Trains the testbed's model from scratch, on a CPU or a GPU.
 
-    python bench/testbed/train.py --out RUN [--steps 6000] [--device cuda]
+    python bench/testbed/train.py --out RUN [--steps 5000] [--device cuda]
 
 Run it again with the same --out to resume. RUN/log.jsonl gets a line every few steps and a line for
 every evaluation; RUN/last.pt is the checkpoint, RUN/best.safetensors the weights that did best on
@@ -52,8 +52,8 @@ class Options:
     """
 
     out: Path
-    steps: int = 6000
-    decay: int = 1500
+    steps: int = 5000
+    decay: int = 2500
     warmup: int = 50
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
