@@ -93,7 +93,9 @@ def profile_with_cut(
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if saves_enough(budgets[middle]) else (middle + 1, high)
-    return profile_of(model, measurements, rule=rule, budget=budgets[low], **options)
+    return profile_of(
+        model, measurements, rule=rule, budget=budgets[low], **{"criterion": criterion, **options}
+    )
 
 
 def main() -> None:

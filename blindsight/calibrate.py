@@ -35,7 +35,8 @@ __all__ = [
 ]
 
 AGGREGATES = ("quantile", "mean")
-BUDGET, QUANTILE = 0.1, 0.95
+CRITERION, QUANTILE = "next_token", 0.95
+BUDGETS = {"next_token": 0.02, "output_error": 0.1, "attention_mass": 0.1}  # by default
 
 _LAST_OFFSET = 2**20  # offsets are clipped to the span: its last token
 _SINK_PROMPTS = 8  # are enough to see where the sinks are
@@ -47,11 +48,11 @@ def calibrate(
     processor: Any,
     samples: Any,
     *,
-    budget: float = BUDGET,
+    budget: float | None = None,
     num_samples: int | None = None,
     seed: int | None = None,
     batch_size: int = 1,
-    criterion: str = "output_error",
+    criterion: str = CRITERION,
     aggregate: str = "quantile",
     quantile: float = QUANTILE,
     allocation: str = "per_head",
@@ -63,15 +64,17 @@ def calibrate(
 ) -> Profile:
     """Measure a model on prompts with several images, and return a profile for it.
 
-    Every head gets the cheapest category that changes its output by no more than the budget.
+    Every head gets the cheapest category that moves the next token by no more than the budget.
     Nothing of the model is changed.
 
     Args:
         model: A transformers model that reads images, with ``attn_implementation="sdpa"``.
         processor: Its processor, see :func:`~blindsight.samples.load_processor`.
         samples: What :func:`~blindsight.samples.load_samples` takes or returns.
-        budget: The one knob: how much of its output, in images other than the first, a head may
-            lose, relative to the norm of that. 0 is dense, infinity is as sparse as can be.
+        budget: The one knob, the most that any one head may lose. 0 is dense, infinity is as sparse
+            as can be. By default the root of the KL divergence of the next token after the prompt,
+            in nats; with ``criterion="output_error"`` the change of the head's own output in
+            images other than the first, relative to its norm.
         num_samples: At most so many samples; by default all.
         seed: Of the choice among them; by default the first ones are taken.
         batch_size: Prompts that run together; results differ by rounding only.
@@ -92,6 +95,7 @@ def calibrate(
         ValueError: An argument is malformed, a sample cannot be read, no prompt has two images, or
             the model's attention cannot be measured; the message says which.
     """
+    budget = BUDGETS.get(criterion, 0.0) if budget is None else budget
     _check_options(budget, criterion, aggregate, quantile, sink_offsets)
     rule = rule_of(model) if rule is None else rule
     samples = load_samples(samples, limit=num_samples, seed=seed)
@@ -127,8 +131,8 @@ def profile_of(
     measurements: Measurements,
     *,
     rule: TemplateRule,
-    budget: float = BUDGET,
-    criterion: str = "output_error",
+    budget: float | None = None,
+    criterion: str = CRITERION,
     aggregate: str = "quantile",
     quantile: float = QUANTILE,
     allocation: str = "per_head",
@@ -143,6 +147,7 @@ def profile_of(
         budget, criterion, aggregate, quantile, allocation: See :func:`calibrate`.
         calibration: What else to note about where the measurements are from.
     """
+    budget = BUDGETS.get(criterion, 0.0) if budget is None else budget
     _check_options(budget, criterion, aggregate, quantile, None)
     evidence = summarize(measurements, aggregate=aggregate, quantile=quantile)
     categories = select_categories(evidence, budget, criterion=criterion, allocation=allocation)
@@ -193,7 +198,7 @@ def summarize(
         "offset_mass": measurements.offset_mass[used].double().mean(0),
         "pairs": pairs,
     }
-    if bool(effect.any()):
+    if not bool(effect.isnan().any()):
         evidence["effect"] = _aggregate(effect, aggregate, quantile)
     return {name: tensor.float().contiguous() for name, tensor in evidence.items()}
 

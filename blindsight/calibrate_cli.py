@@ -33,7 +33,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget",
         type=float,
-        help="how much of its output a head may lose, relative; 0 is dense (default: 0.1)",
+        help="how far one head may move the next token, root of nats; 0 is dense (default: 0.02)",
     )
     parser.add_argument("--num-samples", type=int, default=64, help="prompts (%(default)s)")
     parser.add_argument("--split", help="of the dataset, where it has several")
@@ -47,7 +47,11 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         help="what was measured so far (default: next to the profile; removed at the end)",
     )
     ablations = parser.add_argument_group("ablations, best left alone")
-    ablations.add_argument("--criterion", choices=("output_error", "attention_mass", "next_token"))
+    ablations.add_argument(
+        "--criterion",
+        choices=("next_token", "output_error", "attention_mass"),
+        help="what a head may lose; next_token takes gradients, and their memory",
+    )
     ablations.add_argument("--aggregate", choices=("quantile", "mean"), help="over prompts")
     ablations.add_argument("--quantile", type=float, help="default: 0.95")
     ablations.add_argument("--allocation", choices=("per_head", "global"), help="of the budget")

@@ -59,7 +59,7 @@ class Measurements:
         offset_mass: ``[N, L, H, NUM_OFFSETS + 1]`` float32, the mean attention weight on tokens
             of other spans, by offset, see :class:`~blindsight.probe.Losses`.
         effect: ``[N, L, H, C]`` float32, how far a category moves the next token after the prompt:
-            the root of the KL divergence in nats, to first order; 0 if not measured.
+            the root of the KL divergence in nats, to first order; nan if not measured.
         pairs: ``[N, L, C]`` float32, the pairs of a query and a key that a head computes.
     """
 
@@ -337,7 +337,7 @@ def measurements_of(
     num_rows = stacked.num_rows[:, 0]
     per_row = stacked.num_rows[..., None, None].clamp(min=1)
     relative = (stacked.error / stacked.norm[..., None]).nan_to_num(nan=0.0, posinf=math.inf)
-    effect = torch.zeros_like(relative)
+    effect = torch.full_like(relative, math.nan)
     if shares is not None:
         squares = stacked.influence.square() * shares.cpu()[:, None, None, None]
         effect = (squares.sum(-1) / 2).sqrt()

@@ -91,7 +91,7 @@ def test_every_head_takes_the_cheapest_within_the_budget(
     chosen = select_categories(evidence, budget)
     for layer in range(2):
         for head in range(3):
-            loss, at = evidence["error"][layer, head], int(chosen[layer, head])
+            loss, at = evidence["error"][layer, head].double(), int(chosen[layer, head])
             assert at == DENSE or loss[at] <= budget
             for other in (SINK, DOCUMENT, DOCUMENT_SINK):
                 assert pairs[other] >= pairs[at] or loss[other] > budget
@@ -156,7 +156,9 @@ def test_a_quantile_sees_the_rare_prompt_that_a_mean_does_not() -> None:
     assert torch.allclose(spread, error.std(0, correction=0))
     wide = measurements_of_errors(error.expand(-1, 1, 4, -1).contiguous())
     rule = TemplateRule.from_config(config)
-    profile = profile_of(config, wide, rule=rule, budget=0.1, aggregate="mean")
+    profile = profile_of(
+        config, wide, rule=rule, budget=0.1, criterion="output_error", aggregate="mean"
+    )
     assert profile.counts()[SINK] == 4
     assert torch.allclose(profile.evidence["margin"], 0.1 - profile.evidence["error"])
     assert flops_cut(profile) == pytest.approx(0.7)
@@ -197,7 +199,8 @@ def test_an_interrupted_calibration_goes_on_to_the_same_profile(
 ) -> None:
     model, processor = tiny_model("gemma3", num_layers=1), tiny_processor("gemma3")
     file = tmp_path / "partial"
-    whole_prober = measuring.Prober(model, TemplateRule.from_config(model.config))
+    rule = TemplateRule.from_config(model.config)
+    whole_prober = measuring.Prober(model, rule, next_token=True)
     calls = 0
 
     class Interrupted:
@@ -235,7 +238,9 @@ def test_an_interrupted_calibration_goes_on_to_the_same_profile(
     assert fresh.calibration["num_samples"] == fresh.calibration["num_samples_used"] == "4"
     again = calibrate(model, processor, rows(), **{**options, "budget": 0.0})
     assert calls == 14  # another budget needs no other measurement
-    assert again.counts()[DENSE] == again.num_heads
+    assert again.counts()[DENSE] == 0  # the last layer's images are read by nobody
+    dense = select_categories(again.evidence, 0.0)
+    assert not dense.any()
     measured = calibrate(
         model, processor, rows(2), sink_offsets="measure", checkpoint=tmp_path / "c", progress=False
     )
@@ -313,7 +318,7 @@ def test_the_command_writes_a_profile(saved: Path, capsys: pytest.CaptureFixture
     profile = Profile.load(output)
     profile.validate(tiny_model("gemma3", num_layers=1))
     assert profile.calibration["budget"] == "0.9"
-    assert set(profile.evidence) >= {"error", "error_spread", "margin", "mass", "pairs"}
+    assert set(profile.evidence) >= {"effect", "error", "error_spread", "margin", "mass", "pairs"}
     assert sorted(path.name for path in saved.iterdir()) == ["data", "model", output.name]
     assert load_samples(saved / "data")[1].images
 
