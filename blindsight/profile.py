@@ -48,8 +48,8 @@ class Profile:
         rule: How the images of a prompt are found.
         fingerprint: What the model must be like, see :func:`blindsight.families.fingerprint`.
         evidence: What calibration measured, float32 ``[L, H, ...]``: ``error``,
-            ``error_spread``, ``lost_mass``, ``margin`` and ``pairs`` ``[L, H, C]``, ``mass``
-            ``[L, H, R]``. Copied.
+            ``error_spread``, ``effect``, ``lost_mass``, ``margin`` and ``pairs`` ``[L, H, C]``,
+            ``mass`` ``[L, H, R]``. Copied.
         calibration: Dataset, number of samples, seed, thresholds, library versions.
         model: ``id`` and ``revision`` of the model, where known.
 
