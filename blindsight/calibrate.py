@@ -1,9 +1,9 @@
 """Calibrate a profile: measure a model on prompts, and choose the category of every head.
 
 What a category changes of a head's own output says little of the answer: it depends on who reads
-that output, and nobody reads what images are in the last layer. So the budget is spent by the effect
-on the next token after the prompt, to first order: the change of each head's output times the
-gradient of the likeliest tokens' log-probabilities. Errors of outputs and attention mass are
+that output, and nobody reads what images are in the last layer. So the budget is spent by the
+effect on the next token after the prompt, to first order: the change of each head's output times
+the gradient of the likeliest tokens' log-probabilities. Errors of outputs and attention mass are
 measured beside it, and can be chosen for comparison.
 
 Shapes: N prompts, L layers, H query heads, C categories, R regions.
