@@ -146,8 +146,8 @@ def measure_command(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "profile.safetensors"
         command = [sys.executable, "-m", "blindsight.cli", "calibrate"]
-        command += [arguments.model, arguments.dataset, "-o", str(output)]
-        command += ["--num-samples", str(arguments.num_samples)]
+        command += ["--model", arguments.model, "--data", arguments.dataset, "-o", str(output)]
+        command += ["--limit", str(arguments.num_samples)]
         command += ["--batch-size", str(arguments.batch_size)]
         begin = time.perf_counter()
         found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

@@ -23,9 +23,10 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         "images, choose the cheapest within the budget, and write a profile. An interrupted "
         "calibration goes on where it was.",
     )
-    parser.add_argument("model", help="folder or hub id of a pretrained model")
+    parser.add_argument("--model", required=True, help="folder or hub id of a pretrained model")
     parser.add_argument(
-        "dataset",
+        "--data",
+        required=True,
         help="JSON-lines file of {images, messages}, folder with data.jsonl, folder that datasets "
         "saved, or hub id",
     )
@@ -35,7 +36,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         type=float,
         help="how far one head may move the next token, root of nats; 0 is dense (default: 0.02)",
     )
-    parser.add_argument("--num-samples", type=int, default=64, help="prompts (%(default)s)")
+    parser.add_argument("--limit", type=int, default=64, help="at most so many (%(default)s)")
     parser.add_argument("--split", help="of the dataset, where it has several")
     parser.add_argument("--sample-seed", type=int, help="draw the prompts; else the first")
     parser.add_argument("--batch-size", type=int, default=1, help="prompts at once (%(default)s)")
@@ -82,9 +83,9 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     checkpoint = arguments.checkpoint or output.with_name(f"{output.name}.partial")
     with quiet():
         samples = load_samples(
-            arguments.dataset,
+            arguments.data,
             split=arguments.split,
-            limit=arguments.num_samples,
+            limit=arguments.limit,
             seed=arguments.sample_seed,
         )
         model = load_model(arguments.model, arguments.dtype).to(arguments.device)

@@ -311,7 +311,8 @@ def saved(tmp_path: Path) -> Path:
 
 def test_the_command_writes_a_profile(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = saved / "profile.safetensors"
-    arguments = ["calibrate", str(saved / "model"), str(saved / "data"), "-o", str(output)]
+    arguments = ["calibrate", "--model", str(saved / "model"), "--data", str(saved / "data")]
+    arguments += ["-o", str(output)]
     assert main([*arguments, "--budget", "0.9"]) == 0
     text = capsys.readouterr().out
     assert f"saved to {output}" in text and "attention FLOPs" in text and "s each" in text
@@ -344,7 +345,7 @@ def test_errors_of_the_command_are_one_line(
     (saved / "llama").mkdir()
     LlamaConfig().save_pretrained(saved / "llama")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    arguments = [str(saved / model), str(saved / data), "-o", str(saved / output)]
-    assert main(["calibrate", *arguments]) == 2
+    arguments = ["--model", str(saved / model), "--data", str(saved / data)]
+    assert main(["calibrate", *arguments, "-o", str(saved / output)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
