@@ -186,7 +186,13 @@ class Bench:
         path = self.known / f"refined-{by}-{samples.digest()[:16]}.safetensors"
         if not path.exists():
             note = {"dataset": f"the testbed's: {Path(samples.name).parent.name}"}
-            first = profile_of(self.model, self.measured(samples), rule=self.rule, calibration=note)
+            first = profile_of(
+                self.model,
+                self.measured(samples),
+                rule=self.rule,
+                criterion="output_error",  # what follows is what refines it
+                calibration=note,
+            )
             options = {"budget": self.budgets[0], "by": by, "batch_size": self.batch_size}
             found = refine(self.model, self.processor, samples, first, progress=True, **options)
             found.save(path)
