@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--num-prompts", type=int, default=64, help="of calibration (%(default)s)")
     parser.add_argument("--num-questions", type=int, default=480)
-    parser.add_argument("--budget", type=float, default=0.02, help="of the profile (%(default)s)")
+    parser.add_argument("--budget", type=float, default=0.005, help="of the profile (%(default)s)")
     parser.add_argument("--by", choices=UNITS, default="head", help="how it is refined")
     parser.add_argument("--points", type=int, default=14)
     parser.add_argument("--seeds", type=int, default=3)

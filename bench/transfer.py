@@ -274,7 +274,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.02, 0.05])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.005, 0.02])
     parser.add_argument("--by", choices=UNITS, default="layer", help="how profiles are refined")
     parser.add_argument("--num-questions", type=int, default=300, help="a set (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16)

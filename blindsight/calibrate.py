@@ -42,7 +42,7 @@ __all__ = [
 
 AGGREGATES = ("quantile", "mean")
 CRITERION, QUANTILE = "next_token", 0.95
-BUDGETS = {"next_token": 0.02, "output_error": 0.1, "attention_mass": 0.1}  # by default
+BUDGETS = {"next_token": 0.005, "output_error": 0.1, "attention_mass": 0.1}  # by default
 
 _LAST_OFFSET = 2**20  # offsets are clipped to the span: its last token
 _SINK_PROMPTS = 8  # are enough to see where the sinks are

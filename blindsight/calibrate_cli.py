@@ -34,7 +34,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget",
         type=float,
-        help="how far one head may move the next token, root of nats; 0 is dense (default: 0.02)",
+        help="how far one head may move the next token, root of nats; 0 is dense (default: 0.005)",
     )
     parser.add_argument("--limit", type=int, default=64, help="at most so many (%(default)s)")
     parser.add_argument("--split", help="of the dataset, where it has several")

@@ -53,7 +53,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     refine.add_argument(
         "--budget",
         type=float,
-        default=0.02,
+        default=0.005,
         help="how far one head may move the next token: root of nats (%(default)s)",
     )
     refine.add_argument(
