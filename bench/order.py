@@ -1,6 +1,6 @@
 """What sorting the tokens gains: attention time, gathers, masks and tables included.
 
-    python bench/order.py [--quick]
+    python bench/order.py [--quick] [--images 60 119] [--dtype bfloat16] [--heads DOCUMENT]
 
 One attention call of 8 heads (2 key heads, head dim 128), compiled by Inductor as the rewritten
 graphs are, on this machine's CPU. Prompts of 256-token images with 16 text tokens between. The
@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,9 @@ def masked_sdpa(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Tensor
     return scaled_dot_product_attention(query, key, value, attn_mask=allowed)
 
 
-def measure(config: Config, dtype: torch.dtype, *, repeats: int) -> list[Result]:
+def measure(
+    config: Config, dtype: torch.dtype, mixes: Sequence[str], *, repeats: int
+) -> list[Result]:
     span_id, is_sink = config.template()
     size = config.num_tokens
     query = torch.randn(1, NUM_HEADS, size, HEAD_DIM, dtype=dtype)
@@ -103,8 +105,8 @@ def measure(config: Config, dtype: torch.dtype, *, repeats: int) -> list[Result]
     dense = [query, key, value]
     runs["-", "SDPA is_causal"] = sdpa, dense, 0.0
     runs["-", "SDPA boolean mask"] = masked_sdpa, dense, 0.0
-    for name, categories in MIXES.items():
-        heads = torch.tensor(categories, dtype=torch.int32)
+    for name in mixes:
+        heads = torch.tensor(MIXES[name], dtype=torch.int32)
         inputs = [*dense, span_id, is_sink, heads]
         for form in ("sorted", "prompt order"):
             run, seconds = compiled(masked_attention(form), inputs)
@@ -135,16 +137,20 @@ def measure(config: Config, dtype: torch.dtype, *, repeats: int) -> list[Result]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="short prompts, float32 only")
+    parser.add_argument("--images", type=int, nargs="+", default=[7, 15, 30, 60, 119])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--heads", nargs="+", choices=MIXES, default=list(MIXES))
     arguments = parser.parse_args()
-    images = (7, 15, 30) if arguments.quick else (7, 15, 30, 60, 119)
-    dtypes = [torch.float32] if arguments.quick else [torch.float32, torch.bfloat16]
+    images = (7, 15, 30) if arguments.quick else arguments.images
+    names = ["float32"] if arguments.quick else arguments.dtype
+    dtypes = [getattr(torch, name) for name in names]
     told = conditions()
     table = []
     RESULTS.parent.mkdir(exist_ok=True)
     for dtype in dtypes:
         for num_images in images:
             repeats = 5 if num_images < 60 else 3 if num_images < 119 else 2
-            results = measure(Config(num_images, 256, 16), dtype, repeats=repeats)
+            results = measure(Config(num_images, 256, 16), dtype, arguments.heads, repeats=repeats)
             with RESULTS.open("a") as file:
                 for result in results:
                     file.write(json.dumps({**told, **asdict(result)}) + "\n")
