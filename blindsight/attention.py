@@ -50,6 +50,8 @@ def attend(
     if groups[0][0] == "all":
         return _masked(query, key, value, mask, heads, categories, categories, scale)
     per_key_head = query.shape[1] // key.shape[1]
+    if groups[0] == ("causal", query.shape[1]):
+        return _causal(query, key, value, scale, enable_gqa=per_key_head > 1)
     outputs, begin = [], 0
     for kind, size in groups:
         chosen, codes = (x[begin : begin + size] for x in (heads, categories))
@@ -84,10 +86,14 @@ def _masked(
     return _take_tokens(output, order.inverse_query)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+def _causal(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, *, enable_gqa: bool = False
+) -> Tensor:
     # Keys beyond the queries belong to no token yet: a static cache is longer than the prompt.
     key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    return scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def _take_tokens(x: Tensor, order: Tensor) -> Tensor:

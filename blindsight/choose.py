@@ -88,7 +88,10 @@ def choose_layouts(
     for call in calls:
         parts = num_threads // gcd(num_threads, call.size.batch)
         split = split_layout(call.categories, is_causal=call.is_causal)
-        options = [split if lowering is Lowering.SPLIT else fused_layout(call.categories, parts)]
+        # A layer of dense heads alone needs no FlexAttention, where is_causal says it all.
+        is_plain = call.is_causal and not any(call.categories)
+        splits = lowering is Lowering.SPLIT or is_plain
+        options = [split if splits else fused_layout(call.categories, parts)]
         if lowering is Lowering.AUTO:
             options.append(split)
         listed = _listed_pairs(history, call.size.num_queries, call.form)

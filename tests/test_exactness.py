@@ -254,6 +254,16 @@ def test_heads_split_by_category(family: str, form_name: str, scenario: str, for
     assert runs_of(backend) == {"sparse"}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_of_dense_heads_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are rewritten, too: their mask need not be built."""
+    monkeypatch.setattr(f"{__name__}.CATEGORIES", [[0, 0, 0, 0], [3, 2, 1, 0], [0, 0, 0, 0]])
+    case = Case(family, torch.float32, "one_row")
+    model, backend = case.compile()
+    case.check(model(**case.inputs, use_cache=False).logits)
+    assert runs_of(backend) == {"sparse", "dense: all its heads are dense"}
+
+
 @pytest.mark.inductor
 @pytest.mark.parametrize(
     ("scenario", "form_name", "lowering"),

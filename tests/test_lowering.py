@@ -95,7 +95,8 @@ def test_any_grouping_gives_each_head_its_own_attention(data: st.DataObject) -> 
     history = prompt(3, 5, 4)
     span_id, is_sink = history.template.tensors()
     length = history.num_tokens
-    categories = data.draw(st.lists(st.integers(0, 3), min_size=6, max_size=6))
+    mixed = st.lists(st.integers(0, 3), min_size=6, max_size=6)
+    categories = data.draw(st.one_of(mixed, st.just([0] * 6)))
     layout = data.draw(
         st.sampled_from(
             [
@@ -162,6 +163,12 @@ def test_a_lowering_that_is_asked_for_is_taken() -> None:
     mixed = [0, 0, 1, 1, 2, 2, 3, 3]
     assert choose(history, mixed, "fused") == (fused_layout(mixed, 2),)
     assert choose(history, mixed, "split") == (split_layout(mixed, is_causal=True),)
+
+
+@pytest.mark.parametrize("lowering", ["fused", "split", "auto"])
+def test_a_dense_layer_stays_on_the_dense_kernel(lowering: str) -> None:
+    (layout,) = choose(prompt(30, 256, 16), [0] * 8, lowering)
+    assert layout.groups == (("causal", 8),)
 
 
 def test_short_prompts_run_dense_and_long_ones_sparse() -> None:
