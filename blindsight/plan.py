@@ -146,9 +146,7 @@ class _Planner:
             heads = self._profile.categories[layer].tolist()
             verdict.categories = summarize_categories(heads)
             if not any(heads):
-                verdict.reason = "all its heads are dense; its mask is not built"
-                if lifted.tier != 1:
-                    verdict.rewritten, verdict.reason = False, "all its heads are dense"
+                verdict.rewritten, verdict.reason = False, "all its heads are dense"
         self.plan.calls.append(PlannedCall(attention, layer, lifted, verdict))
 
     def _place(self, attention: Attention) -> tuple[int | None, str | None]:

@@ -655,7 +655,7 @@ def test_where_a_fact_does_not_hold_the_expression_is_evaluated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Gemma's images are intervals only while their groups are contiguous."""
-    monkeypatch.setattr("blindsight.choose.facts_hold", lambda *_, **__: torch.tensor(False))
+    monkeypatch.setattr("blindsight.data_check.facts_hold", lambda *_, **__: torch.tensor(False))
     case = case_of("gemma3", torch.float32, "left_padding")
     model, backend = case.compile()
     with pytest.warns(blindsight.BlindsightWarning, match="does not hold for this prompt"):
