@@ -75,7 +75,7 @@ class CompiledGraph:
         self._rows: dict[object, tuple[Tensor, Tensor]] = {}
         # What a compiler assumes of symbolic sizes must become a guard of Dynamo's, which is only
         # possible now. A graph of fixed sizes is compiled when first needed.
-        now = not self._calls or bool(self._plan.symbols)
+        now = not self._calls or bool(self._plan.symbols or self._plan.numbers)
         own = copy_graph_module(gm) if self._calls else gm
         self._own = inner(own, example_inputs) if now else None
 
@@ -288,9 +288,11 @@ class CompiledGraph:
         inputs = (*args, *edges, template.span_id, template.is_sink, *rows)
         groups = tuple(layout.groups for layout in choice.layouts)
         sizes = tuple(args[at] for at in self._plan.symbols.values())
-        key = (choice.form, choice.calls, groups, tuple(choice.given), sizes, template.num_tokens)
+        numbers = {name: args[at].item() for name, at in self._plan.numbers.items()}
+        known = (sizes, tuple(numbers.values()), template.num_tokens)
+        key = (choice.form, choice.calls, groups, tuple(choice.given), known)
         if key not in self._variants:
-            gm = self._rewrite(choice, self._plan.size_of(args))
+            gm = self._rewrite(choice, self._plan.size_of(args), numbers)
             self._variants[key] = self._compile(gm, inputs)
             while len(self._variants) > _MAX_VARIANTS:
                 self._variants.popitem(last=False)
@@ -337,9 +339,16 @@ class CompiledGraph:
         return best_form(history, num_queries, self._profile.categories[list(layers)])
 
     def _rewrite(
-        self, choice: _Choice, size_of: Callable[[int | torch.SymInt], int]
+        self,
+        choice: _Choice,
+        size_of: Callable[[int | torch.SymInt], int],
+        numbers: Mapping[str, float],
     ) -> fx.GraphModule:
         gm = copy_graph_module(self._plan.gm)
+        for node in list(gm.graph.nodes):
+            if node.name in numbers:
+                node.replace_all_uses_with(numbers[node.name])
+                gm.graph.erase_node(node)
         by_name = {
             attention.node.name: attention
             for attention in find_attention(gm, layer_pattern=self._profile.rule.layer_pattern)

@@ -64,6 +64,8 @@ def run_demo(options: DemoOptions) -> DemoResult:
         answers = speed = None
         if asks and problem is None:
             answers = demo_answers.answer_questions(inner=options.inner, progress=progress)
+        # Two models of one class: what Dynamo learned of the first makes it generalise the second.
+        torch._dynamo.reset()
         if options.part != "answers" or own:
             speed = demo_speed.measure_speed(options, progress)
     return DemoResult(answers, speed, problem or "")

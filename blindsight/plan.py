@@ -61,6 +61,8 @@ class Plan:
         runs_head: Whether the graph computes logits: when it runs, the decoder has run.
         cache: The cache that tells the sequence's history; one layer's stands for all.
         symbols: Positions of the inputs that are symbolic sizes, by symbol.
+        numbers: Positions of the inputs that are floats in the shape of 0-d tensors, by the name
+            of the node that reads them: what Dynamo makes of a float that varies.
     """
 
     gm: fx.GraphModule
@@ -70,6 +72,7 @@ class Plan:
     runs_head: bool = False
     cache: CacheInputs = field(default_factory=CacheInputs)
     symbols: dict[object, int] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +111,7 @@ class _Planner:
         # Without attention the graph goes on as it is.
         copied = copy_graph_module(gm) if has_attention(gm) else gm
         self.plan = Plan(copied, input_ids=find_input_ids(gm), symbols=_symbols(gm))
+        self.plan.numbers = _numbers(gm)
         self.plan.runs_head = any(source_name(x).endswith("lm_head.weight") for x in self._inputs)
         pattern = self._profile.rule.layer_pattern
         for attention in find_attention(copied, layer_pattern=pattern):
@@ -245,6 +249,15 @@ def _symbols(gm: fx.GraphModule) -> dict[object, int]:
         node.meta["example_value"].node.expr: position
         for position, node in enumerate(placeholders(gm))
         if isinstance(node.meta.get("example_value"), torch.SymInt)
+    }
+
+
+def _numbers(gm: fx.GraphModule) -> dict[str, int]:
+    inputs = placeholders(gm)
+    return {
+        node.name: inputs.index(node.args[0])
+        for node in gm.graph.nodes
+        if node.op == "call_method" and node.target == "item" and node.args[0] in inputs
     }
 
 

@@ -412,3 +412,19 @@ def test_backend_state_is_not_on_the_model(qwen: Any, inputs: Any) -> None:
     output = torch.compile(qwen, backend=backend)(**inputs, use_cache=True)
     assert type(output.past_key_values) is DynamicCache
     assert pickle.loads(pickle.dumps(qwen.config)).to_dict() == qwen.config.to_dict()
+
+
+def test_a_float_that_varies_between_models(inputs: Any) -> None:
+    """Dynamo hands the second model's epsilon over as a tensor, to be read in the graph."""
+    for epsilon in (1e-6, 1e-5):
+        model = without_vision(tiny_model("qwen2_5_vl"))
+        for module in model.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.variance_epsilon = epsilon
+        profile = profile_of(model)
+        backend = blindsight_backend(profile, inner="aot_eager", lowering="fused")
+        logits = torch.compile(model, backend=backend)(**inputs, use_cache=False).logits
+        assert {how.split(",")[0] for row in backend.report().rows for how in row.runs} == {
+            "sparse"
+        }
+        check(model, profile, inputs, logits)
