@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[7, 15, 30, 60, 119])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--heads", nargs="+", choices=MIXES, default=list(MIXES))
+    parser.add_argument("--repeats", type=int, help="default: 5, fewer for long prompts")
     arguments = parser.parse_args()
     images = (7, 15, 30) if arguments.quick else arguments.images
     names = ["float32"] if arguments.quick else arguments.dtype
@@ -149,7 +150,8 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     for dtype in dtypes:
         for num_images in images:
-            repeats = 5 if num_images < 60 else 3 if num_images < 119 else 2
+            usual = 5 if num_images < 60 else 3 if num_images < 119 else 2
+            repeats = arguments.repeats or usual
             results = measure(Config(num_images, 256, 16), dtype, arguments.heads, repeats=repeats)
             with RESULTS.open("a") as file:
                 for result in results:
