@@ -32,10 +32,10 @@ from blindsight.calibrate import (
     summarize,
 )
 from blindsight.calibrate_cli import load_model
-from blindsight.demo import quiet
 from blindsight.evaluate import Summary, compare
 from blindsight.measure import Measurements, measure
 from blindsight.profile import Profile
+from blindsight.progress import quiet
 from blindsight.samples import load_processor, load_samples
 from blindsight.selection import CRITERIA
 from blindsight.template import TemplateRule

@@ -23,23 +23,23 @@ from typing import Any
 
 import torch
 from common import Config, conditions, print_table
-from torch import Tensor, fx
-from torch._inductor.compile_fx import compile_fx
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from blindsight.attention import attend
+from blindsight.base_mask import CAUSAL
 from blindsight.block_tables import BLOCK_SIZE, runs_of_sorted
 from blindsight.categories import HeadCategory
 from blindsight.intervals import sorted_bounds
 from blindsight.lowering import Layout, fused_layout, split_layout
 from blindsight.mask_forms import sorted_mask
 from blindsight.masks import causal_base
+from blindsight.tune import compile_alone
 
 RESULTS = Path(__file__).parent / "results" / "attention.jsonl"
-CAUSAL = ("upper", ("index", "q"))
 SHAPES = {  # query heads, key heads, head dim
     "8 heads": (8, 2, 128),
     "qwen2.5-vl-3b": (16, 2, 128),
@@ -150,10 +150,7 @@ class Bench:
         categories = torch.tensor(codes, dtype=torch.int32)[heads]
         rows = [x.to(self.device) for x in (heads, categories)]
         inputs = [*self.dense, *self.template, *rows]
-        graph = fx.Graph()
-        names = [graph.placeholder(f"x{at}") for at in range(len(inputs))]
-        graph.output((graph.call_function(function, tuple(names)),))
-        run = compile_fx(fx.GraphModule({}, graph), inputs)
+        run = compile_alone(function, inputs)
         return lambda: run(*inputs)
 
     def _block_mask(self) -> Callable[[], object]:

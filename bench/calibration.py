@@ -30,13 +30,13 @@ from common import Config, conditions, print_table
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from blindsight.base_mask import CAUSAL
 from blindsight.probe import measure_losses
 from blindsight.visibility import visibility_of_form
 
 RESULTS = Path(__file__).parent / "results" / "calibration.jsonl"
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 128
 IMAGE_TOKENS, TEXT_TOKENS = 256, 16
-FORM = ("upper", ("index", "q"))  # plain causal
 
 
 class LiveTensors(TorchDispatchMode):
@@ -101,7 +101,7 @@ def measure_length(length: int, repeats: int) -> list[dict[str, Any]]:
     key, value = (torch.randn(1, NUM_KV_HEADS, size, HEAD_DIM) for _ in range(2))
 
     def probe() -> object:
-        visibility = visibility_of_form(FORM, (), span_id)
+        visibility = visibility_of_form(CAUSAL, (), span_id)
         assert visibility is not None
         return measure_losses(query, key, value, query, visibility, span_id, is_sink)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blindsight.cost_model import cpu_model
 from blindsight.template import find_sinks
 
 DELIMITERS = 2  # of each image: it begins and ends with one, and both are in its span
@@ -60,17 +61,13 @@ def conditions() -> dict[str, Any]:
         root = Path(__file__).parent
         return subprocess.run(command, capture_output=True, text=True, cwd=root).stdout.strip()
 
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line]
-        cpu = names[0].split(":")[1].strip() if names else cpu
     return {
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain")),
         "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": cpu,
+        "cpu": cpu_model(),
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

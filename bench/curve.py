@@ -18,9 +18,9 @@ import torch
 from common import conditions
 from transfer import Bench
 
-from blindsight.demo import quiet
 from blindsight.effect import UNITS, reselect
 from blindsight.plots import plot_profile
+from blindsight.progress import quiet
 from blindsight.sweep import sweep
 
 

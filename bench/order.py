@@ -22,17 +22,17 @@ from typing import Any
 
 import torch
 from common import Config, conditions, print_table
-from torch import Tensor, fx
-from torch._inductor.compile_fx import compile_fx
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight.attention import attend
+from blindsight.base_mask import CAUSAL
 from blindsight.categories import HeadCategory
 from blindsight.mask_forms import ordered_mask, sorted_mask
+from blindsight.tune import compile_alone
 
 RESULTS = Path(__file__).parent / "results" / "order.jsonl"
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 128
-CAUSAL = ("upper", ("index", "q"))
 MIXES = {
     "DOCUMENT": [HeadCategory.DOCUMENT] * 8,
     "DOCUMENT_SINK": [HeadCategory.DOCUMENT_SINK] * 8,
@@ -73,11 +73,8 @@ def compiled(
     function: Callable[..., Tensor], inputs: list[Tensor]
 ) -> tuple[Callable[..., object], float]:
     """Return a function compiled by Inductor alone, and the seconds that took."""
-    graph = fx.Graph()
-    placeholders = [graph.placeholder(f"x{at}") for at in range(len(inputs))]
-    graph.output((graph.call_function(function, tuple(placeholders)),))
     begin = time.perf_counter()
-    run = compile_fx(fx.GraphModule({}, graph), inputs)
+    run = compile_alone(function, inputs)
     run(*inputs)
     return run, time.perf_counter() - begin
 

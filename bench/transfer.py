@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from blindsight.calibrate import profile_of, rule_of
 from blindsight.calibrate_cli import load_model
-from blindsight.demo import quiet
 from blindsight.effect import UNITS, refine, reselect
 from blindsight.evaluate import compare
 from blindsight.families import fingerprint
@@ -37,6 +36,7 @@ from blindsight.outcomes import digest_of_weights
 from blindsight.prefill import Decoder
 from blindsight.probe import Losses, measure_losses
 from blindsight.profile import Profile
+from blindsight.progress import quiet
 from blindsight.samples import Samples, load_processor, load_samples, model_inputs
 from blindsight.summary import Summary
 from blindsight.visibility import IntervalVisibility

@@ -69,9 +69,13 @@ _NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
 _MAX_PAIR = 2.0**62
 
 
+# Row i sees columns 0..i, no padding: what is_causal=True means.
+CAUSAL: Form = ("upper", ("index", "q"))
+
+
 def is_plain_causal(form: Form) -> bool:
     """Whether a form is what ``is_causal=True`` means: row i sees columns 0..i, no padding."""
-    return form == ("upper", ("index", "q"))
+    return form == CAUSAL
 
 
 def evaluate_expression(

@@ -69,7 +69,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     import time
 
     from blindsight.calibrate import calibrate
-    from blindsight.demo import quiet
+    from blindsight.progress import quiet
     from blindsight.samples import load_processor, load_samples
 
     output: Path = arguments.output

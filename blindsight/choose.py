@@ -92,8 +92,10 @@ def choose_layouts(
         is_plain = call.is_causal and not any(call.categories)
         splits = lowering is Lowering.SPLIT or is_plain
         options = [split if splits else fused_layout(call.categories, parts)]
-        if lowering is Lowering.AUTO:
-            options.append(split)
+        if lowering is not Lowering.AUTO:
+            layouts.append(options[0])
+            continue
+        options.append(split)
         listed = _listed_pairs(history, call.size.num_queries, call.form)
         times = [
             time_of_groups(

@@ -141,9 +141,10 @@ def _run_demo(arguments: argparse.Namespace) -> None:
 
 
 def _run_explain(arguments: argparse.Namespace) -> None:
-    from blindsight.demo import load, quiet
+    from blindsight.demo_prompt import load
     from blindsight.explanation import explain
     from blindsight.profile import Profile
+    from blindsight.progress import quiet
 
     profile = Profile.load(arguments.profile)
     with quiet():

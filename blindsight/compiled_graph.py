@@ -244,7 +244,11 @@ class CompiledGraph:
             if call.layer is None or any(categories[at]) or _tier(call, given) == 1
         )
         form = self._form(args, history, [layers[at] for at in replaced], given)
-        is_causal = self._data.plain_causal(args, given)
+        # Only dense heads can do with less than FlexAttention.
+        has_dense_heads = any(0 in categories[at] for at in replaced)
+        is_causal = (
+            self._data.plain_causal(args, given) if has_dense_heads else [False] * len(self._calls)
+        )
         size_of = self._plan.size_of(args)
         calls = []
         for at in replaced:

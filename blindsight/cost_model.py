@@ -44,8 +44,9 @@ class Costs:
     call: float
 
 
-# Measured on two cores of an AMD EPYC with AVX-512 (bench/results/costs.jsonl); the second was not
-# measured: published speeds of the kernels (FlexAttention 400, cuDNN 600 TFLOP/s on an H100).
+# A CPU's times of a pair are of two cores of an AMD EPYC with AVX-512 (bench/results/order.jsonl);
+# a GPU's follow from published speeds of the kernels (FlexAttention 400, cuDNN 600 TFLOP/s on an
+# H100). Those of moving and calling are rough. `blindsight tune` measures them all.
 _DEFAULTS = {
     "cpu": {
         "float32": Costs(causal=3.8, masked=4.2, flex=5.9, move=0.4, call=200_000.0),
@@ -61,7 +62,7 @@ def device_name(device: torch.device) -> str:
     """Return a name under which a device's costs are kept."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {_cpu_model()}, {torch.get_num_threads()} threads"
+    return f"{device.type}, {cpu_model()}, {torch.get_num_threads()} threads"
 
 
 def costs_of(device: torch.device, dtype: torch.dtype) -> Costs:
@@ -118,7 +119,9 @@ def _load(path: str) -> dict[str, dict[str, Costs]]:
         ) from None
 
 
-def _cpu_model() -> str:
+@cache
+def cpu_model() -> str:
+    """Return the name of this machine's processor."""
     path = Path("/proc/cpuinfo")
     if path.exists():
         for line in path.read_text().splitlines():

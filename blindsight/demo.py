@@ -13,7 +13,7 @@ from blindsight.demo_prompt import DemoOptions, load
 from blindsight.demo_speed import Speed
 from blindsight.progress import Progress, quiet
 
-__all__ = ["DemoOptions", "DemoResult", "load", "quiet", "run_demo"]
+__all__ = ["DemoOptions", "DemoResult", "load", "run_demo"]
 
 
 @dataclass(frozen=True)

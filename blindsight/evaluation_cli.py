@@ -114,8 +114,8 @@ def _add_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> None:
-    from blindsight.demo import quiet
     from blindsight.evaluate import evaluate
+    from blindsight.progress import quiet
 
     with quiet():
         model, processor, samples, profile = _load(arguments)
@@ -139,8 +139,8 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _run_refine(arguments: argparse.Namespace) -> None:
-    from blindsight.demo import quiet
     from blindsight.effect import refine
+    from blindsight.progress import quiet
 
     output: Path = arguments.output
     if not output.parent.is_dir():
@@ -163,7 +163,7 @@ def _run_refine(arguments: argparse.Namespace) -> None:
 
 
 def _run_sweep(arguments: argparse.Namespace) -> None:
-    from blindsight.demo import quiet
+    from blindsight.progress import quiet
     from blindsight.sweep import sweep
 
     if not arguments.no_plot:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
-from blindsight.reference import kept_pairs, replaced_attention
+from blindsight.reference import check_is_plain, kept_pairs, replaced_attention
 from blindsight.runtime import disabled
 from blindsight.template import Template
 
@@ -226,11 +226,7 @@ def _attention(
         raise ValueError(
             f"{type(module).__name__} must be a decoder's, run inside masked(), and isn't."
         )
-    if dropout or kwargs.get("softcap") is not None:
-        raise ValueError(
-            f"attention must be without dropout and softcap, got dropout={dropout}, "
-            f"softcap={kwargs.get('softcap')}."
-        )
+    check_is_plain(dropout, kwargs.get("softcap"))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = Call(run.layers[module], query, key, value, attention_mask, scale)
     groups = EVERYTHING if run.masks is None else run.masks.groups(call)

@@ -161,11 +161,7 @@ def _attention(
         raise ValueError(
             f"{type(module).__name__} must be a decoder's, run by reference_logits, and isn't."
         )
-    if dropout or kwargs.get("softcap") is not None:
-        raise ValueError(
-            f"attention must be without dropout and softcap, got dropout={dropout}, "
-            f"softcap={kwargs.get('softcap')}."
-        )
+    check_is_plain(dropout, kwargs.get("softcap"))
     num_heads, num_queries, num_keys = query.shape[1], query.shape[2], key.shape[2]
     template = Template(*(tensor.to(query.device) for tensor in run.template.tensors()))
     covered = tuple(template.span_id.shape)
@@ -192,6 +188,19 @@ def _attention(
         weights = weights.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
         outputs.append((weights @ value).to(query.dtype))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def check_is_plain(dropout: float, softcap: object) -> None:
+    """Check that attention is the softmax of masked scores, and no more.
+
+    Raises:
+        ValueError: It has dropout, or a cap on its scores.
+    """
+    if dropout or softcap is not None:
+        raise ValueError(
+            f"attention must be without dropout and softcap, got dropout={dropout}, "
+            f"softcap={softcap}."
+        )
 
 
 def kept_pairs(template: Template, category: HeadCategory, rows: slice) -> Tensor:

@@ -15,13 +15,13 @@ from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight.attention import attend
+from blindsight.base_mask import CAUSAL
 from blindsight.block_tables import BLOCK_SIZE
 from blindsight.categories import HeadCategory
 from blindsight.cost_model import HEAD_DIM, Costs
 from blindsight.mask_forms import ordered_mask, sorted_mask
 
 _NUM_HEADS = 8
-_CAUSAL = ("upper", ("index", "q"))
 
 
 def measure_costs(
@@ -56,7 +56,7 @@ def measure_costs(
         inputs = [query, key, value, span_id, is_sink, heads, codes]
         for form in ("ordered", "sorted"):
             progress(f"compiling: {form}, {size:,} tokens")
-            runs[f"{form} {name}"] = _bind(_compile(_flex(form, size), inputs), inputs)
+            runs[f"{form} {name}"] = _bind(compile_alone(_flex(form, size), inputs), inputs)
         if name == "long":
             allowed = torch.ones(size, size, dtype=torch.bool, device=device).tril()[None, None]
             runs["causal"] = _bind(_causal, [query, key, value])
@@ -89,7 +89,7 @@ def _flex(form: str, size: int) -> Callable[..., Tensor]:
         heads: Tensor,
         codes: Tensor,
     ) -> Tensor:
-        mask = make_mask(_CAUSAL, span_id, is_sink, batch=1, num_queries=size, num_keys=size)
+        mask = make_mask(CAUSAL, span_id, is_sink, batch=1, num_queries=size, num_keys=size)
         return attend(query, key, value, mask, heads, codes, (("all", _NUM_HEADS),))
 
     return run
@@ -103,7 +103,9 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tenso
     return scaled_dot_product_attention(query, key, value, attn_mask=allowed)
 
 
-def _compile(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[..., object]:
+def compile_alone(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> Callable[..., object]:
     """Compile a function of tensors with Inductor, without Dynamo, for exactly these sizes."""
     from torch._inductor.compile_fx import compile_fx
 

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from torch import fx
 
-from blindsight.base_mask import Expression, Fact, Form
+from blindsight.base_mask import CAUSAL, Expression, Fact, Form
 from blindsight.passes.expressions import (
     ARITHMETIC,
     FLIPPED,
@@ -111,8 +111,7 @@ def _lift_flag(call: Attention) -> Lifted:
     """Return what a call without a mask says; ``is_causal`` is aligned at the top left."""
     if not call.is_causal:
         return Lifted(1, "", ("nothing",), (), True, call.node)
-    row, column = ("index", "q"), ("index", "k")
-    return Lifted(1, "", ("upper", row), (), ("le", column, row), call.node)
+    return Lifted(1, "", CAUSAL, (), ("le", ("index", "k"), ("index", "q")), call.node)
 
 
 def _opaque(before: fx.Node, reason: str, given: fx.Node | None = None) -> Lifted:

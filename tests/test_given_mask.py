@@ -23,12 +23,12 @@ from models import (
 )
 from oracles import (
     assert_close_to_reference,
-    oracle_base,
     oracle_template,
     reference_copy,
     run_reference,
 )
 from strategies import BaseCase, base_masks
+from test_masks import base_of
 
 CATEGORIES = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]])
 
@@ -56,18 +56,7 @@ def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @given(case=base_masks(), dtype=st.sampled_from([torch.bool, torch.float32, torch.bfloat16]))
 def test_every_base_mask_of_interval_form_is_found(case: BaseCase, dtype: torch.dtype) -> None:
-    allowed = oracle_base(
-        case.num_tokens,
-        case.num_queries,
-        case.num_keys,
-        sight=case.sight,
-        valid=case.valid,
-        image_id=case.image_id,
-        window=case.window,
-        distance=case.distance,
-        chunk=case.chunk,
-        sequence_id=case.sequence_id,
-    )
+    allowed = base_of(case)
     mask = allowed
     if dtype != torch.bool:
         lowest = -torch.inf if case.num_keys % 2 else torch.finfo(dtype).min

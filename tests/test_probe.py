@@ -28,6 +28,7 @@ from blindsight.visibility import (
 )
 from models import Image, make_inputs, tiny_model
 from strategies import BaseCase, gqa_heads, templates
+from test_masks import base_of
 
 
 def expected_losses(
@@ -119,18 +120,6 @@ def full_case(template: Any, sight: str, window: int | None, delimiters: bool) -
         sequence_id=None,
         image_id=image_id,
         valid=template.attention_mask,
-    )
-
-
-def base_of(case: BaseCase) -> torch.Tensor:
-    return oracles.oracle_base(
-        case.num_tokens,
-        case.num_queries,
-        case.num_keys,
-        sight=case.sight,
-        valid=case.valid,
-        image_id=case.image_id,
-        window=case.window,
     )
 
 

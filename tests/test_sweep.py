@@ -384,7 +384,6 @@ def test_points_are_timed_on_request() -> None:
 
 
 def test_pictures_are_drawn(curve: Sweep, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     curve.plot(tmp_path / "sweep.png")
     plot_profile(model_and_profile()[1], tmp_path / "heads.png")
     plot_profile(model_and_profile()[1], tmp_path / "heads.svg")
@@ -412,7 +411,6 @@ def test_labels_never_overlap() -> None:
 def test_the_command_writes_tables_and_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
     model, profile = model_and_profile()
     model.save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "model")
