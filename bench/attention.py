@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from blindsight.attention import attend
 from blindsight.base_mask import CAUSAL
-from blindsight.block_tables import BLOCK_SIZE, runs_of_sorted
+from blindsight.block_tables import block_size_of, runs_of_sorted
 from blindsight.categories import HeadCategory
 from blindsight.intervals import sorted_bounds
 from blindsight.lowering import Layout, fused_layout, split_layout
@@ -95,8 +95,9 @@ class Bench:
         self.template = [x.to(device) for x in config.template()]
         base = causal_base(1, size, size, size)
         bounds, _ = sorted_bounds(base, *config.template(), size, size)
-        self.listed = runs_of_sorted(bounds).num_listed().sum((0, 2)).tolist()
-        blocks = -(-size // BLOCK_SIZE)
+        block_size = block_size_of(torch.device(device))
+        self.listed = runs_of_sorted(bounds, block_size).num_listed().sum((0, 2)).tolist()
+        blocks = -(-size // block_size)
         self.causal_blocks = blocks * (blocks + 1) / 2
 
     def runs(self, mixes: Sequence[float], *, baselines: bool) -> dict[tuple[float, str], Any]:

@@ -79,10 +79,10 @@ def _masked(
     tables, rule = mask.tables_of(heads, for_tables), mask.rule_of(heads, categories)
     order = mask.order
     if order is None:
-        return flex_attention(query, key, value, tables, rule, scale)
+        return flex_attention(query, key, value, tables, mask.block_size, rule, scale)
     query = _take_tokens(query, order.query)
     key, value = _take_tokens(key, order.key), _take_tokens(value, order.key)
-    output = flex_attention(query, key, value, tables, rule, scale)
+    output = flex_attention(query, key, value, tables, mask.block_size, rule, scale)
     return _take_tokens(output, order.inverse_query)
 
 

@@ -19,12 +19,16 @@ from torch.nn.functional import pad
 from blindsight.intervals import NUM_PARTS, SortedBounds
 from blindsight.masks import BaseMask, Keep
 
-BLOCK_SIZE = 128
-
-# Moving tokens takes about 1 % of causal attention at 36,000 tokens.
-KEYS_PER_MOVE = 180
-
 BlockSize = int | tuple[int, int]  # queries, keys
+
+
+def block_size_of(device: torch.device) -> int:
+    """Return the block size, in tokens, that suits a device's kernels.
+
+    Triton's tiles are up to 128 wide, and a block is a whole number of them. The C++ kernel's tile
+    is the block: one of 64 stays in a core's cache, and visits less (bench/blocks.py).
+    """
+    return 64 if device.type == "cpu" else 128
 
 
 class BlockTables(NamedTuple):
@@ -87,7 +91,7 @@ class BlockRuns(NamedTuple):
         )
 
 
-def runs_of_sorted(bounds: SortedBounds, block_size: BlockSize = BLOCK_SIZE) -> BlockRuns:
+def runs_of_sorted(bounds: SortedBounds, block_size: BlockSize) -> BlockRuns:
     """Return the blocks of a mask in sorted order."""
     query_size, key_size = _sizes(block_size)
     lower, upper = bounds
@@ -127,7 +131,7 @@ def runs_of_sorted(bounds: SortedBounds, block_size: BlockSize = BLOCK_SIZE) -> 
 def tables_of_sorted(
     bounds: SortedBounds,
     num_keys: int,
-    block_size: BlockSize = BLOCK_SIZE,
+    block_size: BlockSize,
     *,
     max_listed: int | None = None,
 ) -> BlockTables:
@@ -147,7 +151,7 @@ def tables_of_prompt_order(
     base: BaseMask,
     keep: Keep,
     num_keys: int,
-    block_size: BlockSize = BLOCK_SIZE,
+    block_size: BlockSize,
     *,
     max_listed: int | None = None,
 ) -> BlockTables:
@@ -165,7 +169,7 @@ def tables_of_prompt_order(
     return BlockTables(*_list_blocks(listed & ~full, width), *_list_blocks(full, width))
 
 
-def tables_of_mask(mask: Tensor, block_size: BlockSize = BLOCK_SIZE) -> BlockTables:
+def tables_of_mask(mask: Tensor, block_size: BlockSize) -> BlockTables:
     """Return the tables of an explicit mask ``[B, C, Q, K]``, by looking at every element."""
     query_size, key_size = _sizes(block_size)
     ragged = -mask.shape[2] % query_size, -mask.shape[3] % key_size
@@ -181,7 +185,7 @@ def tables_of_mask(mask: Tensor, block_size: BlockSize = BLOCK_SIZE) -> BlockTab
 def listed_share(
     tables: BlockTables,
     num_pairs: Tensor | int,
-    block_size: BlockSize = BLOCK_SIZE,
+    block_size: BlockSize,
 ) -> Tensor:
     """Return the pairs that the listed blocks hold, as a share of ``num_pairs``: ``[B, C]``.
 
@@ -200,9 +204,9 @@ def prompt_order_lists_less(
     keep: Keep,
     bounds: SortedBounds,
     num_heads: Sequence[int],
-    block_size: BlockSize = BLOCK_SIZE,
+    block_size: BlockSize,
     *,
-    keys_per_move: int = KEYS_PER_MOVE,
+    keys_per_move: float,
 ) -> bool:
     """Whether attention is cheaper in prompt order than with its tokens sorted.
 
@@ -215,7 +219,7 @@ def prompt_order_lists_less(
         num_heads: Heads of each category that go through the tables.
         block_size: Of queries and keys alike, or of each.
         keys_per_move: Keys that a query attends to in the time that it takes to move a token of
-            query, key, value and output.
+            query, key, value and output (of one head).
     """
     used = [category for category, heads in enumerate(num_heads) if heads]
     if not used:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from blindsight.block_tables import (
-    BLOCK_SIZE,
     prompt_order_lists_less,
     runs_of_sorted,
     tables_of_prompt_order,
@@ -47,7 +46,9 @@ class ChoosableCall:
     size: CallSize
 
 
-def best_form(history: History, num_queries: int, categories: Tensor) -> MaskForm:
+def best_form(
+    history: History, num_queries: int, categories: Tensor, *, costs: Costs, block_size: int
+) -> MaskForm:
     """Return the token order that lists fewer blocks for heads of these categories.
 
     Judged for a causal base mask, once per prompt.
@@ -56,12 +57,15 @@ def best_form(history: History, num_queries: int, categories: Tensor) -> MaskFor
         history: The whole sequence.
         num_queries: Q, the last tokens of it.
         categories: Codes of all heads that run.
+        costs, block_size: Of the device.
     """
     num_heads = torch.bincount(categories.flatten().long(), minlength=NUM_CATEGORIES).tolist()
-    key = ("form", num_queries, tuple(num_heads))
+    key = ("form", num_queries, tuple(num_heads), block_size)
     if key not in history.memo:
         base, keep, bounds = _masks_of(history, num_queries)
-        less = prompt_order_lists_less(base, keep, bounds, num_heads)
+        less = prompt_order_lists_less(
+            base, keep, bounds, num_heads, block_size, keys_per_move=costs.keys_per_move
+        )
         history.memo[key] = MaskForm.ORDERED if less else MaskForm.SORTED
     form: MaskForm = history.memo[key]
     return form
@@ -73,6 +77,7 @@ def choose_layouts(
     *,
     lowering: Lowering,
     costs: Costs,
+    block_size: int,
     num_threads: int,
 ) -> tuple[Layout, ...] | None:
     """Return how to compute each call, or None: the model's own graph is estimated to be faster.
@@ -81,7 +86,7 @@ def choose_layouts(
         calls: Of one graph, rewritten together or not at all.
         history: The whole sequence.
         lowering: What was asked for.
-        costs: Of the device.
+        costs, block_size: Of the device.
         num_threads: Among how many threads a CPU's kernels deal out their work, else 1.
     """
     layouts, time, own = [], 0.0, 0.0
@@ -96,7 +101,7 @@ def choose_layouts(
             layouts.append(options[0])
             continue
         options.append(split)
-        listed = _listed_pairs(history, call.size.num_queries, call.form)
+        listed = _listed_pairs(history, call.size.num_queries, call.form, block_size)
         times = [
             time_of_groups(
                 costs,
@@ -117,17 +122,17 @@ def choose_layouts(
     return tuple(layouts)
 
 
-def _listed_pairs(history: History, num_queries: int, form: MaskForm) -> list[int]:
+def _listed_pairs(history: History, num_queries: int, form: MaskForm, block_size: int) -> list[int]:
     """Return the pairs in the blocks that a head of each category visits, over a causal mask."""
-    key = ("listed", num_queries, form is MaskForm.SORTED)
+    key = ("listed", num_queries, form is MaskForm.SORTED, block_size)
     if key not in history.memo:
         base, keep, bounds = _masks_of(history, num_queries)
         if form is MaskForm.SORTED:
-            listed = runs_of_sorted(bounds).num_listed()
+            listed = runs_of_sorted(bounds, block_size).num_listed()
         else:
-            tables = tables_of_prompt_order(base, keep, history.num_tokens)
+            tables = tables_of_prompt_order(base, keep, history.num_tokens, block_size)
             listed = tables.num_partial + tables.num_full
-        history.memo[key] = (listed.sum((0, 2), dtype=torch.int64) * BLOCK_SIZE**2).tolist()
+        history.memo[key] = (listed.sum((0, 2), dtype=torch.int64) * block_size**2).tolist()
     pairs: list[int] = history.memo[key]
     return pairs
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from blindsight.block_tables import block_size_of
 from blindsight.choose import ChoosableCall, best_form, choose_layouts
 from blindsight.cost_model import CallSize, costs_of
 from blindsight.data_check import DataCheck
@@ -269,6 +270,7 @@ class CompiledGraph:
             history,
             lowering=self._state.lowering,
             costs=costs_of(device, self._plan.dtype),
+            block_size=block_size_of(device),
             num_threads=torch.get_num_threads() if device.type == "cpu" else 1,
         )
         return None if layouts is None else _Choice(replaced, layouts, form, given)
@@ -340,7 +342,13 @@ class CompiledGraph:
             )
             return MaskForm.EXPRESSED
         num_queries = self._plan.sizes(args)[1]
-        return best_form(history, num_queries, self._profile.categories[list(layers)])
+        return best_form(
+            history,
+            num_queries,
+            self._profile.categories[list(layers)],
+            costs=costs_of(self._plan.device, self._plan.dtype),
+            block_size=block_size_of(self._plan.device),
+        )
 
     def _rewrite(
         self,

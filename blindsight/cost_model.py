@@ -43,6 +43,11 @@ class Costs:
     move: float
     call: float
 
+    @property
+    def keys_per_move(self) -> float:
+        """Keys that a query visits while a token of query, key, value and output is moved."""
+        return 4 * HEAD_DIM * self.move / self.flex
+
 
 # A CPU's times of a pair are of two cores of an AMD EPYC with AVX-512 (bench/results/order.jsonl);
 # a GPU's follow from published speeds of the kernels (FlexAttention 400, cuDNN 600 TFLOP/s on an

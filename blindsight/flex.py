@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_op
 from torch.nn.attention.flex_attention import BlockMask
 
-from blindsight.block_tables import BLOCK_SIZE, BlockTables
+from blindsight.block_tables import BlockTables
 
 # What torch.nn.attention.flex_attention passes for inference without auxiliary outputs.
 _KERNEL_OPTIONS: dict[str, Any] = {
@@ -41,7 +41,13 @@ class Rule(NamedTuple):
 
 
 def flex_attention(
-    query: Tensor, key: Tensor, value: Tensor, tables: BlockTables, rule: Rule, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tables: BlockTables,
+    block_size: int,
+    rule: Rule,
+    scale: float | None,
 ) -> Tensor:
     """Call the operator itself: its public function would start a compilation of its own.
 
@@ -49,12 +55,13 @@ def flex_attention(
         query: ``[B, H, Q, D]``.
         key, value: ``[B, G, K, D]``, H a multiple of G.
         tables: ``[B, 1 or H, ...]``, the blocks to visit.
+        block_size: Of those, in tokens.
         rule: For the elements of partial blocks.
         scale: Factor on the scores; None: ``D ** -0.5``.
     """
     block_mask = BlockMask.from_kv_blocks(
         *tables,
-        BLOCK_SIZE=BLOCK_SIZE,
+        BLOCK_SIZE=block_size,
         mask_mod=cast(Any, rule.mask_mod),
         seq_lengths=(query.shape[2], key.shape[2]),
         compute_q_blocks=False,

@@ -25,6 +25,7 @@ from torch import Tensor
 from blindsight.base_mask import Expression, Form, base_mask_of, evaluate_expression
 from blindsight.block_tables import (
     BlockTables,
+    block_size_of,
     tables_of_mask,
     tables_of_prompt_order,
     tables_of_sorted,
@@ -41,6 +42,10 @@ class Mask(Protocol):
     @property
     def order(self) -> TokenOrder | None:
         """The order of tokens that the mask is in, None for prompt order."""
+
+    @property
+    def block_size(self) -> int:
+        """Of the tables, in tokens."""
 
     def tables_of(self, heads: Tensor, categories: Tensor) -> BlockTables:
         """Return the blocks to visit.
@@ -61,12 +66,14 @@ class SortedMask(NamedTuple):
         order: Of queries and keys.
         lower, upper: ``[B, 3 * C, Q]`` int32, the intervals of each sorted query.
         tables: Blocks per category.
+        block_size: Theirs.
     """
 
     order: TokenOrder
     lower: Tensor
     upper: Tensor
     tables: BlockTables
+    block_size: int
 
     def tables_of(self, heads: Tensor, categories: Tensor) -> BlockTables:
         return self.tables.of_heads(categories)
@@ -81,6 +88,7 @@ class OrderedMask(NamedTuple):
     base: BaseMask
     keep: Keep
     tables: BlockTables
+    block_size: int
     order: None = None
 
     def tables_of(self, heads: Tensor, categories: Tensor) -> BlockTables:
@@ -110,11 +118,13 @@ class ExpressedMask(NamedTuple):
         keep: What the categories keep.
         base: See :mod:`blindsight.base_mask`.
         tables: Blocks per category.
+        block_size: Theirs.
     """
 
     keep: Keep
     base: Expression
     tables: BlockTables
+    block_size: int
     order: None = None
 
     def tables_of(self, heads: Tensor, categories: Tensor) -> BlockTables:
@@ -152,19 +162,21 @@ class MaterialisedMask(NamedTuple):
         base: ``[B, Hm, Q, K]`` bool, the mask that the model asked for; Hm is 1 or H.
         bias: ``[B, Hm, Q, K]`` float that the model adds to the scores, or None.
         tables: Blocks per category, or None where the base mask differs from head to head.
+        block_size: Theirs.
     """
 
     keep: Keep
     base: Tensor
     bias: Tensor | None
     tables: BlockTables | None
+    block_size: int
     order: None = None
 
     def tables_of(self, heads: Tensor, categories: Tensor) -> BlockTables:
         if self.tables is not None:
             return self.tables.of_heads(categories)
         kept = _keep_elements(self.keep, self.base.shape[3]).index_select(1, categories)
-        return tables_of_mask(self.base.index_select(1, heads) & kept)
+        return tables_of_mask(self.base.index_select(1, heads) & kept, self.block_size)
 
     def rule_of(self, heads: Tensor, categories: Tensor) -> Rule:
         # Which row of the base mask a head reads: all the same one, or each its own.
@@ -207,8 +219,9 @@ def sorted_mask(
         base, span_id, is_sink, num_queries, num_keys, first_span=first_span
     )
     lower, upper = (realize(rows, span_id) for rows in bounds.rows())
-    tables = tables_of_sorted(bounds, num_keys)
-    return SortedMask(TokenOrder(*map(realize, order)), lower, upper, tables)
+    block_size = block_size_of(span_id.device)
+    tables = tables_of_sorted(bounds, num_keys, block_size)
+    return SortedMask(TokenOrder(*map(realize, order)), lower, upper, tables, block_size)
 
 
 def ordered_mask(
@@ -223,9 +236,10 @@ def ordered_mask(
     """As :func:`sorted_mask`, in prompt order."""
     base, first_span = _lifted_base(form, span_id, batch, num_queries, num_keys)
     keep = keep_intervals(span_id, is_sink, num_queries, num_keys, first_span=first_span)
-    tables = tables_of_prompt_order(base, keep, num_keys)
+    block_size = block_size_of(span_id.device)
+    tables = tables_of_prompt_order(base, keep, num_keys, block_size)
     parts = [realize(part, span_id) for part in (*base, *keep)]
-    return OrderedMask(BaseMask(*parts[:3]), Keep(*parts[3:]), tables)
+    return OrderedMask(BaseMask(*parts[:3]), Keep(*parts[3:]), tables, block_size)
 
 
 def expressed_mask(
@@ -250,11 +264,13 @@ def expressed_mask(
     keep = keep_intervals(span_id, is_sink, num_queries, num_keys)
     b, q, k = (torch.arange(size, device=span_id.device) for size in (batch, num_queries, num_keys))
     allowed = evaluate_expression(expression, b[:, None, None, None], q[:, None], k)
-    tables = tables_of_mask(_keep_elements(keep, num_keys) & allowed)
+    block_size = block_size_of(span_id.device)
+    tables = tables_of_mask(_keep_elements(keep, num_keys) & allowed, block_size)
     return ExpressedMask(
         Keep(*(realize(part, span_id) for part in keep)),
         _map_tensors(expression, lambda x: realize(x, span_id)),
         tables,
+        block_size,
     )
 
 
@@ -279,14 +295,15 @@ def materialised_mask(
     """
     keep = keep_intervals(span_id, is_sink, num_queries, num_keys)
     base, bias = _split_mask(attn_mask, batch, num_queries, num_keys, is_causal, span_id.device)
-    tables = None
+    tables, block_size = None, block_size_of(span_id.device)
     if base.shape[1] == 1:
-        tables = tables_of_mask(base & _keep_elements(keep, num_keys))
+        tables = tables_of_mask(base & _keep_elements(keep, num_keys), block_size)
     return MaterialisedMask(
         Keep(*(realize(part, span_id) for part in keep)),
         realize(base, span_id),
         None if bias is None else realize(bias),
         tables,
+        block_size,
     )
 
 

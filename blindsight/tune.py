@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight.attention import attend
 from blindsight.base_mask import CAUSAL
-from blindsight.block_tables import BLOCK_SIZE
+from blindsight.block_tables import block_size_of
 from blindsight.categories import HeadCategory
 from blindsight.cost_model import HEAD_DIM, Costs
 from blindsight.mask_forms import ordered_mask, sorted_mask
@@ -42,7 +42,8 @@ def measure_costs(
         progress: Called with what comes next.
     """
     length = num_tokens or (4096 if device.type == "cpu" else 16384)
-    short = 2 * BLOCK_SIZE
+    block_size = block_size_of(device)
+    short = 2 * block_size
     runs: dict[str, Callable[[], object]] = {}
     for name, size in (("long", length), ("short", short)):
         query, key, value = (
@@ -63,8 +64,8 @@ def measure_costs(
             runs["masked"] = _bind(_masked, [query, key, value, allowed])
     progress("timing")
     times = _time(runs, device, repeats)
-    blocks = -(-length // BLOCK_SIZE)
-    listed = _NUM_HEADS * blocks * (blocks + 1) / 2 * BLOCK_SIZE**2
+    blocks = -(-length // block_size)
+    listed = _NUM_HEADS * blocks * (blocks + 1) / 2 * block_size**2
     pairs = _NUM_HEADS * length**2
     moved = 4 * _NUM_HEADS * length * HEAD_DIM
     call = times["ordered short"]

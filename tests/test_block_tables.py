@@ -228,17 +228,20 @@ def both_orders(lengths, window=10_000):
 
 
 def test_choice_of_order_counts_blocks_of_the_heads_in_use():
+    def prompt_order(masks, num_heads, block_size=128, keys_per_move=180):
+        return prompt_order_lists_less(*masks, num_heads, block_size, keys_per_move=keys_per_move)
+
     with_text = both_orders([16, 256] * 16)
     without_text = both_orders([0, 256] * 16)
-    assert not prompt_order_lists_less(*with_text, [0, 0, 0, 8])
-    assert not prompt_order_lists_less(*with_text, [0, 8, 8, 0], (64, 32))
-    assert prompt_order_lists_less(*without_text, [0, 0, 8, 0])
-    assert not prompt_order_lists_less(*without_text, [0, 0, 1, 8])
+    assert not prompt_order(with_text, [0, 0, 0, 8])
+    assert not prompt_order(with_text, [0, 8, 8, 0], (64, 32))
+    assert prompt_order(without_text, [0, 0, 8, 0])
+    assert not prompt_order(without_text, [0, 0, 1, 8])
     # nothing to gain: no sparse head, no head at all, a narrow window, or a high cost
-    assert prompt_order_lists_less(*with_text, [8, 0, 0, 0])
-    assert prompt_order_lists_less(*with_text, [0, 0, 0, 0])
-    assert prompt_order_lists_less(*both_orders([16, 256] * 16, window=100), [0, 0, 0, 8])
-    assert prompt_order_lists_less(*with_text, [0, 0, 0, 8], keys_per_move=10_000)
+    assert prompt_order(with_text, [8, 0, 0, 0])
+    assert prompt_order(with_text, [0, 0, 0, 0])
+    assert prompt_order(both_orders([16, 256] * 16, window=100), [0, 0, 0, 8])
+    assert prompt_order(with_text, [0, 0, 0, 8], keys_per_move=10_000)
 
 
 @settings(max_examples=5)

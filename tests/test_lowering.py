@@ -154,6 +154,7 @@ def choose(history: History, categories: list[int], lowering: str, **options: An
         history,
         lowering=Lowering.of(lowering),
         costs=COSTS,
+        block_size=128,
         num_threads=2,
     )
 
