@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from blindsight.any_length import CompiledForLengths, SymbolicSizes, capacity_of
 from blindsight.block_tables import block_size_of
 from blindsight.choose import ChoosableCall, best_form, choose_layouts
 from blindsight.cost_model import CallSize, costs_of
@@ -22,7 +23,7 @@ from blindsight.inner import Inner
 from blindsight.lowering import Layout
 from blindsight.masks import BaseMask
 from blindsight.passes.find_attention import find_attention
-from blindsight.passes.graph import copy_graph_module
+from blindsight.passes.graph import copy_graph_module, same_size
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.replace_attention import MaskForm, replace_attention_pass
 from blindsight.plan import PlannedCall, plan_graph
@@ -45,12 +46,14 @@ class _Choice:
         layouts: Of each of them.
         form: Of the masks that are known as intervals.
         given: Intervals of the masks that are inputs of the graph, by their names.
+        capacity: Of a graph for many lengths, the largest; None: it is for the sizes at hand.
     """
 
     calls: tuple[int, ...]
     layouts: tuple[Layout, ...]
     form: MaskForm
     given: dict[str, BaseMask]
+    capacity: int | None
 
 
 class CompiledGraph:
@@ -72,7 +75,7 @@ class CompiledGraph:
         self._calls = self._plan.calls
         self._data = DataCheck(self._plan)
         self._given = GivenMasks(self._plan, self._runtime.masks)
-        self._variants: OrderedDict[object, Callable[..., Any]] = OrderedDict()
+        self._variants: OrderedDict[object, CompiledForLengths] = OrderedDict()
         self._rows: dict[object, tuple[Tensor, Tensor]] = {}
         # What a compiler assumes of symbolic sizes must become a guard of Dynamo's, which is only
         # possible now. A graph of fixed sizes is compiled when first needed.
@@ -244,7 +247,10 @@ class CompiledGraph:
             for at, call in enumerate(self._calls)
             if call.layer is None or any(categories[at]) or _tier(call, given) == 1
         )
-        form = self._form(args, history, [layers[at] for at in replaced], given)
+        capacity = self._capacity(args, history, replaced)
+        form = self._form(args, history, [layers[at] for at in replaced], given, capacity)
+        if form is not MaskForm.SORTED:
+            capacity = None
         # Only dense heads can do with less than FlexAttention.
         has_dense_heads = any(0 in categories[at] for at in replaced)
         is_causal = (
@@ -273,7 +279,9 @@ class CompiledGraph:
             block_size=block_size_of(device),
             num_threads=torch.get_num_threads() if device.type == "cpu" else 1,
         )
-        return None if layouts is None else _Choice(replaced, layouts, form, given)
+        if layouts is None:
+            return None
+        return _Choice(replaced, layouts, form, given, capacity)
 
     def _run_rewritten(
         self, args: Sequence[Any], layers: tuple[int, ...], history: History, choice: _Choice
@@ -295,20 +303,50 @@ class CompiledGraph:
         groups = tuple(layout.groups for layout in choice.layouts)
         sizes = tuple(args[at] for at in self._plan.symbols.values())
         numbers = {name: args[at].item() for name, at in self._plan.numbers.items()}
-        known = (sizes, tuple(numbers.values()), template.num_tokens)
-        key = (choice.form, choice.calls, groups, tuple(choice.given), known)
-        if key not in self._variants:
-            gm = self._rewrite(choice, self._plan.size_of(args), numbers)
-            self._variants[key] = self._compile(gm, inputs)
-            while len(self._variants) > _MAX_VARIANTS:
-                self._variants.popitem(last=False)
-        self._variants.move_to_end(key)
+        key = (choice.form, choice.calls, groups, tuple(choice.given), tuple(numbers.values()))
+        variant = None
+        if choice.capacity is not None:
+            batch = template.span_id.shape[0]
+            variant = self._variant((key, batch, choice.capacity), choice, inputs, numbers)
+        if variant is None or not variant.fits(sizes):
+            exactly = replace(choice, capacity=None)
+            variant = self._variant((key, sizes, template.num_tokens), exactly, inputs, numbers)
         runs = [f"dense: {_DENSE_HEADS}"] * len(self._calls)
         for at in choice.calls:
             if self._profile.categories[layers[at]].any():
                 its_form = choice.form.of(_tier(self._calls[at], choice.given))
                 runs[at] = f"sparse, {its_form.value}"
-        return self._variants[key](*inputs), runs
+        return variant.run(*inputs), runs
+
+    def _variant(
+        self,
+        key: object,
+        choice: _Choice,
+        inputs: Sequence[Any],
+        numbers: Mapping[str, float],
+    ) -> CompiledForLengths:
+        """Return the rewritten graph of a key, compiled with these inputs if it is new."""
+        if key not in self._variants:
+            size_of = self._plan.size_of(inputs)
+            gm = self._rewrite(choice, size_of, numbers)
+            if choice.capacity is None:
+                variant = CompiledForLengths(self._compile(gm, inputs), lambda sizes: True)
+            else:
+                variant = self._compile_for_lengths(gm, inputs)
+            self._variants[key] = variant
+            while len(self._variants) > _MAX_VARIANTS:
+                self._variants.popitem(last=False)
+        self._variants.move_to_end(key)
+        return self._variants[key]
+
+    def _compile_for_lengths(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> CompiledForLengths:
+        batch, length = self._plan.query_sizes
+        fixed = set() if isinstance(batch, int) else batch.node.expr.free_symbols
+        values = {symbol: inputs[at] for symbol, at in self._plan.symbols.items()}
+        fixed |= {symbol for symbol, value in values.items() if value < 2}
+        sizes = SymbolicSizes(values, fixed)
+        run = self._compile(gm, sizes.inputs(gm, inputs, length))
+        return CompiledForLengths(run, sizes.check())
 
     def _rows_of(self, layers: Sequence[int], layouts: Sequence[Layout]) -> tuple[Tensor, Tensor]:
         """Return the heads of layers in the order of their layouts, and their categories."""
@@ -320,12 +358,29 @@ class CompiledGraph:
             self._rows[key] = heads.to(device), categories.to(device, torch.int32)
         return self._rows[key]
 
+    def _capacity(
+        self, args: Sequence[Any], history: History, replaced: Sequence[int]
+    ) -> int | None:
+        """Return for how many tokens to compile a graph that is for many lengths, if it can be."""
+        calls = [self._calls[at] for at in replaced]
+        length = self._plan.query_sizes[1]
+        sizes = [size for call in calls for size in call.attention.lengths]
+        if (
+            isinstance(length, int)
+            or any(call.lifted.tier != 1 for call in calls)
+            or not all(same_size(length, size) for size in sizes)
+            or self._plan.sizes(args)[1] != history.num_tokens
+        ):
+            return None
+        return capacity_of(history.num_tokens)
+
     def _form(
         self,
         args: Sequence[Any],
         history: History,
         layers: Sequence[int],
         given: Mapping[str, BaseMask],
+        capacity: int | None,
     ) -> MaskForm:
         """Choose the form of this prompt's masks that are known as intervals."""
         for call in self._calls:
@@ -341,6 +396,8 @@ class CompiledGraph:
                 f"not hold for this prompt ({self._data.names})."
             )
             return MaskForm.EXPRESSED
+        if capacity is not None:
+            return MaskForm.SORTED
         num_queries = self._plan.sizes(args)[1]
         return best_form(
             history,
@@ -381,6 +438,7 @@ class CompiledGraph:
             form=choice.form,
             groups=[layout.groups for layout in choice.layouts],
             size_of=size_of,
+            capacity=choice.capacity,
         )
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

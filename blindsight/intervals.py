@@ -130,6 +130,22 @@ def sorted_bounds(
     )
 
 
+def stretched(
+    bounds: SortedBounds, order: TokenOrder, capacity: int
+) -> tuple[SortedBounds, TokenOrder]:
+    """Return both for ``capacity`` sorted positions, of as many queries as keys.
+
+    A position beyond the last has a token all the same, so that a gather fills it: the last one.
+    Its row is empty, and no interval reaches its column.
+    """
+    num_tokens = order.query.shape[1]
+    position = torch.arange(capacity, device=order.query.device)
+    inside, nearest = position < num_tokens, position.clamp(max=num_tokens - 1)
+    lower, upper = (torch.where(inside, side[..., nearest], 0) for side in bounds)
+    query, key = (tokens[:, nearest] for tokens in order[:2])
+    return SortedBounds(lower, upper), TokenOrder(query, key, order.inverse_query)
+
+
 def allowed_sorted(
     b: Tensor,
     h: Tensor,

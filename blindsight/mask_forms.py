@@ -31,7 +31,7 @@ from blindsight.block_tables import (
     tables_of_sorted,
 )
 from blindsight.flex import Rule, realize
-from blindsight.intervals import TokenOrder, allowed_sorted, sorted_bounds
+from blindsight.intervals import TokenOrder, allowed_sorted, sorted_bounds, stretched
 from blindsight.masks import BaseMask, Keep, keep_intervals
 from blindsight.packing import first_span_of
 
@@ -204,20 +204,29 @@ def sorted_mask(
     is_sink: Tensor,
     *,
     batch: int,
-    num_queries: int,
-    num_keys: int,
+    num_queries: int | None,
+    num_keys: int | None,
+    capacity: int | None = None,
 ) -> SortedMask:
     """Intersect a base mask in interval form with what each category keeps, tokens sorted.
 
     Args:
         form: The model's own mask, see :mod:`blindsight.base_mask`.
         span_id, is_sink: ``[B, T]``, the template.
-        batch, num_queries, num_keys: B, Q, K.
+        batch, num_queries, num_keys: B, Q, K; None: T, whatever that is when a graph runs.
+        capacity: If given, of so many sorted positions the mask is, whatever T is: those beyond
+            hold a token that is already there, and see and show nothing. Then FlexAttention
+            computes on fixed sizes (its C++ kernel cannot do with symbolic ones) inside a graph
+            that does not.
     """
+    num_queries = span_id.shape[1] if num_queries is None else num_queries
+    num_keys = span_id.shape[1] if num_keys is None else num_keys
     base, first_span = _lifted_base(form, span_id, batch, num_queries, num_keys)
     bounds, order = sorted_bounds(
         base, span_id, is_sink, num_queries, num_keys, first_span=first_span
     )
+    if capacity is not None:
+        bounds, order, num_keys = *stretched(bounds, order, capacity), capacity
     lower, upper = (realize(rows, span_id) for rows in bounds.rows())
     block_size = block_size_of(span_id.device)
     tables = tables_of_sorted(bounds, num_keys, block_size)

@@ -89,6 +89,12 @@ class Plan:
         values = {symbol: args[at] for symbol, at in self.symbols.items()}
         return lambda size: size if isinstance(size, int) else int(size.node.expr.subs(values))
 
+    @property
+    def query_sizes(self) -> tuple[int | torch.SymInt, int | torch.SymInt]:
+        """B and Q of the graph's first attention call, as the graph knows them."""
+        batch, _, num_queries, _ = _shape(self.calls[0].attention.query)
+        return batch, num_queries
+
     def sizes(self, args: Sequence[Any]) -> tuple[int, int, int]:
         """Return B, Q and the largest K of the graph's attention, for these inputs."""
         size_of = self.size_of(args)

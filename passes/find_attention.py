@@ -85,6 +85,12 @@ class Attention:
         query, key = self._shapes()
         return int(query[1]), int(key[1]), int(query[3])
 
+    @property
+    def lengths(self) -> tuple[int | torch.SymInt, int | torch.SymInt]:
+        """Q and K, as the graph knows them."""
+        query, key = self._shapes()
+        return query[2], key[2]
+
     def sizes(self, size_of: Callable[[int | torch.SymInt], int]) -> dict[str, int]:
         """Return B, Q and K as arguments of the functions that make masks.
 

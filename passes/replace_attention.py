@@ -18,12 +18,8 @@ from blindsight.passes.lift_mask import Lifted
 logger = logging.getLogger(__name__)
 
 # The inputs that the pass appends, in this order.
-TEMPLATE_INPUTS = (
-    "blindsight_span_id",
-    "blindsight_is_sink",
-    "blindsight_heads",
-    "blindsight_categories",
-)
+TOKEN_INPUTS = ("blindsight_span_id", "blindsight_is_sink")
+HEAD_INPUTS = ("blindsight_heads", "blindsight_categories")
 
 
 class MaskForm(Enum):
@@ -58,6 +54,7 @@ def replace_attention_pass(
     form: MaskForm = MaskForm.SORTED,
     groups: Sequence[Sequence[Group]] | None = None,
     size_of: Callable[[int | torch.SymInt], int] = int,
+    capacity: int | None = None,
 ) -> fx.GraphModule:
     """Replace the given calls; every other node keeps its meaning.
 
@@ -78,11 +75,15 @@ def replace_attention_pass(
         groups: Of the heads of each call, see :mod:`blindsight.attention`; by default one call of
             FlexAttention for all heads.
         size_of: The value of a symbolic size; the graph is then for these sizes alone.
+        capacity: If given, the graph is for every length up to this one: all masks must be lifted,
+            to be sorted, and over as many queries as keys as tokens.
     """
     del example_inputs
     if not attention:
         return gm
-    span_id, is_sink, heads, categories = (add_placeholder(gm, name) for name in TEMPLATE_INPUTS)
+    span_id, is_sink, heads, categories = (
+        add_placeholder(gm, name) for name in (*TOKEN_INPUTS, *HEAD_INPUTS)
+    )
     masks: dict[object, fx.Node] = {}
     for row, call in enumerate(attention):
         proof = None if lifted is None else lifted[row]
@@ -92,6 +93,8 @@ def replace_attention_pass(
         shared = (call.attn_mask, call.is_causal, sizes["num_keys"])
         if shared not in masks:
             options: dict[str, object] = {**sizes}
+            if capacity is not None:
+                options |= {"num_queries": None, "num_keys": None, "capacity": capacity}
             if proof is None or its_form is MaskForm.MATERIALISED:
                 base: object = call.attn_mask
                 before = call.node

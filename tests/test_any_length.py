@@ -1,0 +1,129 @@
+"""Prompts of many lengths in one compiled graph."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import blindsight
+from blindsight import Profile, blindsight_backend
+from blindsight.any_length import capacity_of
+from blindsight.intervals import allowed_sorted, sorted_bounds, stretched
+from blindsight.masks import causal_base
+from models import END_ID, IMAGE_ID, START_ID, VIDEO_ID, Image, make_inputs, tiny_model
+from oracles import assert_close_to_reference, oracle_template, reference_copy, run_reference
+
+MIXED = [0, 1, 2, 3]
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+class Counting:
+    """An inner backend that counts what it compiles."""
+
+    def __init__(self, inner: str) -> None:
+        self.compile = blindsight.inner.Inner(inner, {})
+        self.sparse = 0
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+        self.sparse += any(name.startswith("blindsight") for name in names)
+        return self.compile(gm, example_inputs)
+
+
+def prompts(family: str) -> list[dict[str, Tensor]]:
+    """Prompts of various lengths and numbers of images; the last is of the first one's length."""
+    layouts: list[list[Any]] = [
+        [5, Image(2, 5), 4, Image(4, 3), 7],
+        [3, Image(2, 2), 9, Image(4, 3), Image(2, 6), 1],
+        [1, Image(6, 6), 2, Image(2, 2), 30],
+        [12, Image(), Image(), Image(2, 3), 3, Image(3, 3), 3],
+        [40, Image(2, 7), 1, Image(8, 8), 33, Image(5, 5), 3],
+        [5, Image(4, 3), 4, Image(2, 5), 7],
+    ]
+    if family == "gemma3":  # its images are all alike
+        layouts = [[x if isinstance(x, int) else Image() for x in layout] for layout in layouts]
+    return [
+        make_inputs(family, [layout], seed=seed, attention_mask=family != "gemma3")
+        for seed, layout in enumerate(layouts)
+    ]
+
+
+def check(model: Any, profile: Profile, inputs: dict[str, Tensor], logits: Tensor) -> None:
+    template = oracle_template(inputs["input_ids"], (IMAGE_ID, VIDEO_ID), (START_ID,), (END_ID,))
+    references = [
+        run_reference(m, profile.categories, *template, inputs, use_cache=False).logits
+        for m in (model, reference_copy(model))
+    ]
+    assert_close_to_reference(logits, *references, torch.ones_like(inputs["input_ids"]).bool())
+
+
+@pytest.mark.parametrize(
+    ("family", "inner", "lowering"),
+    [
+        ("qwen2_vl", "aot_eager", "fused"),
+        ("qwen2_5_vl", "aot_eager", "split"),
+        ("gemma3", "aot_eager", "fused"),
+    ],
+)
+def test_the_second_length_is_the_last_to_be_compiled(
+    family: str, inner: str, lowering: str
+) -> None:
+    model = tiny_model(family, num_layers=2)
+    if family != "gemma3":  # tracing this tower is most of a test's time
+        model.model.visual.forward = torch._dynamo.disable(model.model.visual.forward)
+    profile = Profile.for_model(model, [MIXED] * 2)
+    counting = Counting(inner)
+    backend = blindsight_backend(profile, inner=counting, lowering=lowering)
+    compiled = torch.compile(model, backend=backend)
+    counts = []
+    for inputs in prompts(family):
+        check(model, profile, inputs, compiled(**inputs, use_cache=False).logits)
+        counts.append(counting.sparse)
+    assert counts == [1, 2, 2, 2, 2, 2]
+    assert {how for row in backend.report().rows for how in row.runs if "dense" in how} == set()
+
+
+@pytest.mark.inductor
+def test_one_kernel_for_many_lengths() -> None:
+    model = tiny_model("qwen2_5_vl", num_layers=2)
+    profile = Profile.for_model(model, [MIXED] * 2)
+    counting = Counting("inductor")
+    backend = blindsight_backend(profile, inner=counting, lowering="fused", model=model)
+    model.model.language_model.compile(backend=backend, dynamic=True)
+    for inputs in prompts("qwen2_5_vl"):
+        logits = model(**inputs, use_cache=False).logits
+        eager = tiny_model("qwen2_5_vl", num_layers=2)
+        check(eager, profile, inputs, logits)
+    assert counting.sparse == 1
+
+
+@pytest.mark.parametrize("length", [2, 17, 64, 100])
+def test_what_is_beyond_the_last_token_sees_and_shows_nothing(length: int) -> None:
+    span_id = (torch.arange(length)[None] // 7 % 3).to(torch.int32).cummax(1).values
+    is_sink = torch.zeros_like(span_id, dtype=torch.bool)
+    base = causal_base(1, length, length, length)
+    bounds, order = sorted_bounds(base, span_id, is_sink, length, length)
+    wide, wide_order = stretched(bounds, order, 100)
+    q, k = torch.arange(100)[:, None], torch.arange(100)
+    codes, b = torch.arange(4, dtype=torch.int32), torch.zeros((), dtype=torch.int64)
+    for head in range(4):
+        h = torch.tensor(head)
+        allowed = allowed_sorted(b, h, q, k, codes, *wide.rows())
+        expected = allowed_sorted(b, h, q[:length], k[:length], codes, *bounds.rows())
+        assert torch.equal(allowed[:length, :length], expected)
+        assert not allowed[length:].any() and not allowed[:, length:].any()
+    assert torch.equal(wide_order.query[:, :length], order.query)
+    assert wide_order.query.shape == wide_order.key.shape == (1, 100)
+    assert wide_order.query.max() < length
+
+
+def test_capacities_are_few() -> None:
+    assert {capacity_of(length) for length in range(1, 16385)} == {1024, 2048, 4096, 8192, 16384}
+    assert all(capacity_of(length) >= length for length in range(1, 5000))
