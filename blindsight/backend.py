@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from blindsight.profile import Profile
 from blindsight.report import Report
 from blindsight.runtime import Runtime
 from blindsight.state import BackendState
+from blindsight.warmup import warm_up
 
 
 class BlindsightBackend:
@@ -63,6 +64,29 @@ class BlindsightBackend:
         state = self.state
         missing = sorted(set(range(state.profile.num_layers)) - state.runtime.met)
         return Report(tuple(state.verdicts), tuple(missing))
+
+    def warmup(
+        self, model: Callable[..., Any], inputs: Mapping[str, Any], lengths: Sequence[int]
+    ) -> None:
+        """Compile ahead for prompts of these lengths, so that no user waits for it.
+
+        Runs a prompt, made longer with text, at each length: as any call, and under
+        :func:`~blindsight.disabled`. A graph for many lengths is compiled once for all those up to
+        a power of two: ``lengths`` of powers of two are enough, with one to begin with that Dynamo
+        compiles for itself. Of the graphs around a vision tower, Dynamo may compile some again when
+        the number of images changes.
+
+        Args:
+            model: What is compiled with this backend, called as ``model(**inputs)``.
+            inputs: Of a short prompt with two images or more, as the processor makes them, and
+                whatever else a call is given (``use_cache``, ``logits_to_keep``).
+            lengths: In tokens, none less than that of the prompt.
+
+        Raises:
+            ValueError: The prompt has no ``input_ids``, fewer than two images, no text, or is
+                longer than one of the lengths.
+        """
+        warm_up(model, self.state.profile.rule, inputs, lengths)
 
     def detach(self) -> None:
         """Remove the hooks from the model that was given."""

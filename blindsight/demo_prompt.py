@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,17 +78,6 @@ def load(options: DemoOptions) -> tuple[nn.Module, dict[str, Any], str]:
     }
     dtype = str(options.dtype).removeprefix("torch.")
     return model, inputs, f"{type(model).__name__}, {weights}, {dtype} on {options.device}"
-
-
-def append_text(inputs: Mapping[str, Any], tokens: Tensor) -> dict[str, Any]:
-    """Return the inputs of a longer prompt: text tokens ``[B, n]`` after it."""
-    longer = dict(inputs)
-    longer["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in inputs:
-            kinds = inputs[name].new_zeros(tokens.shape)
-            longer[name] = torch.cat([inputs[name], kinds], dim=1)
-    return longer
 
 
 # The photographs.

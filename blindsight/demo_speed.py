@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from blindsight.backend import blindsight_backend
 from blindsight.categories import NUM_CATEGORIES, summarize_categories
 from blindsight.cost import AttentionFlops, attention_flops
-from blindsight.demo_prompt import DemoOptions, append_text, load
+from blindsight.demo_prompt import DemoOptions, load
 from blindsight.families import text_config
 from blindsight.profile import Profile
 from blindsight.progress import Progress
 from blindsight.reference import reference_logits
 from blindsight.report import Report
 from blindsight.runtime import disabled
+from blindsight.warmup import append_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 import blindsight
 from blindsight import Profile, blindsight_backend
@@ -25,14 +26,15 @@ def no_grad() -> Iterator[None]:
 
 
 class Counting:
-    """An inner backend that counts what it compiles."""
+    """An inner backend that counts the graphs with attention that it compiles."""
 
     def __init__(self, inner: str) -> None:
         self.compile = blindsight.inner.Inner(inner, {})
-        self.sparse = 0
+        self.sparse = self.dense = 0
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+        self.dense += any(node.target is scaled_dot_product_attention for node in gm.graph.nodes)
         self.sparse += any(name.startswith("blindsight") for name in names)
         return self.compile(gm, example_inputs)
 
@@ -102,6 +104,44 @@ def test_one_kernel_for_many_lengths() -> None:
         eager = tiny_model("qwen2_5_vl", num_layers=2)
         check(eager, profile, inputs, logits)
     assert counting.sparse == 1
+
+
+def test_after_a_warmup_no_attention_is_compiled() -> None:
+    model = tiny_model("qwen2_5_vl", num_layers=2)
+    model.model.visual.forward = torch._dynamo.disable(model.model.visual.forward)
+    profile = Profile.for_model(model, [MIXED] * 2)
+    counting = Counting("eager")
+    backend = blindsight_backend(profile, inner=counting, lowering="fused")
+    compiled = torch.compile(model, backend=backend)
+    several = prompts("qwen2_5_vl")
+    backend.warmup(compiled, {**several[0], "use_cache": False}, [60, 64, 70])
+    assert (counting.sparse, counting.dense) == (2, 2)  # for the first length, and for all
+    for inputs in several[1:]:
+        check(model, profile, inputs, compiled(**inputs, use_cache=False).logits)
+        with blindsight.disabled():
+            compiled(**inputs, use_cache=False)
+    assert (counting.sparse, counting.dense) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "lengths", "message"),
+    [
+        ({"input_ids": None}, [64], "input_ids"),
+        ({}, [], "at least the"),
+        ({}, [10, 64], "at least the"),
+        ({"input_ids": torch.tensor([[20, 21, 22]])}, [64], "at least two images, got 0"),
+        (
+            {"input_ids": torch.tensor([[START_ID, IMAGE_ID, END_ID] * 2])},
+            [64],
+            "a prompt with text",
+        ),
+    ],
+)
+def test_a_warmup_with_a_prompt_that_does_not_do(change: Any, lengths: Any, message: str) -> None:
+    model = tiny_model("qwen2_5_vl", num_layers=2)
+    backend = blindsight_backend(Profile.for_model(model, [MIXED] * 2), inner="eager")
+    with pytest.raises(ValueError, match=message):
+        backend.warmup(model, {**prompts("qwen2_5_vl")[0], **change}, lengths)
 
 
 @pytest.mark.parametrize("length", [2, 17, 64, 100])
