@@ -27,6 +27,11 @@ from blindsight.runtime import History
 
 # Estimates are rough: sparse attention must promise at least this to be worth its compile time.
 _MIN_GAIN = 1.03
+# Nanoseconds per prompt to find the masks' bounds and to choose, on the host.
+_CHOOSING = 3e6
+# Block tables of a fused call are per head: 1.2 GB a layer of 28 heads at 300,000 tokens. Beyond
+# this, a call per category is chosen, whose heads share one.
+MAX_TABLE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,19 @@ class ChoosableCall:
     form: MaskForm
     is_causal: bool
     size: CallSize
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to compute the calls of a graph.
+
+    Attributes:
+        layouts: One per call, or None: the model's own graph is estimated to be faster.
+        reasons: What was estimated of each call, for the report; "" where nothing was.
+    """
+
+    layouts: tuple[Layout, ...] | None
+    reasons: tuple[str, ...]
 
 
 def best_form(
@@ -79,8 +97,8 @@ def choose_layouts(
     costs: Costs,
     block_size: int,
     num_threads: int,
-) -> tuple[Layout, ...] | None:
-    """Return how to compute each call, or None: the model's own graph is estimated to be faster.
+) -> Choice:
+    """Return how to compute each call, and why.
 
     Args:
         calls: Of one graph, rewritten together or not at all.
@@ -89,7 +107,9 @@ def choose_layouts(
         costs, block_size: Of the device.
         num_threads: Among how many threads a CPU's kernels deal out their work, else 1.
     """
-    layouts, time, own = [], 0.0, 0.0
+    layouts: list[Layout] = []
+    reasons: list[str] = []
+    time, own = _CHOOSING, 0.0
     for call in calls:
         parts = num_threads // gcd(num_threads, call.size.batch)
         split = split_layout(call.categories, is_causal=call.is_causal)
@@ -99,8 +119,11 @@ def choose_layouts(
         options = [split if splits else fused_layout(call.categories, parts)]
         if lowering is not Lowering.AUTO:
             layouts.append(options[0])
+            reasons.append("")
             continue
-        options.append(split)
+        table_bytes = _table_bytes(options[0], call.size, block_size)
+        too_large = table_bytes > MAX_TABLE_BYTES
+        options = [split] if too_large else [*options, split]
         listed = _listed_pairs(history, call.size.num_queries, call.form, block_size)
         times = [
             time_of_groups(
@@ -113,13 +136,24 @@ def choose_layouts(
             )
             for layout in options
         ]
-        fastest = min(times)
+        fastest, dense = min(times), time_of_own(costs, call.size)
         layouts.append(options[times.index(fastest)])
         time += fastest
-        own += time_of_own(costs, call.size)
-    if lowering is Lowering.AUTO and time * _MIN_GAIN > own:
-        return None
-    return tuple(layouts)
+        own += dense
+        estimates = dict(zip((layout.name for layout in options), times, strict=True))
+        told = ", ".join(f"{ns / 1e6:.3g} ms {name}" for name, ns in estimates.items())
+        if too_large:
+            told += f" (tables of fused: {table_bytes / 2**30:.2g} GiB, too large)"
+        reasons.append(f"{told}, {dense / 1e6:.3g} ms dense")
+    is_slower = lowering is Lowering.AUTO and time * _MIN_GAIN > own
+    return Choice(None if is_slower else tuple(layouts), tuple(reasons))
+
+
+def _table_bytes(layout: Layout, size: CallSize, block_size: int) -> int:
+    """Return the memory of the block tables per head of a layout, at most."""
+    rows, columns = (-(-tokens // block_size) for tokens in (size.num_queries, size.num_keys))
+    num_heads = sum(number for kind, number in layout.groups if kind in ("all", "mixed"))
+    return 2 * 4 * size.batch * num_heads * rows * columns  # partial and full, int32
 
 
 def _listed_pairs(history: History, num_queries: int, form: MaskForm, block_size: int) -> list[int]:

@@ -271,7 +271,7 @@ class CompiledGraph:
             its_form = form.of(_tier(call, given))
             calls.append(ChoosableCall(categories[at], its_form, is_causal[at], size))
         device = self._plan.device
-        layouts = choose_layouts(
+        choice = choose_layouts(
             calls,
             history,
             lowering=self._state.lowering,
@@ -279,9 +279,11 @@ class CompiledGraph:
             block_size=block_size_of(device),
             num_threads=torch.get_num_threads() if device.type == "cpu" else 1,
         )
-        if layouts is None:
+        for at, reason in zip(replaced, choice.reasons, strict=True):
+            self._calls[at].verdict.estimate = reason
+        if choice.layouts is None:
             return None
-        return _Choice(replaced, layouts, form, given, capacity)
+        return _Choice(replaced, choice.layouts, form, given, capacity)
 
     def _run_rewritten(
         self, args: Sequence[Any], layers: tuple[int, ...], history: History, choice: _Choice
@@ -312,10 +314,10 @@ class CompiledGraph:
             exactly = replace(choice, capacity=None)
             variant = self._variant((key, sizes, template.num_tokens), exactly, inputs, numbers)
         runs = [f"dense: {_DENSE_HEADS}"] * len(self._calls)
-        for at in choice.calls:
+        for at, layout in zip(choice.calls, choice.layouts, strict=True):
             if self._profile.categories[layers[at]].any():
                 its_form = choice.form.of(_tier(self._calls[at], choice.given))
-                runs[at] = f"sparse, {its_form.value}"
+                runs[at] = f"sparse, {its_form.value}, {layout.name}"
         return variant.run(*inputs), runs
 
     def _variant(

@@ -48,6 +48,14 @@ class Layout:
     heads: tuple[int, ...]
     groups: tuple[Group, ...]
 
+    @property
+    def name(self) -> str:
+        """``"fused"``, ``"split"``, or ``"is_causal"``: all heads on the dense kernel."""
+        kinds = {kind for kind, _ in self.groups}
+        if kinds == {"causal"}:
+            return "is_causal"
+        return "fused" if kinds <= {"all", "mixed"} else "split"
+
 
 def fused_layout(categories: Sequence[int], num_parts: int = 1) -> Layout:
     """Return the layout of one call.

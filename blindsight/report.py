@@ -24,8 +24,10 @@ class Verdict:
         categories: For example ``"2 DENSE, 6 SINK"``.
         rewritten: Whether prompts with several images run the rewritten call.
         reason: Why the call is, or is not, rewritten.
-        runs: How often it ran: sparse, by the form of its mask (``"sparse, sorted"``; see
-            :mod:`blindsight.mask_forms`), or dense, by reason.
+        runs: How often it ran: sparse, by the form of its mask and the lowering (``"sparse,
+            sorted, fused"``; see :mod:`blindsight.mask_forms` and
+            :class:`~blindsight.lowering.Lowering`), or dense, by reason.
+        estimate: What ``lowering="auto"`` estimated of the last prompt.
     """
 
     graph: int
@@ -37,6 +39,7 @@ class Verdict:
     rewritten: bool
     reason: str
     runs: Counter[str] = field(default_factory=Counter)
+    estimate: str = ""
 
 
 def _cells(row: Verdict) -> tuple[str, ...]:
@@ -47,7 +50,8 @@ def _cells(row: Verdict) -> tuple[str, ...]:
         f"tier {row.tier}" + (f": {row.mask}" if row.mask else ""),
         row.categories or "-",
         f"{'rewritten' if row.rewritten else 'left alone'}: {row.reason}",
-        ", ".join(f"{count} {how}" for how, count in sorted(row.runs.items())) or "-",
+        "; ".join(f"{count} {how}" for how, count in sorted(row.runs.items())) or "-",
+        row.estimate or "-",
     )
 
 
@@ -68,7 +72,16 @@ class Report:
         return sum(row.rewritten for row in self.rows)
 
     def __str__(self) -> str:
-        header = ("graph", "layer", "attention", "mask", "categories", "verdict", "runs")
+        header = (
+            "graph",
+            "layer",
+            "attention",
+            "mask",
+            "categories",
+            "verdict",
+            "runs",
+            "estimates",
+        )
         lines = [
             tuple(f"{cell} (x{count})" if cell is line[2] and count > 1 else cell for cell in line)
             for line, count in Counter(map(_cells, self.rows)).items()

@@ -25,7 +25,7 @@ class Timing:
         compiled: What was, ``"decoder"`` or ``"whole model"``, images included.
         inner: What compiled the graphs.
         dense, sparse: Each run.
-        runs: How the attention of the sparse runs ran, for example ``"sparse, sorted"``.
+        runs: How the attention of the sparse runs ran, for example ``"sparse, sorted, split"``.
         distance: Largest difference of the last logits between compiled and explicit masks.
         rounding: The same for the dense model: what rounding alone does.
     """

@@ -224,7 +224,7 @@ def test_other_forms_of_the_mask(family: str, form_name: str, form: Any) -> None
     model, backend = case.compile()
     case.check(model(**case.inputs, use_cache=False).logits)
     hows = {how for row in backend.report().rows for how in row.runs}
-    assert hows == {f"sparse, {form_name.lower()}"}
+    assert hows == {f"sparse, {form_name.lower()}, fused"}
 
 
 @pytest.mark.parametrize("scenario", ["one_row", "left_padding"])
@@ -432,7 +432,7 @@ def test_generate_gives_the_tokens_of_the_reference(family: str, cache: str) -> 
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
     # with a static cache the mask is made outside of any graph
     hows = {how for row in backend.report().rows for how in row.runs}
-    assert hows == {"sparse, sorted", "dense: no query in a second image"}
+    assert hows == {"sparse, sorted, fused", "dense: no query in a second image"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -648,7 +648,7 @@ def test_no_tensor_of_all_pairs_is_left(family: str, scenario: str, attention_ma
                 # Qwen3-VL's layers are given their mask ready made: nobody reads it any more
                 assert node.op == "placeholder" and not node.users, node.format_node()
     hows = {how for row in backend.report().rows for how in row.runs}
-    assert hows == {"sparse, sorted"}
+    assert hows == {"sparse, sorted, fused"}
 
 
 def test_where_a_fact_does_not_hold_the_expression_is_evaluated(
@@ -660,4 +660,6 @@ def test_where_a_fact_does_not_hold_the_expression_is_evaluated(
     model, backend = case.compile()
     with pytest.warns(blindsight.BlindsightWarning, match="does not hold for this prompt"):
         case.check(model(**case.inputs, use_cache=False).logits)
-    assert {how for row in backend.report().rows for how in row.runs} == {"sparse, expressed"}
+    assert {how for row in backend.report().rows for how in row.runs} == {
+        "sparse, expressed, fused"
+    }

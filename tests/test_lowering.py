@@ -1,6 +1,7 @@
 """How heads are grouped, and what is chosen for a prompt; test_exactness shows it exact."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -156,7 +157,7 @@ def choose(history: History, categories: list[int], lowering: str, **options: An
         costs=COSTS,
         block_size=128,
         num_threads=2,
-    )
+    ).layouts
 
 
 def test_a_lowering_that_is_asked_for_is_taken() -> None:
@@ -180,6 +181,23 @@ def test_short_prompts_run_dense_and_long_ones_sparse() -> None:
     short = prompt(4, 256, 16)
     assert choose(short, mixed, "auto") is not None
     assert choose(short, mixed, "auto", is_masked=False) is None
+
+
+def test_tables_per_head_do_not_grow_beyond_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = prompt(30, 256, 16)
+    for_fused = replace(COSTS, move=0.0, causal=2 * COSTS.flex)
+    call = call_of(history, [0, 1, 2, 3] * 2)
+    options: dict[str, Any] = {"costs": for_fused, "block_size": 128, "num_threads": 1}
+    auto = {"lowering": Lowering.AUTO, **options}
+    choice = choose_layouts([call], history, **auto)
+    assert choice.layouts[0].name == "fused" and "fused" in choice.reasons[0]
+    blocks = -(-history.num_tokens // 128)
+    table_bytes = 2 * 8 * blocks * blocks * 4
+    monkeypatch.setattr("blindsight.choose.MAX_TABLE_BYTES", table_bytes)
+    assert choose_layouts([call], history, **auto).layouts == choice.layouts
+    monkeypatch.setattr("blindsight.choose.MAX_TABLE_BYTES", table_bytes - 1)
+    choice = choose_layouts([call], history, **auto)
+    assert choice.layouts[0].name == "split" and "too large" in choice.reasons[0]
 
 
 def test_dense_heads_go_where_they_are_fastest() -> None:
