@@ -44,6 +44,9 @@ _MAKE_MASK: dict[MaskForm, Callable[..., object]] = {
     MaskForm.MATERIALISED: materialised_mask,
 }
 
+# What a rewritten graph calls: compile caches have to know these functions.
+GRAPH_FUNCTIONS: tuple[Callable[..., object], ...] = (attend, *_MAKE_MASK.values())
+
 
 def replace_attention_pass(
     gm: fx.GraphModule,
@@ -107,7 +110,9 @@ def replace_attention_pass(
                 masks[shared] = _call(gm, call, _MAKE_MASK[its_form], template, options)
         of_call = (("all", call.num_heads),) if groups is None else tuple(groups[row])
         with gm.graph.inserting_before(call.node):
-            rows = tuple(gm.graph.call_method("select", (x, 0, row)) for x in (heads, categories))
+            rows = tuple(
+                gm.graph.call_function(torch.select, (x, 0, row)) for x in (heads, categories)
+            )
             args = (call.query, call.key, call.value, masks[shared], *rows, of_call, call.scale)
             output = _call(gm, call, attend, args)
             output.meta["example_value"] = fake_tensor(call.node)
