@@ -122,6 +122,11 @@ def has_attention(gm: fx.GraphModule) -> bool:
     return any(_is_attention(node) for node in gm.graph.nodes)
 
 
+def count_attention(gm: fx.GraphModule) -> int:
+    """Return how many attention calls a graph has."""
+    return sum(_is_attention(node) for node in gm.graph.nodes)
+
+
 def _is_attention(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _ATTENTION_TARGETS
 
@@ -188,8 +193,9 @@ def find_input_ids(gm: fx.GraphModule) -> int | None:
     """Return the position of the input that the model calls ``input_ids [B, Q]``, if any."""
     for position, node in enumerate(placeholders(gm)):
         tensor = fake_tensor(node)
-        named = source_name(node).rpartition(".")[2] == "input_ids"
-        if named and tensor is not None and is_token_ids(tensor):
+        # An exported program names its inputs, Dynamo says where they come from.
+        named = source_name(node).rpartition(".")[2] or node.name
+        if named == "input_ids" and tensor is not None and is_token_ids(tensor):
             return position
     return None
 

@@ -14,6 +14,7 @@ from blindsight.mask_forms import expressed_mask, materialised_mask, ordered_mas
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import add_placeholder, erase_unused, fake_tensor
 from blindsight.passes.lift_mask import Lifted
+from blindsight.template import template_of_ids
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,11 @@ _MAKE_MASK: dict[MaskForm, Callable[..., object]] = {
 }
 
 # What a rewritten graph calls: compile caches have to know these functions.
-GRAPH_FUNCTIONS: tuple[Callable[..., object], ...] = (attend, *_MAKE_MASK.values())
+GRAPH_FUNCTIONS: tuple[Callable[..., object], ...] = (
+    attend,
+    template_of_ids,
+    *_MAKE_MASK.values(),
+)
 
 
 def replace_attention_pass(
@@ -58,12 +63,13 @@ def replace_attention_pass(
     groups: Sequence[Sequence[Group]] | None = None,
     size_of: Callable[[int | torch.SymInt], int] = int,
     capacity: int | None = None,
+    inputs: Sequence[fx.Node] | None = None,
 ) -> fx.GraphModule:
     """Replace the given calls; every other node keeps its meaning.
 
-    The graph gets four more inputs: ``span_id [B, T]`` int32 and ``is_sink [B, T]`` bool, the
-    template, and ``heads`` int64 and ``categories`` int32, ``[len(attention), H]``: one row per
-    replaced call, see :func:`~blindsight.attention.attend`.
+    Without ``inputs`` the graph gets four more: ``span_id [B, T]`` int32 and ``is_sink [B, T]``
+    bool, the template, and ``heads`` int64 and ``categories`` int32, ``[len(attention), H]``: one
+    row per replaced call, see :func:`~blindsight.attention.attend`.
 
     Args:
         gm: Edited in place; give a copy where somebody else still uses it.
@@ -80,13 +86,14 @@ def replace_attention_pass(
         size_of: The value of a symbolic size; the graph is then for these sizes alone.
         capacity: If given, the graph is for every length up to this one: all masks must be lifted,
             to be sorted, and over as many queries as keys as tokens.
+        inputs: Nodes that stand for the four inputs, before all others but the placeholders.
     """
     del example_inputs
     if not attention:
         return gm
-    span_id, is_sink, heads, categories = (
-        add_placeholder(gm, name) for name in (*TOKEN_INPUTS, *HEAD_INPUTS)
-    )
+    if inputs is None:
+        inputs = [add_placeholder(gm, name) for name in (*TOKEN_INPUTS, *HEAD_INPUTS)]
+    span_id, is_sink, heads, categories = inputs
     masks: dict[object, fx.Node] = {}
     for row, call in enumerate(attention):
         proof = None if lifted is None else lifted[row]
