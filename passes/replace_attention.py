@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from blindsight.attention import Group, attend
+from blindsight.flex import constant_rows
 from blindsight.mask_forms import expressed_mask, materialised_mask, ordered_mask, sorted_mask
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import add_placeholder, erase_unused, fake_tensor
@@ -48,6 +49,7 @@ _MAKE_MASK: dict[MaskForm, Callable[..., object]] = {
 # What a rewritten graph calls: compile caches have to know these functions.
 GRAPH_FUNCTIONS: tuple[Callable[..., object], ...] = (
     attend,
+    constant_rows,
     template_of_ids,
     *_MAKE_MASK.values(),
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,10 +23,11 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from blindsight.base_mask import is_plain_causal
 from blindsight.cache_keys import source_digest
 from blindsight.families import DECODER_ATTENTION_CLASSES
+from blindsight.flex import constant_rows
 from blindsight.layers import layer_of_path
 from blindsight.lowering import Layout, Lowering, fused_layout, split_layout
 from blindsight.passes.find_attention import Attention, find_attention, find_input_ids
-from blindsight.passes.graph import add_placeholder, fake_tensor, placeholders, source_name
+from blindsight.passes.graph import add_placeholder, placeholders, source_name
 from blindsight.passes.lift_mask import Lifted, lift_mask
 from blindsight.passes.replace_attention import TOKEN_INPUTS, replace_attention_pass
 from blindsight.profile import Profile
@@ -60,7 +61,7 @@ def sparse_attention_pass(
             where the images are; nothing has been changed.
     """
     del example_inputs
-    _rewrite(gm, profile, _lowering_of(lowering), add_inputs=add_inputs)
+    rewrite(gm, profile, _lowering_of(lowering), add_inputs=add_inputs)
     return gm
 
 
@@ -92,8 +93,8 @@ class SparseAttention(PassBase, CustomGraphPass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """As ``PassBase`` wants it."""
-        count = _rewrite(graph_module, self._profile, self._lowering, add_inputs=self._add_inputs)
-        return PassResult(graph_module, count > 0)
+        layers = rewrite(graph_module, self._profile, self._lowering, add_inputs=self._add_inputs)
+        return PassResult(graph_module, bool(layers))
 
     def uuid(self) -> str:
         """Return the hex sha256 of all that decides what the pass does."""
@@ -111,8 +112,10 @@ def _lowering_of(name: str) -> Lowering:
     return lowering
 
 
-def _rewrite(gm: fx.GraphModule, profile: Profile, lowering: Lowering, *, add_inputs: bool) -> int:
-    """Rewrite a graph, and return how many calls were."""
+def rewrite(
+    gm: fx.GraphModule, profile: Profile, lowering: Lowering, *, add_inputs: bool = False
+) -> list[int]:
+    """Rewrite a graph in place, and return the layers whose attention was rewritten."""
     chosen: list[Attention] = []
     layers: list[int] = []
     for call in find_attention(gm, layer_pattern=profile.rule.layer_pattern):
@@ -122,22 +125,22 @@ def _rewrite(gm: fx.GraphModule, profile: Profile, lowering: Lowering, *, add_in
         chosen.append(call)
         layers.append(layer)
     if not chosen:
-        return 0
+        return []
     proofs = [lift_mask(gm, call) for call in chosen]
     layouts = [
         _layout(profile.categories[layer].tolist(), proof, lowering)
         for layer, proof in zip(layers, proofs, strict=True)
     ]
     template = _template(gm, chosen, profile, add_inputs=add_inputs)
-    device = _device(chosen[0])
     heads = [list(layout.heads) for layout in layouts]
     codes = [
         [int(profile.categories[layer, head]) for head in row]
         for layer, row in zip(layers, heads, strict=True)
     ]
-    with gm.graph.inserting_before(_first_operation(gm)):
+    last = max(template, key=list(gm.graph.nodes).index)
+    with gm.graph.inserting_before(_after_inputs(gm) if last.op == "placeholder" else last.next):
         constants = tuple(
-            gm.graph.call_function(torch.tensor, (rows,), {"dtype": dtype, "device": device})
+            gm.graph.call_function(constant_rows, (rows, dtype, template[0]))
             for rows, dtype in ((heads, torch.int64), (codes, torch.int32))
         )
     replace_attention_pass(
@@ -148,7 +151,7 @@ def _rewrite(gm: fx.GraphModule, profile: Profile, lowering: Lowering, *, add_in
         groups=[layout.groups for layout in layouts],
         inputs=(*template, *constants),
     )
-    return len(chosen)
+    return layers
 
 
 def _layer_of(call: Attention, profile: Profile) -> int | None:
@@ -192,12 +195,6 @@ def _fixed_sizes(call: Attention) -> tuple[int, int, int]:
     return sizes["batch"], sizes["num_queries"], sizes["num_keys"]
 
 
-def _device(call: Attention) -> torch.device:
-    query = fake_tensor(call.query)
-    assert query is not None  # its sizes were read
-    return query.device
-
-
 def _layout(categories: list[int], proof: Lifted, lowering: Lowering) -> Layout:
     if lowering is Lowering.FUSED:
         return fused_layout(categories)
@@ -223,7 +220,7 @@ def _template(
                     "tokens in a cache are not known. Trace a prefill without a cache, or give the "
                     "graph inputs span_id and is_sink of the whole sequence."
                 )
-        with gm.graph.inserting_before(_first_operation(gm)):
+        with gm.graph.inserting_before(_after_inputs(gm)):
             arguments = (placeholders(gm)[at], profile.rule.to_json())
             both = gm.graph.call_function(template_of_ids, arguments)
             span_id, is_sink = (
@@ -247,6 +244,5 @@ def _input_named(gm: fx.GraphModule, name: str) -> fx.Node | None:
     return None
 
 
-def _first_operation(gm: fx.GraphModule) -> fx.Node:
-    nodes: Iterable[fx.Node] = gm.graph.nodes
-    return next(node for node in nodes if node.op != "placeholder")
+def _after_inputs(gm: fx.GraphModule) -> fx.Node:
+    return placeholders(gm)[-1].next
