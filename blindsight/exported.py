@@ -124,7 +124,7 @@ def decoder_inputs(
     if others:
         raise ValueError(
             f"the decoder of {type(model).__name__} must take tensors, got {others}. Export the "
-            "whole model."
+            "whole model, where torch.export can trace it."
         )
     template = dict(zip(_TEMPLATE, batch.prompt.template.tensors(), strict=True))
     tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}

@@ -54,7 +54,7 @@ def sparse_attention_pass(
         profile: Of the model.
         lowering: ``"fused"`` or ``"split"``, see :func:`~blindsight.blindsight_backend`.
         add_inputs: Append ``span_id`` and ``is_sink`` to the graph's inputs where it shows
-            neither them nor ``input_ids``.
+            neither them nor ``input_ids``. Not to Dynamo's own graph: give a copy.
 
     Raises:
         ValueError: The profile does not fit the graph, its sizes are symbolic, or it does not tell

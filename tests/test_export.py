@@ -13,7 +13,7 @@ import blindsight
 from blindsight import Profile, blindsight_backend
 from blindsight.exported import decoder_inputs
 from decoders import template_of
-from models import Image, make_inputs, tiny_model, valid_positions
+from models import NUM_KV_HEADS, Image, make_inputs, tiny_model, valid_positions
 from oracles import assert_close_to_reference, reference_copy, run_reference
 
 CATEGORIES = [[0, 1, 2, 3], [3, 2, 1, 0]]
@@ -77,6 +77,9 @@ def test_a_program_equals_the_reference(family: str, lowering: str) -> None:
     program = blindsight.export(model, profile, examples[0], lowering=lowering)
     targets = [str(node.target) for node in program.graph.nodes]
     assert "flex_attention" in targets
+    flex = next(node for node in program.graph.nodes if str(node.target) == "flex_attention")
+    if lowering == "fused":  # grouped queries share their keys
+        assert flex.args[1].meta["val"].shape[1] == NUM_KV_HEADS
     # Operators alone: nothing of ours is called any more.
     assert not any("blindsight" in getattr(n.target, "__module__", "") for n in program.graph.nodes)
     run = program.module()
@@ -90,14 +93,20 @@ def test_the_vision_tower_of_qwen_is_named_as_the_limit() -> None:
         blindsight.export(model, profile, prompts[0])
 
 
-def test_a_program_cannot_be_saved_yet() -> None:
+def test_a_decoder_that_takes_more_than_tensors() -> None:
+    model, profile, prompts = case("qwen3_vl", 1)
+    with pytest.raises(ValueError, match=r"must take tensors, got {'deepstack_visual_embeds': "):
+        decoder_inputs(model, profile, prompts[0])
+
+
+def test_a_program_cannot_be_saved_yet(tmp_path: Path) -> None:
     """torch.export has no schema for the operator; a package of AOTInductor is the way."""
     from torch._export.serde.serialize import SerializeError
 
     model, profile, prompts = case("qwen2_5_vl", 1)
     program = blindsight.export(model, profile, decoder_inputs(model, profile, prompts[0]))
     with pytest.raises(SerializeError, match="flex_attention"):
-        torch.export.save(program, "nowhere.pt2")
+        torch.export.save(program, tmp_path / "program.pt2")
 
 
 @pytest.mark.parametrize(
