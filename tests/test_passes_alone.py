@@ -275,7 +275,16 @@ def test_masks_that_rest_on_the_data_are_evaluated() -> None:
     model = tiny_model("gemma3")
     profile = profile_of(model)
     inputs = make_inputs("gemma3", [[5, Image(), 4, Image(), 0, Image(), 7]])
-    found = compile_with(model, SparseAttention(profile))(**inputs, use_cache=False).logits
+    called: set[str] = set()
+
+    def note(gm: fx.GraphModule) -> fx.GraphModule:
+        SparseAttention(profile)(gm)
+        called.update(getattr(node.target, "__name__", "") for node in gm.graph.nodes)
+        return gm
+
+    found = compile_with(model, note)(**inputs, use_cache=False).logits
+    assert "expressed_mask" in called
+    assert called.isdisjoint({"sorted_mask", "ordered_mask"})
     template = template_of(inputs["input_ids"])
     references = [
         run_reference(m, profile.categories, *template, inputs, use_cache=False).logits
@@ -395,7 +404,10 @@ def global_configs() -> list[dict[str, Any]]:
     return [copy.deepcopy(module.get_config_copy()) for module in modules]
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize(
+    "inner",
+    ["eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.nightly])],
+)
 def test_no_global_config_is_changed(inner: str) -> None:
     model = tiny_model("qwen2_5_vl", num_layers=1)
     profile = Profile.for_model(model, CATEGORIES[:1])
