@@ -164,11 +164,12 @@ def test_a_package_runs_without_us(
     command += [str(tmp_path / name) for name in ("inputs.pt", "outputs.pt")]
     subprocess.run(command, check=True, cwd=tmp_path)
     outputs = torch.load(tmp_path / "outputs.pt")
+    for prompt, logits in zip(prompts, outputs, strict=True):
+        check(model, profile, prompt, logits)
     backend = blindsight_backend(profile, inner="eager", lowering=lowering)
     tower = getattr(model.model, "visual", None) or model.model.vision_tower
     tower.forward = torch._dynamo.disable(tower.forward)
     compiled = torch.compile(model, backend=backend)
     for prompt, logits in zip(prompts, outputs, strict=True):
-        check(model, profile, prompt, logits)
         expected = compiled(**prompt, use_cache=False).logits
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
