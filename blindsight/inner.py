@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._guards import TracingContext, tracing
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -82,7 +82,7 @@ class Inner:
         if known is not None:
             patches[_CACHEABLE] = {**known, **cacheable_functions(self.identities)}
         options["config_patches"] = patches
-        if TracingContext.try_get() is not None:
+        if detect_fake_mode(example_inputs) is not None:  # Dynamo's, or that of symbolic sizes
             return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), **options))
         # Outside of Dynamo, for these sizes alone. Inductor caches a graph only where there is an
         # environment for symbolic sizes, even if it has none.
