@@ -18,6 +18,7 @@ __all__ = [
     "blindsight_backend",
     "disabled",
     "explain",
+    "export",
     "use_template",
 ]
 
@@ -30,6 +31,7 @@ _HOMES = {
     "blindsight_backend": "blindsight.backend",
     "disabled": "blindsight.runtime",
     "explain": "blindsight.explanation",
+    "export": "blindsight.exported",
     "use_template": "blindsight.runtime",
 }
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from blindsight.backend import blindsight_backend
     from blindsight.categories import HeadCategory
     from blindsight.explanation import explain
+    from blindsight.exported import export
     from blindsight.profile import Profile
     from blindsight.report import Report
     from blindsight.runtime import BlindsightWarning, disabled, use_template

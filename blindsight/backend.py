@@ -16,6 +16,7 @@ from blindsight.compiled_graph import CompiledGraph
 from blindsight.inner import Inner
 from blindsight.layers import LayerMap
 from blindsight.lowering import Lowering
+from blindsight.passes.contract import PassList
 from blindsight.passes.find_attention import is_token_ids
 from blindsight.profile import Profile
 from blindsight.report import Report
@@ -35,12 +36,13 @@ class BlindsightBackend:
         model: nn.Module | None,
         strict: bool,
         lowering: Lowering,
+        passes: PassList,
         inner_options: dict[str, Any],
     ) -> None:
         self.__name__ = "blindsight"
-        self.inner = Inner(inner, inner_options)
+        self.inner = Inner(inner, inner_options, passes.identities)
         runtime = Runtime(profile.rule, range(profile.num_layers), strict=strict)
-        self.state = BackendState(profile, strict, lowering, runtime)
+        self.state = BackendState(profile, strict, lowering, runtime, passes)
         self._lock = threading.Lock()
         self._num_graphs = 0
         self._hooks: list[RemovableHandle] = []
@@ -144,6 +146,7 @@ def blindsight_backend(
     model: nn.Module | None = None,
     strict: bool = True,
     lowering: str = "auto",
+    passes: Sequence[Any] = (),
     **inner_options: Any,
 ) -> BlindsightBackend:
     """Return a backend for ``torch.compile`` that makes a model's prefill attention sparse.
@@ -164,11 +167,14 @@ def blindsight_backend(
             FlexAttention, ``"split"`` in a call per category with dense heads on
             ``scaled_dot_product_attention``, or ``"auto"``: whichever is estimated to be the
             fastest for a prompt (see ``blindsight tune``), and dense where that is.
+        passes: Functions of a ``GraphModule`` that run on every form of a graph right before it
+            is compiled, in this order; or :class:`blindsight.passes.GraphPass`, which may also run
+            before attention is found, and say what they require of each other.
         **inner_options: Passed on to ``inner``, for example ``mode="max-autotune-no-cudagraphs"``.
 
     Raises:
-        ValueError: The profile is damaged or does not fit the model, or the inner backend or the
-            lowering does not exist.
+        ValueError: The profile is damaged or does not fit the model, the inner backend or the
+            lowering does not exist, or a pass requires what no pass before it ensures.
     """
     if not isinstance(profile, Profile):
         if not isinstance(profile, (str, os.PathLike)):
@@ -182,6 +188,7 @@ def blindsight_backend(
         model=model,
         strict=strict,
         lowering=Lowering.of(lowering),
+        passes=PassList(passes),
         inner_options=inner_options,
     )
 

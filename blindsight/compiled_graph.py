@@ -71,6 +71,9 @@ class CompiledGraph:
         self._runtime = state.runtime
         self._profile = state.profile
         self._inner = inner
+        self._passes = state.passes
+        if self._passes:
+            gm = self._passes.run_before(copy_graph_module(gm))
         self._plan = plan_graph(state, gm, number)
         self._calls = self._plan.calls
         self._data = DataCheck(self._plan)
@@ -81,7 +84,7 @@ class CompiledGraph:
         # possible now. A graph of fixed sizes is compiled when first needed.
         now = not self._calls or bool(self._plan.symbols or self._plan.numbers)
         own = copy_graph_module(gm) if self._calls else gm
-        self._own = inner(own, example_inputs) if now else None
+        self._own = inner(self._passes.run_after(own), example_inputs) if now else None
 
     def as_callable(self) -> Callable[..., Any]:
         """Return the function that Dynamo shall call for this graph."""
@@ -448,7 +451,7 @@ class CompiledGraph:
         from torch._dynamo.convert_frame import compile_lock
 
         with compile_lock:
-            return self._inner(gm, list(inputs))
+            return self._inner(self._passes.run_after(gm), list(inputs))
 
 
 def _tier(call: PlannedCall, given: Mapping[str, BaseMask]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -92,6 +92,11 @@ def realize(x: Tensor, span_id: Tensor | None = None) -> Tensor:
         x = (x | never) if x.dtype == torch.bool else x + never.to(x.dtype)
     x = x.contiguous()
     return torch.as_strided(x, x.shape, x.stride())
+
+
+def constant_rows(rows: Sequence[Sequence[int]], dtype: torch.dtype, span_id: Tensor) -> Tensor:
+    """Return numbers that a graph holds as constants, as a buffer: see :func:`realize`."""
+    return realize(torch.tensor(rows, dtype=dtype, device=span_id.device), span_id)
 
 
 def _unchanged(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

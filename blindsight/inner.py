@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from blindsight.cache_keys import cacheable_functions
+
+_CACHEABLE = "unsafe_marked_cacheable_functions"  # of Inductor's config
 
 
 class Inner:
     """An inner backend, by name or as a callable, with its options.
 
+    Args:
+        backend: A name, or a callable ``(gm, example_inputs, **options)``.
+        options: For it.
+        identities: What else shall be in the keys of Inductor's caches, by name.
+
     Raises:
         ValueError: No backend has that name.
     """
 
-    def __init__(self, backend: str | Callable[..., Any], options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        backend: str | Callable[..., Any],
+        options: dict[str, Any],
+        identities: Mapping[str, str] | None = None,
+    ) -> None:
         if isinstance(backend, str):
             known = torch._dynamo.list_backends(None)
             if backend not in known or backend == "blindsight":
@@ -27,6 +44,7 @@ class Inner:
             raise ValueError(f"inner must be a backend's name or a callable, got {backend!r}.")
         self.backend = backend
         self.options = options
+        self.identities = identities
 
     @property
     def name(self) -> str:
@@ -36,20 +54,39 @@ class Inner:
 
     def with_options(self, options: dict[str, Any]) -> Inner:
         """Return this backend with options of ``torch.compile`` added."""
-        return Inner(self.backend, {**self.options, **options}) if options else self
+        if not options:
+            return self
+        return Inner(self.backend, {**self.options, **options}, self.identities)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        options = dict(self.options)
-        compile_graph: Any = self.backend
         if self.backend == "inductor":
-            from torch._inductor import list_mode_options
-            from torch._inductor.compile_fx import compile_fx as compile_graph
-
-            # As torch.compile itself does: a mode stands for a set of config values.
-            patches = dict(list_mode_options(options.pop("mode", None) or "default"))
-            patches.update(options.pop("options", None) or {})
-            options["config_patches"] = {**patches, **(options.get("config_patches") or {})}
-        elif isinstance(self.backend, str):
+            return self._compile_with_inductor(gm, example_inputs)
+        compile_graph: Any = self.backend
+        if isinstance(self.backend, str):
             compile_graph = torch._dynamo.lookup_backend(self.backend)
-        compiled: Callable[..., Any] = compile_graph(gm, list(example_inputs), **options)
+        compiled: Callable[..., Any] = compile_graph(gm, list(example_inputs), **self.options)
         return compiled
+
+    def _compile_with_inductor(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any]
+    ) -> Callable[..., Any]:
+        from torch._inductor import config, list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        options = dict(self.options)
+        # As torch.compile itself does: a mode stands for a set of config values.
+        patches = dict(list_mode_options(options.pop("mode", None) or "default"))
+        patches.update(options.pop("options", None) or {})
+        patches.update(options.get("config_patches") or {})
+        known = patches.get(_CACHEABLE, getattr(config, _CACHEABLE, None))
+        if known is not None:
+            patches[_CACHEABLE] = {**known, **cacheable_functions(self.identities)}
+        options["config_patches"] = patches
+        if detect_fake_mode(example_inputs) is not None:  # Dynamo's, or that of symbolic sizes
+            return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), **options))
+        # Outside of Dynamo, for these sizes alone. Inductor caches a graph only where there is an
+        # environment for symbolic sizes, even if it has none.
+        context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
+        with tracing(context):
+            compiled = compile_fx(gm, list(example_inputs), ignore_shape_env=True, **options)
+        return cast(Callable[..., Any], compiled)

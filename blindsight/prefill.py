@@ -78,7 +78,7 @@ class Decoder:
         self.head_dim = int(fingerprint["head_dim"])
         self.num_heads = int(fingerprint["num_heads"])
         self.layers = attention_layers(self.model, rule.layer_pattern, len(self.layer_types))
-        self.decoder = _find_decoder(self.model)
+        self.decoder = find_decoder(self.model)
         transformers_model: Any = self.model
         self.head: Callable[[Tensor], Tensor] = transformers_model.get_output_embeddings()
         self._is_checked = False
@@ -289,7 +289,7 @@ def base_interval(
     return lower, upper
 
 
-def _find_decoder(model: nn.Module) -> nn.Module:
+def find_decoder(model: nn.Module) -> nn.Module:
     module: nn.Module
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "language_model":

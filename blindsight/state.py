@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from blindsight.layers import LayerMap
 from blindsight.lowering import Lowering
+from blindsight.passes.contract import PassList
 from blindsight.profile import Profile
 from blindsight.report import Verdict
 from blindsight.runtime import Runtime
@@ -18,6 +19,7 @@ class BackendState:
     Attributes:
         profile, strict, lowering: As the user gave them.
         runtime: What is known of the calls under way.
+        passes: The user's, around ours.
         layer_map: Tells layers by their parameters, where the user gave the model.
         verdicts: Of every attention call that was met, in the order of the graphs.
     """
@@ -26,5 +28,6 @@ class BackendState:
     strict: bool
     lowering: Lowering
     runtime: Runtime
+    passes: PassList = field(default_factory=lambda: PassList(()))
     layer_map: LayerMap | None = None
     verdicts: list[Verdict] = field(default_factory=list)

@@ -126,15 +126,17 @@ class TemplateRule:
 
     def classify(self, input_ids: Tensor) -> Tensor:
         """Return what each token is, as bits ``IMAGE``, ``START``, ``END``: ``[B, T]`` uint8."""
-        kinds = torch.zeros(input_ids.shape, dtype=torch.uint8)
-        ids = input_ids.detach().cpu()
+        return self._kinds(input_ids.detach().cpu())
+
+    def _kinds(self, ids: Tensor) -> Tensor:
+        kinds = torch.zeros_like(ids, dtype=torch.uint8)
         for bit, token_ids in (
             (IMAGE, self.image_token_ids),
             (START, self.start_token_ids),
             (END, self.end_token_ids),
         ):
             for token_id in token_ids:
-                kinds |= (ids == token_id).to(torch.uint8) * bit
+                kinds = kinds | ((ids == token_id).to(torch.uint8) * bit)
         return kinds
 
     def template(self, input_ids: Tensor) -> Template:
@@ -151,6 +153,17 @@ class TemplateRule:
         begins = opens | (image & ~after_image & ~_shift(opens, 1))
         span_id = begins.cumsum(1, dtype=torch.int32) * inside
         return Template(span_id, find_sinks(span_id, self.sink_offsets))
+
+
+def template_of_ids(input_ids: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """Return span_id and is_sink of ``input_ids [B, T]``, on their device; for use in a graph.
+
+    Args:
+        input_ids: Of the whole sequence.
+        rule: The JSON of a :class:`TemplateRule`.
+    """
+    known = TemplateRule.from_json(rule)
+    return known.template_of_kinds(known._kinds(input_ids)).tensors()
 
 
 def find_sinks(span_id: Tensor, sink_offsets: Iterable[int]) -> Tensor:

@@ -122,6 +122,11 @@ def has_attention(gm: fx.GraphModule) -> bool:
     return any(_is_attention(node) for node in gm.graph.nodes)
 
 
+def count_attention(gm: fx.GraphModule) -> int:
+    """Return how many attention calls a graph has."""
+    return sum(_is_attention(node) for node in gm.graph.nodes)
+
+
 def _is_attention(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _ATTENTION_TARGETS
 
@@ -188,8 +193,9 @@ def find_input_ids(gm: fx.GraphModule) -> int | None:
     """Return the position of the input that the model calls ``input_ids [B, Q]``, if any."""
     for position, node in enumerate(placeholders(gm)):
         tensor = fake_tensor(node)
-        named = source_name(node).rpartition(".")[2] == "input_ids"
-        if named and tensor is not None and is_token_ids(tensor):
+        # An exported program names its inputs, Dynamo says where they come from.
+        named = source_name(node).rpartition(".")[2] or node.name
+        if named == "input_ids" and tensor is not None and is_token_ids(tensor):
             return position
     return None
 
@@ -277,13 +283,20 @@ def _is_view(node: fx.Node) -> bool:
 def _before_repeat(repeated: fx.Node, query: fx.Node) -> fx.Node:
     """Return ``[B, G, K, D]`` that ``repeated [B, H, K, D]`` repeats head by head, or itself.
 
-    Matches what transformers' ``repeat_kv`` traces to: index a new axis in, expand, reshape.
+    Matches what transformers' ``repeat_kv`` traces to: index a new axis in (an exported program:
+    unsqueeze), expand, reshape.
     """
-    expanded = repeated.args[0] if repeated.target in ("reshape", torch.reshape) else None
-    if not isinstance(expanded, fx.Node) or expanded.target not in ("expand", torch.Tensor.expand):
+    aten = torch.ops.aten
+    reshapes = ("reshape", torch.reshape, aten.reshape.default)
+    expanded = repeated.args[0] if repeated.target in reshapes else None
+    expands = ("expand", torch.Tensor.expand, aten.expand.default)
+    if not isinstance(expanded, fx.Node) or expanded.target not in expands:
         return repeated
     indexed = expanded.args[0]
-    if not isinstance(indexed, fx.Node) or indexed.target is not operator.getitem:
+    if not isinstance(indexed, fx.Node) or indexed.target not in (
+        operator.getitem,
+        aten.unsqueeze.default,
+    ):
         return repeated
     original, index = indexed.args
     everything = slice(None, None, None)
@@ -291,7 +304,7 @@ def _before_repeat(repeated: fx.Node, query: fx.Node) -> fx.Node:
     if not isinstance(original, fx.Node) or any(shape is None for shape in shapes):
         return repeated
     before, middle, after = (shape.shape for shape in shapes if shape is not None)
-    is_new_axis = (
+    is_new_axis = (indexed.target is aten.unsqueeze.default and index == 2) or (
         isinstance(index, tuple)
         and index[:3] == (everything, everything, None)
         and all(part == everything for part in index[3:])

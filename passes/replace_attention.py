@@ -10,10 +10,12 @@ import torch
 from torch import fx
 
 from blindsight.attention import Group, attend
+from blindsight.flex import constant_rows
 from blindsight.mask_forms import expressed_mask, materialised_mask, ordered_mask, sorted_mask
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import add_placeholder, erase_unused, fake_tensor
 from blindsight.passes.lift_mask import Lifted
+from blindsight.template import template_of_ids
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,14 @@ _MAKE_MASK: dict[MaskForm, Callable[..., object]] = {
     MaskForm.MATERIALISED: materialised_mask,
 }
 
+# What a rewritten graph calls: compile caches have to know these functions.
+GRAPH_FUNCTIONS: tuple[Callable[..., object], ...] = (
+    attend,
+    constant_rows,
+    template_of_ids,
+    *_MAKE_MASK.values(),
+)
+
 
 def replace_attention_pass(
     gm: fx.GraphModule,
@@ -55,12 +65,13 @@ def replace_attention_pass(
     groups: Sequence[Sequence[Group]] | None = None,
     size_of: Callable[[int | torch.SymInt], int] = int,
     capacity: int | None = None,
+    inputs: Sequence[fx.Node] | None = None,
 ) -> fx.GraphModule:
     """Replace the given calls; every other node keeps its meaning.
 
-    The graph gets four more inputs: ``span_id [B, T]`` int32 and ``is_sink [B, T]`` bool, the
-    template, and ``heads`` int64 and ``categories`` int32, ``[len(attention), H]``: one row per
-    replaced call, see :func:`~blindsight.attention.attend`.
+    Without ``inputs`` the graph gets four more: ``span_id [B, T]`` int32 and ``is_sink [B, T]``
+    bool, the template, and ``heads`` int64 and ``categories`` int32, ``[len(attention), H]``: one
+    row per replaced call, see :func:`~blindsight.attention.attend`.
 
     Args:
         gm: Edited in place; give a copy where somebody else still uses it.
@@ -77,13 +88,14 @@ def replace_attention_pass(
         size_of: The value of a symbolic size; the graph is then for these sizes alone.
         capacity: If given, the graph is for every length up to this one: all masks must be lifted,
             to be sorted, and over as many queries as keys as tokens.
+        inputs: Nodes that stand for the four inputs, before all others but the placeholders.
     """
     del example_inputs
     if not attention:
         return gm
-    span_id, is_sink, heads, categories = (
-        add_placeholder(gm, name) for name in (*TOKEN_INPUTS, *HEAD_INPUTS)
-    )
+    if inputs is None:
+        inputs = [add_placeholder(gm, name) for name in (*TOKEN_INPUTS, *HEAD_INPUTS)]
+    span_id, is_sink, heads, categories = inputs
     masks: dict[object, fx.Node] = {}
     for row, call in enumerate(attention):
         proof = None if lifted is None else lifted[row]
@@ -107,7 +119,9 @@ def replace_attention_pass(
                 masks[shared] = _call(gm, call, _MAKE_MASK[its_form], template, options)
         of_call = (("all", call.num_heads),) if groups is None else tuple(groups[row])
         with gm.graph.inserting_before(call.node):
-            rows = tuple(gm.graph.call_method("select", (x, 0, row)) for x in (heads, categories))
+            rows = tuple(
+                gm.graph.call_function(torch.select, (x, 0, row)) for x in (heads, categories)
+            )
             args = (call.query, call.key, call.value, masks[shared], *rows, of_call, call.scale)
             output = _call(gm, call, attend, args)
             output.meta["example_value"] = fake_tensor(call.node)

@@ -124,6 +124,37 @@ def test_inner_backend_gets_its_options(qwen: Any, inputs: Any) -> None:
     assert all(options == {"color": "blue", "options": {"size": 3}} for options in seen)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, False),
+        ({"mode": "max-autotune-no-cudagraphs"}, True),
+        ({"options": {"max_autotune": True}}, True),
+        ({"config_patches": {"max_autotune": True}}, True),
+        # The more specific wins
+        ({"mode": "max-autotune-no-cudagraphs", "options": {"max_autotune": False}}, False),
+        ({"options": {"max_autotune": True}, "config_patches": {"max_autotune": False}}, False),
+    ],
+)
+def test_inductor_gets_mode_options_and_patches(
+    qwen: Any, inputs: Any, options: Any, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._inductor.compile_fx as home
+
+    seen = []
+
+    def compile_fx(gm: Any, example_inputs: Any, **options: Any) -> Any:
+        seen.append(options["config_patches"])
+        return gm.forward
+
+    monkeypatch.setattr(home, "compile_fx", compile_fx)
+    profile = profile_of(qwen)
+    backend = blindsight_backend(profile, lowering="fused", **options)
+    check(qwen, profile, inputs, torch.compile(qwen, backend=backend)(**inputs).logits)
+    assert [patches.get("max_autotune", False) for patches in seen] == [expected] * len(seen)
+    assert seen
+
+
 def test_explain_traces_rewrites_and_leaves_no_trace(qwen: Any, inputs: Any) -> None:
     hooks = dict(qwen._forward_pre_hooks)
     report = blindsight.explain(qwen, inputs, profile_of(qwen), lowering="fused")

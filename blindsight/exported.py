@@ -1,0 +1,155 @@
+"""A model with its profile as an exported program: for AOTInductor, without this package.
+
+Shapes: B batch, Q tokens of the prompt, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from blindsight.lowering import Lowering
+from blindsight.passes.sparse_attention import rewrite
+from blindsight.prefill import Decoder, find_decoder
+from blindsight.profile import Profile
+
+_TEMPLATE = ("span_id", "is_sink")
+
+
+def export(
+    model: nn.Module,
+    profile: Profile | str | os.PathLike[str],
+    example_inputs: Mapping[str, Any],
+    *,
+    lowering: str = "fused",
+) -> ExportedProgram:
+    """Export a model with sparse attention, for prefill; its program returns logits ``[B, Q, V]``.
+
+    The program is for prompts of exactly these sizes, in any arrangement of images, and takes the
+    example's inputs by keyword. ``torch._inductor.aoti_compile_and_package`` makes a package of it
+    that runs without this one.
+
+    Args:
+        model: A transformers model, in eval mode; its weights become the program's.
+        profile: A profile, or the path of one.
+        example_inputs: Of the whole model, with ``input_ids``, from which the program tells where
+            the images are. Or of its decoder, with ``inputs_embeds``, ``span_id [B, Q]`` (ints)
+            and ``is_sink [B, Q]`` (bool): see :func:`decoder_inputs`. That is for the models whose
+            vision tower ``torch.export`` cannot trace, Qwen's.
+        lowering: ``"fused"`` or ``"split"``, as for :func:`~blindsight.blindsight_backend`.
+
+    Raises:
+        ValueError: ``torch.export`` cannot trace the model, the profile does not fit it, or some
+            of the profile's layers are not in the program.
+    """
+    if not isinstance(profile, Profile):
+        profile = Profile.load(profile)
+    profile.validate(model)
+    kind = Lowering.of(lowering)
+    if kind is Lowering.AUTO:
+        raise ValueError("lowering must be 'fused' or 'split' for an export, got 'auto'.")
+    if model.training:
+        raise ValueError("model must be in eval mode, got train mode. Call model.eval().")
+    inputs = dict(example_inputs)
+    is_decoder = "inputs_embeds" in inputs
+    if is_decoder and (missing := [name for name in _TEMPLATE if name not in inputs]):
+        raise ValueError(
+            f"inputs of a decoder must have span_id and is_sink, got none of {', '.join(missing)}. "
+            "Take them from blindsight.exported.decoder_inputs(model, profile, inputs)."
+        )
+    if not is_decoder and "input_ids" not in inputs:
+        raise ValueError(
+            "example_inputs must have input_ids or inputs_embeds, got "
+            f"{', '.join(sorted(inputs)) or 'nothing'}."
+        )
+    module = _DecoderAlone(model) if is_decoder else _WholeModel(model)
+    with torch.no_grad():
+        try:
+            program = torch.export.export(module.eval(), (), inputs, strict=False)
+        except Exception as error:
+            hint = (
+                ""
+                if is_decoder
+                else " Export its decoder: give the inputs that "
+                "blindsight.exported.decoder_inputs(model, profile, inputs) returns."
+            )
+            raise ValueError(
+                f"{type(model).__name__} must be traceable by torch.export, got "
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}.{hint}"
+            ) from error
+        gm: Any = program.module()
+        layers = rewrite(gm, profile, kind)
+        expected = [layer for layer in range(profile.num_layers) if profile.categories[layer].any()]
+        if sorted(layers) != expected:
+            raise ValueError(
+                f"layers {expected} of the profile must be in the program as calls of "
+                f"scaled_dot_product_attention, got layers {sorted(layers)}. Load the model with "
+                "attn_implementation='sdpa', and give a prompt of several tokens."
+            )
+        # Traced again, the functions of this package are gone: operators are left.
+        return torch.export.export(gm, (), inputs, strict=False)
+
+
+def decoder_inputs(
+    model: nn.Module, profile: Profile, inputs: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Run what comes before a model's decoder, and return the decoder's inputs and the template.
+
+    Args:
+        model: A transformers model.
+        profile: Of it.
+        inputs: Of its forward, padded on the left.
+
+    Returns:
+        ``inputs_embeds [B, Q, E]`` and what else the model gives its decoder, ``span_id [B, Q]``
+        and ``is_sink [B, Q]``: the inputs of a program that :func:`export` makes of them.
+
+    Raises:
+        ValueError: The decoder takes more than tensors.
+    """
+    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    with torch.no_grad():
+        batch = decoder.prepare(inputs)
+    found = {name: value for name, value in batch.decoder_inputs.items() if value is not None}
+    others = {
+        name: type(value).__name__
+        for name, value in found.items()
+        if not isinstance(value, (Tensor, bool))
+    }
+    if others:
+        raise ValueError(
+            f"the decoder of {type(model).__name__} must take tensors, got {others}. Export the "
+            "whole model, where torch.export can trace it."
+        )
+    template = dict(zip(_TEMPLATE, batch.prompt.template.tensors(), strict=True))
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    return {**tensors, **template}
+
+
+class _WholeModel(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Tensor:
+        logits: Tensor = self.model(**inputs, use_cache=False).logits
+        return logits
+
+
+class _DecoderAlone(nn.Module):
+    """The template is not read here: the rewriting finds it among the inputs."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.language_model = find_decoder(model)
+        self.lm_head = model.get_output_embeddings()
+
+    def forward(self, span_id: Tensor, is_sink: Tensor, **inputs: Any) -> Tensor:
+        hidden = self.language_model(**inputs, use_cache=False).last_hidden_state
+        logits: Tensor = self.lm_head(hidden)
+        return logits

@@ -1,0 +1,248 @@
+"""The whole rewriting as one pass, for graphs that do not go through the backend.
+
+The backend decides per call: which form of a graph runs, and whether what its masks rest on holds
+for the data at hand. A pass alone decides once. So a mask whose intervals rest on the data is
+evaluated element by element here, and the rewritten attention runs for every prompt.
+
+Shapes: B batch, H query heads, Q and K lengths in tokens, T tokens of the whole sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from blindsight.base_mask import is_plain_causal
+from blindsight.cache_keys import source_digest
+from blindsight.families import DECODER_ATTENTION_CLASSES
+from blindsight.flex import constant_rows
+from blindsight.layers import layer_of_path
+from blindsight.lowering import Layout, Lowering, fused_layout, split_layout
+from blindsight.passes.find_attention import Attention, find_attention, find_input_ids
+from blindsight.passes.graph import add_placeholder, placeholders, source_name
+from blindsight.passes.lift_mask import Lifted, lift_mask
+from blindsight.passes.replace_attention import TOKEN_INPUTS, replace_attention_pass
+from blindsight.profile import Profile
+from blindsight.template import template_of_ids
+
+
+def sparse_attention_pass(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[torch.Tensor] | None = None,
+    *,
+    profile: Profile,
+    lowering: str = "fused",
+    add_inputs: bool = False,
+) -> fx.GraphModule:
+    """Make the decoder's attention in a graph sparse, as the profile says.
+
+    The template comes from inputs of the graph called ``span_id [B, T]`` (ints) and
+    ``is_sink [B, T]`` (bool), or from one called ``input_ids [B, Q]``. Attention of one query
+    (decoding), of layers whose heads are all dense, and of anything but the decoder is left alone.
+
+    Args:
+        gm: A graph of fixed sizes, as Dynamo or ``torch.export`` traced it. Edited in place.
+        example_inputs: Not read; the usual signature of a pass.
+        profile: Of the model.
+        lowering: ``"fused"`` or ``"split"``, see :func:`~blindsight.blindsight_backend`.
+        add_inputs: Append ``span_id`` and ``is_sink`` to the graph's inputs where it shows
+            neither them nor ``input_ids``. Not to Dynamo's own graph: give a copy.
+
+    Raises:
+        ValueError: The profile does not fit the graph, its sizes are symbolic, or it does not tell
+            where the images are; nothing has been changed.
+    """
+    del example_inputs
+    rewrite(gm, profile, _lowering_of(lowering), add_inputs=add_inputs)
+    return gm
+
+
+class SparseAttention(PassBase, CustomGraphPass):
+    """:func:`sparse_attention_pass` as an object, for pass managers and for Inductor.
+
+    It is a ``PassBase`` of ``torch.fx.passes.infra``, and may be the value of Inductor's
+    ``pre_grad_custom_pass``: ``torch.compile(model, options={"pre_grad_custom_pass":
+    SparseAttention(profile)})``. Its ``uuid`` covers the profile, the options and the sources.
+
+    Args:
+        profile, lowering, add_inputs: As for :func:`sparse_attention_pass`. Inductor takes no
+            further inputs: there the graph has to show ``input_ids``, or the template.
+    """
+
+    def __init__(
+        self, profile: Profile, *, lowering: str = "fused", add_inputs: bool = False
+    ) -> None:
+        self._profile = profile
+        self._lowering = _lowering_of(lowering)
+        self._add_inputs = add_inputs
+
+    def __call__(self, graph: fx.GraphModule | fx.Graph) -> PassResult:  # type: ignore[override]
+        """Rewrite a graph in place; Inductor gives the graph alone, pass managers its module."""
+        gm = graph.owning_module if isinstance(graph, fx.Graph) else graph
+        if gm is None:
+            raise ValueError("graph must belong to a GraphModule, got one that does not.")
+        return self.call(gm)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """As ``PassBase`` wants it."""
+        layers = rewrite(graph_module, self._profile, self._lowering, add_inputs=self._add_inputs)
+        return PassResult(graph_module, bool(layers))
+
+    def uuid(self) -> str:
+        """Return the hex sha256 of all that decides what the pass does."""
+        parts = (self._profile.digest, self._lowering.value, str(self._add_inputs), source_digest())
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def _lowering_of(name: str) -> Lowering:
+    lowering = Lowering.of(name)
+    if lowering is Lowering.AUTO:
+        raise ValueError(
+            "lowering must be 'fused' or 'split' for a pass alone, got 'auto', which chooses for "
+            "each prompt. Use the backend for that."
+        )
+    return lowering
+
+
+def rewrite(
+    gm: fx.GraphModule, profile: Profile, lowering: Lowering, *, add_inputs: bool = False
+) -> list[int]:
+    """Rewrite a graph in place, and return the layers whose attention was rewritten."""
+    chosen: list[Attention] = []
+    layers: list[int] = []
+    for call in find_attention(gm, layer_pattern=profile.rule.layer_pattern):
+        layer = _layer_of(call, profile)
+        if layer is None or not profile.categories[layer].any() or _fixed_sizes(call)[1] == 1:
+            continue
+        chosen.append(call)
+        layers.append(layer)
+    if not chosen:
+        return []
+    proofs = [lift_mask(gm, call) for call in chosen]
+    layouts = [
+        _layout(profile.categories[layer].tolist(), proof, lowering)
+        for layer, proof in zip(layers, proofs, strict=True)
+    ]
+    template = _template(gm, chosen, profile, add_inputs=add_inputs)
+    heads = [list(layout.heads) for layout in layouts]
+    codes = [
+        [int(profile.categories[layer, head]) for head in row]
+        for layer, row in zip(layers, heads, strict=True)
+    ]
+    last = max(template, key=list(gm.graph.nodes).index)
+    with gm.graph.inserting_before(_after_inputs(gm) if last.op == "placeholder" else last.next):
+        constants = tuple(
+            gm.graph.call_function(constant_rows, (rows, dtype, template[0]))
+            for rows, dtype in ((heads, torch.int64), (codes, torch.int32))
+        )
+    replace_attention_pass(
+        gm,
+        attention=chosen,
+        # Nobody checks facts here: what rests on them is evaluated.
+        lifted=[replace(proof, tier=2) if proof.facts else proof for proof in proofs],
+        groups=[layout.groups for layout in layouts],
+        inputs=(*template, *constants),
+    )
+    return layers
+
+
+def _layer_of(call: Attention, profile: Profile) -> int | None:
+    """Return the layer of a call, or None if it is not the decoder's."""
+    where = call.path or "a frame of its own"
+    layer = layer_of_path(call)
+    if layer is None:
+        if call.module_class in DECODER_ATTENTION_CLASSES:
+            raise ValueError(
+                f"the layer of attention at {where} must be known, but the graph begins inside the "
+                "decoder. Give the pass the graph of the whole decoder."
+            )
+        return None
+    head_dim = int(profile.fingerprint["head_dim"])
+    for name, found, expected in (
+        ("heads", call.num_heads, profile.num_heads),
+        ("head dim", call.head_dim, head_dim),
+        ("dropout", call.dropout_p, 0.0),
+    ):
+        if found is not None and found != expected:
+            raise ValueError(
+                f"{name} of attention at {where} must be {expected}, got {found}. Use the profile "
+                "of this model, in eval mode."
+            )
+    if layer >= profile.num_layers:
+        raise ValueError(
+            f"attention at {where} is layer {layer}, but the profile has {profile.num_layers} "
+            "layers. Use the profile of this model."
+        )
+    return layer
+
+
+def _fixed_sizes(call: Attention) -> tuple[int, int, int]:
+    """Return B, Q and K."""
+    sizes: dict[str, Any] = call.sizes(lambda size: size)  # type: ignore[arg-type, return-value]
+    if symbolic := [f"{name}={size}" for name, size in sizes.items() if not isinstance(size, int)]:
+        raise ValueError(
+            f"sizes of attention must be fixed, got {', '.join(symbolic)} at {call.path}. Trace "
+            "without dynamic shapes, once for each length."
+        )
+    return sizes["batch"], sizes["num_queries"], sizes["num_keys"]
+
+
+def _layout(categories: list[int], proof: Lifted, lowering: Lowering) -> Layout:
+    if lowering is Lowering.FUSED:
+        return fused_layout(categories)
+    proven = proof.tier == 1 and not proof.facts and proof.form is not None
+    return split_layout(categories, is_causal=bool(proven and is_plain_causal(proof.form or ())))
+
+
+def _template(
+    gm: fx.GraphModule, calls: Sequence[Attention], profile: Profile, *, add_inputs: bool
+) -> tuple[fx.Node, fx.Node]:
+    """Return the nodes of span_id and is_sink."""
+    given = [_input_named(gm, name) for name in ("span_id", "is_sink")]
+    if given[0] is not None and given[1] is not None:
+        return given[0], given[1]
+    at = find_input_ids(gm)
+    if at is not None:
+        for call in calls:
+            _, num_queries, num_keys = _fixed_sizes(call)
+            if num_keys != num_queries:
+                raise ValueError(
+                    f"attention at {call.path} must have as many keys as queries where the images "
+                    f"are told from input_ids, got {num_keys} keys and {num_queries} queries: the "
+                    "tokens in a cache are not known. Trace a prefill without a cache, or give the "
+                    "graph inputs span_id and is_sink of the whole sequence."
+                )
+        with gm.graph.inserting_before(_after_inputs(gm)):
+            arguments = (placeholders(gm)[at], profile.rule.to_json())
+            both = gm.graph.call_function(template_of_ids, arguments)
+            span_id, is_sink = (
+                gm.graph.call_function(operator.getitem, (both, part)) for part in (0, 1)
+            )
+        return span_id, is_sink
+    if add_inputs:
+        span_id, is_sink = (add_placeholder(gm, name) for name in TOKEN_INPUTS)
+        return span_id, is_sink
+    raise ValueError(
+        "the graph must have an input called input_ids, or span_id and is_sink, got inputs "
+        f"{', '.join(node.name for node in placeholders(gm))[:200]}. Compile a module that takes "
+        "one of these, or say add_inputs=True."
+    )
+
+
+def _input_named(gm: fx.GraphModule, name: str) -> fx.Node | None:
+    for node in placeholders(gm):
+        if (source_name(node).rpartition(".")[2] or node.name) == name:
+            return node
+    return None
+
+
+def _after_inputs(gm: fx.GraphModule) -> fx.Node:
+    return placeholders(gm)[-1].next
