@@ -1,0 +1,258 @@
+"""What sparse attention costs besides attention: masks, moves, compiling, and compiling again.
+
+    python bench/overhead.py [--device cuda] [--dtype bfloat16] [--tokens 4096 16384]
+                             [--parts work compile recompile]
+
+work: bounds and block tables of four categories (once per prompt), moving tokens into their order
+and back (once per layer), and one decoder layer, beside each other.
+compile: the first call of a plain torch.compile and of each lowering, less a later call; Inductor's
+caches are off.
+recompile: 30 prompts of random lengths and numbers of images; which of them compile attention
+again, and how long they take.
+
+A Qwen2.5-VL decoder of a real model's widths and random weights. Appends a row for each measurement
+to bench/results/overhead.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from attention import head_mix
+from common import Config, conditions, print_table
+from prefill import SHAPES, decoder, forward
+from torch import Tensor, fx
+from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
+
+from blindsight import Profile, TemplateRule, blindsight_backend
+from blindsight.attention import _take_tokens
+from blindsight.base_mask import CAUSAL
+from blindsight.inner import Inner
+from blindsight.mask_forms import sorted_mask
+from blindsight.tune import compile_alone
+
+RESULTS = Path(__file__).parent / "results" / "overhead.jsonl"
+HEAD_DIM = 128
+
+
+class Bench:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.device: str = arguments.device
+        self.shape: str = arguments.shape
+        self.dtype: torch.dtype = getattr(torch, arguments.dtype)
+        self.num_layers: int = arguments.layers
+        self.repeats: int = arguments.repeats
+        self.model = decoder(self.shape, self.num_layers, self.dtype, self.device)
+        codes = [head_mix(SHAPES[self.shape][2], 0.75)] * self.num_layers
+        self.profile = Profile.for_model(self.model, codes, rule=TemplateRule(image_token_ids=(1,)))
+
+    def inputs(self, config: Config) -> tuple[dict[str, Any], list[Tensor]]:
+        """Return what the model is called with, and the template."""
+        size, device = config.num_tokens, self.device
+        hidden = self.model.config.hidden_size
+        inputs = {
+            "inputs_embeds": torch.randn(1, size, hidden, dtype=self.dtype, device=device),
+            "attention_mask": torch.ones(1, size, dtype=torch.long, device=device),
+            "position_ids": torch.arange(size, device=device).expand(3, 1, -1),
+        }
+        return inputs, [x.to(device) for x in config.template()]
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        run()
+        if self.device != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter() - begin
+
+    def medians(self, runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+        """Return median seconds, called in turn after a warm-up."""
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(self.repeats + 1):
+            for name, run in runs.items():
+                taken = self.seconds(run)
+                if turn > 0:
+                    times[name].append(taken)
+        return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure_work(bench: Bench, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    found = []
+    heads, key_heads = SHAPES[bench.shape][2:4]
+    for size in tqdm(sizes, desc="work"):
+        torch._dynamo.reset()
+        config = prompt_of(size)
+        length = config.num_tokens
+        inputs, template = bench.inputs(config)
+
+        def masks(span_id: Tensor, is_sink: Tensor, length: int = length) -> Any:
+            mask = sorted_mask(
+                CAUSAL, span_id, is_sink, batch=1, num_queries=length, num_keys=length
+            )
+            return (*mask.order, mask.lower, mask.upper, *mask.tables)
+
+        order = masks(*template)[:3]
+        query, key, value = (
+            torch.randn(1, number, length, HEAD_DIM, dtype=bench.dtype, device=bench.device)
+            for number in (heads, key_heads, key_heads)
+        )
+
+        def moves(query: Tensor, key: Tensor, value: Tensor, *order: Tensor) -> Any:
+            moved = _take_tokens(query, order[0])
+            return (
+                _take_tokens(moved, order[2]),
+                moved,
+                *(_take_tokens(x, order[1]) for x in (key, value)),
+            )
+
+        backend = blindsight_backend(bench.profile, lowering="fused")
+        compiled = torch.compile(bench.model, backend=backend, dynamic=False)
+        medians = bench.medians(
+            {
+                "masks": partial(compile_alone(masks, template), *template),
+                "moves": partial(
+                    compile_alone(moves, [query, key, value, *order]), query, key, value, *order
+                ),
+                "prefill": partial(forward, compiled, inputs, template),
+            }
+        )
+        layer = (medians["prefill"] - medians["masks"]) / bench.num_layers
+        whole = medians["masks"] + SHAPES[bench.shape][4] * layer
+        found.append(
+            {
+                "part": "work",
+                "tokens": length,
+                **{f"{name}_ms": 1e3 * taken for name, taken in medians.items()},
+                "masks_of_a_whole_prefill": medians["masks"] / whole,
+                "moves_of_a_layer": medians["moves"] / layer,
+            }
+        )
+    return found
+
+
+def measure_compile(bench: Bench, size: int) -> list[dict[str, Any]]:
+    inputs, template = bench.inputs(prompt_of(size))
+    found = []
+    with torch._inductor.config.patch(force_disable_caches=True):
+        for name in tqdm(("torch.compile", "fused", "split", "torch.compile"), desc="compile"):
+            torch._dynamo.reset()
+            options: dict[str, Any] = {}
+            if name != "torch.compile":
+                options["backend"] = blindsight_backend(bench.profile, lowering=name)
+            run = partial(
+                forward, torch.compile(bench.model, dynamic=False, **options), inputs, template
+            )
+            first = bench.seconds(run)
+            later = min(bench.seconds(run) for _ in range(2))
+            found.append(
+                {
+                    "part": "compile",
+                    "tokens": inputs["inputs_embeds"].shape[1],
+                    "form": name,
+                    "num_layers": bench.num_layers,
+                    "compile_s": first - later,
+                }
+            )
+    # The first compiled anything pays for what is shared: the plain one was first, and is last.
+    return found[1:]
+
+
+def measure_recompiles(bench: Bench, number: int, longest: int) -> list[dict[str, Any]]:
+    torch._dynamo.reset()
+    draw = random.Random(0)
+    counted = Counting()
+    backend = blindsight_backend(bench.profile, lowering="fused", inner=counted)
+    compiled = torch.compile(bench.model, backend=backend)
+    found = []
+    for at in tqdm(range(number), desc="recompile"):
+        image = draw.choice((64, 128, 256))
+        images = draw.randint(2, max(2, longest // (image + 2 + 16)))
+        config = Config(images, image, draw.randint(1, 16))
+        inputs, template = bench.inputs(config)
+        before = counted.number
+        seconds = bench.seconds(partial(forward, compiled, inputs, template))
+        again = bench.seconds(partial(forward, compiled, inputs, template))
+        found.append(
+            {
+                "part": "recompile",
+                "prompt": at,
+                "tokens": config.num_tokens,
+                "num_images": images,
+                "compiled": counted.number - before,
+                "first_ms": 1e3 * seconds,
+                "again_ms": 1e3 * again,
+            }
+        )
+    return found
+
+
+class Counting:
+    """Inductor, counting the graphs with attention that it compiles."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._inner = Inner("inductor", {})
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+        own = any(node.target is scaled_dot_product_attention for node in gm.graph.nodes)
+        self.number += own or any(name.startswith("blindsight") for name in names)
+        return self._inner(gm, example_inputs)
+
+
+def prompt_of(size: int) -> Config:
+    return Config(max(2, round((size - 64) / 274)), 256, 16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--shape", default="qwen2.5-vl-3b", choices=SHAPES)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--compile-tokens", type=int, default=2048)
+    parser.add_argument("--prompts", type=int, default=30)
+    parser.add_argument("--longest", type=int, default=4000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parts = ("work", "compile", "recompile")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    arguments = parser.parse_args()
+    told = {**conditions(), "device": arguments.device}
+    bench = Bench(arguments)
+    rows: list[dict[str, Any]] = []
+    if "work" in arguments.parts:
+        rows += measure_work(bench, arguments.tokens)
+    if "compile" in arguments.parts:
+        rows += measure_compile(bench, arguments.compile_tokens)
+    if "recompile" in arguments.parts:
+        rows += measure_recompiles(bench, arguments.prompts, arguments.longest)
+    RESULTS.parent.mkdir(exist_ok=True)
+    shape = {"shape": arguments.shape, "dtype": arguments.dtype}
+    with RESULTS.open("a") as file:
+        for row in rows:
+            file.write(json.dumps({**told, **shape, **row}) + "\n")
+    for part in arguments.parts:
+        of_part = [row for row in rows if row["part"] == part]
+        header = [name for name in of_part[0] if name != "part"]
+        print_table(header, [[_text(row[name]) for name in header] for row in of_part])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
