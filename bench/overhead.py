@@ -39,7 +39,6 @@ from blindsight.attention import _take_tokens
 from blindsight.base_mask import CAUSAL
 from blindsight.inner import Inner
 from blindsight.mask_forms import sorted_mask
-from blindsight.tune import compile_alone
 
 RESULTS = Path(__file__).parent / "results" / "overhead.jsonl"
 HEAD_DIM = 128
@@ -118,10 +117,8 @@ def measure_work(bench: Bench, sizes: Sequence[int]) -> list[dict[str, Any]]:
         compiled = torch.compile(bench.model, backend=backend, dynamic=False)
         medians = bench.medians(
             {
-                "masks": partial(compile_alone(masks, template), *template),
-                "moves": partial(
-                    compile_alone(moves, [query, key, value, *order]), query, key, value, *order
-                ),
+                "masks": partial(torch.compile(masks, dynamic=False), *template),
+                "moves": partial(torch.compile(moves, dynamic=False), query, key, value, *order),
                 "prefill": partial(forward, compiled, inputs, template),
             }
         )
