@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import QuantizedCache
 
-from blindsight import Profile, blindsight_backend
+from blindsight import Profile, blindsight_backend, use_template
+from blindsight.runtime import BlindsightWarning
 from models import (
     END_ID,
     IMAGE_ID,
@@ -234,6 +236,40 @@ def test_generate_with_a_quantised_cache(quantizer: str) -> None:
     model = model_of()
     backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused", model=model)
     check_generate(model, backend, prompt(), options, options)
+
+
+def test_the_second_turn_of_a_quantised_cache_takes_a_template() -> None:
+    """Nobody can tell which tokens its tensors hold: dense with a warning, or as the user says."""
+    package("hqq")
+    model, inputs = model_of(), prompt()
+    span_id, is_sink = template_of(inputs)
+    config = model.config.get_text_config()
+    turns = split_turns(model, inputs, int((span_id == 2).nonzero()[0, 1]))
+
+    def new_cache() -> QuantizedCache:
+        return QuantizedCache("hqq", config, nbits=4, q_group_size=16)
+
+    def run(call: Any, cache: QuantizedCache, second: Any) -> torch.Tensor:
+        call(**turns[0], past_key_values=cache, use_cache=True)
+        with second:
+            return call(**turns[1], past_key_values=cache, use_cache=True).logits
+
+    def refer(categories: Any) -> torch.Tensor:
+        cache, past = new_cache(), turns[0]["input_ids"].shape[1]
+        first = span_id[:, :past], is_sink[:, :past]
+        extra = {"past_key_values": cache, "use_cache": True}
+        run_reference(model, profile_of(model).categories, *first, turns[0], **extra)
+        return run_reference(model, categories, span_id, is_sink, turns[1], **extra).logits
+
+    categories = profile_of(model).categories
+    sparse, dense = refer(categories), refer(torch.zeros_like(categories))
+    assert (sparse - dense).abs().max() > 1e-2
+    backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused", model=model)
+    compiled = torch.compile(model, backend=backend)
+    warned = pytest.warns(BlindsightWarning, match="already in the cache are not known.*template")
+    torch.testing.assert_close(run(compiled, new_cache(), warned), dense, atol=1e-4, rtol=1e-4)
+    told = use_template(span_id, is_sink)
+    torch.testing.assert_close(run(compiled, new_cache(), told), sparse, atol=1e-4, rtol=1e-4)
 
 
 def test_a_quantised_cache_needs_the_model() -> None:
