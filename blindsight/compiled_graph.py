@@ -200,7 +200,8 @@ class CompiledGraph:
             history = None
         if history is not None:
             return history, True
-        return None, length == 0 or keys.numel() == 0
+        alone = cache.has_new and num_keys == num_queries
+        return None, length == 0 or alone or keys.numel() == 0
 
     def _num_tokens(
         self,
@@ -227,6 +228,9 @@ class CompiledGraph:
         holders = [outputs[at] for at in cache.after]
         if cache.before is not None and cache.in_place:
             holders.append(args[cache.before])
+        if cache.before is not None and cache.has_new:
+            # What was known of it is of an earlier call; what the call left there nobody saw.
+            caches.drop(args[cache.before])
         for keys in holders:
             if history is None:
                 caches.drop(keys)

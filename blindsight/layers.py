@@ -31,7 +31,7 @@ class LayerMap:
         return len({layer for _, layer in self._layers.values()})
 
     def layer_of(self, parameters: Iterable[Any]) -> int | None:
-        """Return the layer that any of the given tensors belongs to, or None."""
+        """Return the one layer that the given tensors belong to, as far as to any, or None."""
         parameters = list(parameters)
         layer = self._look_up(parameters)
         if layer is None:
@@ -41,11 +41,12 @@ class LayerMap:
         return layer
 
     def _look_up(self, parameters: list[Any]) -> int | None:
+        found = set()
         for parameter in parameters:
             entry = self._layers.get(id(parameter))
             if entry is not None and entry[0]() is parameter:
-                return entry[1]
-        return None
+                found.add(entry[1])
+        return found.pop() if len(found) == 1 else None
 
     def _refresh(self) -> None:
         model = self._model()

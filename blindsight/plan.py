@@ -23,7 +23,14 @@ from blindsight.passes.find_attention import (
     find_key_cache,
     has_attention,
 )
-from blindsight.passes.graph import copy_graph_module, fake_tensor, placeholders, source_name
+from blindsight.passes.graph import (
+    copy_graph_module,
+    fake_tensor,
+    has_regions,
+    inline_regions,
+    placeholders,
+    source_name,
+)
 from blindsight.passes.lift_mask import Lifted, lift_mask
 from blindsight.report import Verdict
 from blindsight.state import BackendState
@@ -41,9 +48,14 @@ class PlannedCall:
 
 @dataclass(frozen=True)
 class CacheInputs:
-    """Where a graph finds and leaves the keys of one cache (see ``KeyCache``), by position."""
+    """Where a graph finds and leaves the keys of one cache (see ``KeyCache``), by position.
+
+    ``has_new`` says that what is found holds the call's own keys already: a frame that Dynamo
+    resumed after the cache was updated.
+    """
 
     before: int | None = None
+    has_new: bool = False
     after: tuple[int, ...] = ()
     length: int | None = None
     in_place: bool = False
@@ -116,6 +128,8 @@ class _Planner:
         self._number = number
         # Without attention the graph goes on as it is.
         copied = copy_graph_module(gm) if has_attention(gm) else gm
+        if copied is not gm and has_regions(copied):
+            copied = inline_regions(copied)
         self.plan = Plan(copied, input_ids=find_input_ids(gm), symbols=_symbols(gm))
         self.plan.numbers = _numbers(gm)
         self.plan.runs_head = any(source_name(x).endswith("lm_head.weight") for x in self._inputs)
@@ -123,7 +137,7 @@ class _Planner:
         for attention in find_attention(copied, layer_pattern=pattern):
             self._add(attention)
         written_out = find_eager_attention(
-            gm, layer_pattern=pattern, module_classes=DECODER_ATTENTION_CLASSES
+            copied, layer_pattern=pattern, module_classes=DECODER_ATTENTION_CLASSES
         )
         if written_out:
             self._refuse(
@@ -224,6 +238,7 @@ class _Planner:
                     self._check_recompile_limit()
                 return CacheInputs(
                     before=None if found.before is None else inputs.index(found.before),
+                    has_new=found.before is call.attention.key,
                     after=after,
                     length=None if found.length is None else inputs.index(found.length),
                     in_place=found.in_place,

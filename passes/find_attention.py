@@ -49,7 +49,8 @@ class Attention:
         path: Dotted path of the module that calls it, seen from the compiled frame.
         module_class: Name of that module's class.
         layer: The layer's number, where the path tells it.
-        parameters: Positions of the placeholders that are parameters of that module.
+        parameters: Positions of the placeholders that are parameters of that module; of a frame
+            that Dynamo resumed inside it, all that the frame has.
     """
 
     node: fx.Node
@@ -118,8 +119,9 @@ class Attention:
 
 
 def has_attention(gm: fx.GraphModule) -> bool:
-    """Whether a graph has any attention call."""
-    return any(_is_attention(node) for node in gm.graph.nodes)
+    """Whether a graph, or a region that it calls, has any attention call."""
+    regions = (child for child in gm.children() if isinstance(child, fx.GraphModule))
+    return any(_is_attention(node) for node in gm.graph.nodes) or any(map(has_attention, regions))
 
 
 def count_attention(gm: fx.GraphModule) -> int:
@@ -162,7 +164,7 @@ def find_attention(gm: fx.GraphModule, *, layer_pattern: str) -> list[Attention]
                 parameters=tuple(
                     position
                     for position, name in enumerate(inputs)
-                    if path and name.startswith(path + ".")
+                    if name.startswith(path + "." if path else "self.")
                 ),
             )
         )
