@@ -1,0 +1,568 @@
+"""The programs that Inductor writes for a GPU, on a machine without one: assembled, or run.
+
+For an H200: :func:`lower` gives a program's source, :func:`assemble` its kernels as machine code,
+and what :func:`compile_for_gpu` returns runs the whole program on CPU tensors, its Triton kernels
+in Triton's interpreter. No driver is touched: the device's properties are given, and a guard that
+does nothing stands in for the one that a CPU build of PyTorch lacks.
+
+Only for a process of its own, which is set up to do one or the other: see :func:`in_process`. What
+this cannot show is speed, races between threads, and how tensor cores round.
+
+Private interfaces of torch and triton are patched here; tried with those of constraints.txt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._pytree import tree_map
+
+CAPABILITY = (9, 0)
+SHARED_MEMORY = 232_448  # bytes that a block of threads may ask for
+
+_PROPERTIES = types.SimpleNamespace(
+    name="NVIDIA H200",
+    major=CAPABILITY[0],
+    minor=CAPABILITY[1],
+    multi_processor_count=132,
+    total_memory=150_000_000_000,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=SHARED_MEMORY,
+    shared_memory_per_multiprocessor=233472,
+    L2_cache_size=62914560,
+    is_integrated=0,
+    gcnArchName="",
+    uuid="0",
+)
+
+_GUARD = r"""
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+namespace {
+using namespace c10;
+struct Guard final : impl::DeviceGuardImplInterface {
+  DeviceType type() const override { return DeviceType::CUDA; }
+  Device exchangeDevice(Device) const override { return Device(DeviceType::CUDA, 0); }
+  Device getDevice() const override { return Device(DeviceType::CUDA, 0); }
+  void setDevice(Device) const override {}
+  void uncheckedSetDevice(Device) const noexcept override {}
+  Stream getStream(Device device) const override { return Stream(Stream::DEFAULT, device); }
+  Stream getNewStream(Device device, int) const override { return getStream(device); }
+  Stream exchangeStream(Stream stream) const override { return stream; }
+  DeviceIndex deviceCount() const noexcept override { return 1; }
+};
+C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+}  // namespace
+"""
+
+
+def in_process(function: str, *args: Any, interpret: bool = False) -> Any:
+    """Call ``"module:function"`` of this folder in a process of its own, which pretends.
+
+    Args:
+        function: Takes and returns what JSON can say.
+        interpret: Whether kernels are run; otherwise they can be assembled.
+
+    Raises:
+        AssertionError: It failed; the message is what the process wrote.
+    """
+    code = "import sys, without_gpu; without_gpu._serve(*sys.argv[1:])"
+    here = str(Path(__file__).parent)
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.json")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([here, *sys.path]),
+            "TRITON_INTERPRET": "1" if interpret else "0",
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "inductor")),
+            "TRITON_CACHE_DIR": str(Path(folder, "triton")),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        }
+        command = [sys.executable, "-c", code, function, json.dumps(args), str(result)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise AssertionError(f"{function}{args} failed:\n{done.stdout}\n{done.stderr}")
+        return json.loads(result.read_text())
+
+
+def _serve(function: str, args: str, result: str) -> None:
+    module, _, name = function.partition(":")
+    with pretend_gpu():
+        returned = getattr(importlib.import_module(module), name)(*json.loads(args))
+    Path(result).write_text(json.dumps(returned))
+
+
+class _Driver:
+    """What Triton and Inductor ask of a driver while they compile."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+        properties = {
+            "max_shared_mem": SHARED_MEMORY,
+            "multiprocessor_count": _PROPERTIES.multi_processor_count,
+            "warpSize": 32,
+            "max_num_regs": 65536,
+        }
+        self.utils = types.SimpleNamespace(get_device_properties=lambda device: properties)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+
+def _always(value: Any) -> Callable[..., Any]:
+    return lambda *_, **__: value
+
+
+def _load_guard() -> None:
+    """Register a guard for CUDA devices: operators on fake tensors ask for one."""
+    root = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "guard.cpp"), Path(folder, "guard.so")
+        source.write_text(_GUARD)
+        command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{root}/include", str(source)]
+        command += ["-o", str(library), f"-L{root}/lib", "-lc10", f"-Wl,-rpath,{root}/lib"]
+        subprocess.run(command, check=True)
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+@contextlib.contextmanager
+def pretend_gpu() -> Iterator[None]:
+    """Inside, Inductor compiles for an H200, and its programs run on CPU tensors."""
+    import torch.utils._triton as probes
+    import triton
+    from torch._C._dynamo import guards
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor import config
+    from torch._inductor.runtime import hints, triton_helpers
+    from triton.backends.compiler import GPUTarget
+
+    if torch.version.cuda is None:
+        _load_guard()
+    driver = _Driver(GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32))
+    has, first, one, properties = map(_always, (True, 0, 1, _PROPERTIES))
+    # torch.cuda.is_available stays false: Dynamo would save the state of a generator otherwise,
+    # and Inductor would trace its patterns with real tensors.
+    patches: list[tuple[object, dict[str, Any]]] = [
+        (
+            torch.cuda,
+            {
+                "device_count": one,
+                "current_device": first,
+                "set_device": first,
+                "get_device_properties": properties,
+                "get_device_capability": _always(CAPABILITY),
+                "get_device_name": _always(_PROPERTIES.name),
+                "is_bf16_supported": has,
+                "_DeviceGuard": lambda _: contextlib.nullcontext(),
+            },
+        ),
+        (
+            CudaInterface,
+            {
+                "is_available": staticmethod(has),
+                "current_device": staticmethod(first),
+                "device_count": staticmethod(one),
+                "get_device_properties": staticmethod(properties),
+                "is_bf16_supported": staticmethod(has),
+            },
+        ),
+        (
+            CudaInterface.Worker,
+            {
+                "current_device": staticmethod(first),
+                "get_device_properties": staticmethod(properties),
+            },
+        ),
+        (triton_helpers, {"set_driver_to_gpu": first}),
+        (torch._C, {"_cuda_getCurrentRawStream": first}),
+        (guards, {"_empty_strided_cuda": _unwritten}),
+        # Without these TMA would be left out silently.
+        (probes, {"_device_supports_tma": has, "has_triton_tma_device": has}),
+        (probes, {"has_triton_stable_tma_api": has}),
+    ]
+    options = {
+        "fx_graph_cache": False,
+        "force_disable_caches": True,
+        "compile_threads": 1,
+        "joint_graph_constant_folding": False,  # it computes constants on the device
+    }
+    cached = [hints.DeviceProperties.create, *vars(probes).values()]
+
+    def forget() -> None:
+        for function in cached:
+            function = getattr(function, "__func__", function)
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
+
+    with contextlib.ExitStack() as stack:
+        for target, replaced in patches:
+            stack.enter_context(_patch(target, replaced))
+        before = triton.runtime.driver._active
+        triton.runtime.driver.set_active(driver)
+        stack.callback(lambda: triton.runtime.driver.set_active(before))
+        forget()
+        stack.callback(forget)
+        stack.enter_context(config.patch(options))
+        stack.enter_context(_fast_interpreter())
+        yield
+
+
+@contextlib.contextmanager
+def _patch(target: object, replaced: dict[str, Any]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for name, value in replaced.items():
+            missing = not hasattr(target, name)
+            stack.enter_context(mock.patch.object(target, name, value, create=missing))
+        yield
+
+
+def _unwritten(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a buffer that shows when it is read before it is written."""
+    buffer = torch.empty_strided(size, stride, dtype=dtype)
+    return buffer.fill_(float("nan")) if dtype.is_floating_point else buffer
+
+
+@contextlib.contextmanager
+def _fast_interpreter() -> Iterator[None]:
+    """Let Triton's interpreter do with fewer steps of Python what it does anyway.
+
+    It reduces and scans in log2(n) steps of whole blocks instead of element by element (what
+    combines is associative), looks for the functions to stand in for once per kernel instead of
+    once per call, and Inductor gives it wide tiles, of which an autotuner may choose any.
+    """
+    import triton
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from triton.runtime import interpreter
+
+    def tensors(ops: Any, given: Sequence[Any], arrays: Sequence[np.ndarray]) -> list[Any]:
+        return [ops.to_tensor(x, like.dtype) for x, like in zip(arrays, given, strict=True)]
+
+    def combined(ops: Any, left: list[Any], right: list[Any]) -> list[np.ndarray]:
+        found = ops.combine_fn.fn(*left, *right)
+        return [x.handle.data for x in (found if isinstance(found, tuple) else (found,))]
+
+    def reduce(ops: Any, given: Sequence[Any]) -> list[Any]:
+        given, axis = ops.unravel(given, ops.axis)
+        assert ops.axis is not None or not ops.keep_dims
+        arrays = [x.handle.data for x in given]
+        while (size := arrays[0].shape[axis]) > 1:
+            even, odd = ([x.take(range(at, size, 2), axis) for x in arrays] for at in (0, 1))
+            arrays = combined(ops, tensors(ops, given, even), tensors(ops, given, odd))
+        if not ops.keep_dims:
+            arrays = [x.squeeze(axis) for x in arrays]
+        return tensors(ops, given, arrays)
+
+    def scan(ops: Any, given: Sequence[Any]) -> list[Any]:
+        arrays = [x.handle.data for x in given]
+        shape = [1] * arrays[0].ndim
+        shape[ops.axis] = size = arrays[0].shape[ops.axis]
+        index = np.arange(size).reshape(shape)
+        step = 1
+        while step < size:
+            before = [np.roll(x, step, ops.axis) for x in arrays]
+            both = combined(ops, tensors(ops, given, before), tensors(ops, given, arrays))
+            arrays = [np.where(index < step, x, y) for x, y in zip(arrays, both, strict=True)]
+            step *= 2
+        return tensors(ops, given, arrays)
+
+    patch_language = interpreter._patch_lang
+    language = {"tl": triton.language, "core": triton.language.core}
+    is_patched = False
+
+    def patch_once(function: Any) -> Any:
+        nonlocal is_patched
+        if is_patched:
+            return None  # a function that a kernel calls
+        scope = patch_language(types.SimpleNamespace(__globals__=language))
+        is_patched = True
+
+        def restore() -> None:
+            nonlocal is_patched
+            scope.restore()
+            is_patched = False
+
+        return types.SimpleNamespace(restore=restore)
+
+    run = CachingAutotuner.run
+
+    def run_wide(tuner: Any, *args: Any, **options: Any) -> Any:
+        (tuner.configs[0].kwargs).update(_wide(tuner))
+        return run(tuner, *args, **options)
+
+    with (
+        _patch(interpreter.ReduceOps, {"generic_reduce": reduce}),
+        _patch(interpreter.ScanOps, {"generic_scan": scan}),
+        _patch(interpreter, {"_patch_lang": patch_once}),
+        _patch(CachingAutotuner, {"run": run_wide}),
+    ):
+        yield
+
+
+def _wide(tuner: Any) -> dict[str, int]:
+    """Return another width for tiles of a kernel of Inductor's that is no template."""
+    if "XBLOCK" not in tuner.configs[0].kwargs or not tuner.size_hints:
+        return {}
+    wanted = 1 << max(tuner.size_hints["x"] - 1, 0).bit_length()
+    return {"XBLOCK": min(wanted, 2048)}
+
+
+def on_gpu(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """Return a tensor like it that is on the GPU, and holds nothing."""
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+
+
+def compile_for_gpu(
+    function: Callable[..., Any], inputs: Sequence[Tensor], *, any_length: int | None = None
+) -> Callable[..., Any]:
+    """Compile a function of tensors; the result takes CPU tensors.
+
+    Args:
+        function: Returns a tensor, or several.
+        inputs: Like those that it will be called with.
+        any_length: A size that is to be symbolic wherever it occurs; the others are fixed.
+    """
+    graph = fx.Graph()
+    names = [graph.placeholder(f"x{at}") for at in range(len(inputs))]
+    graph.output((graph.call_function(function, tuple(names)),))
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    if any_length is None:
+        fake = [on_gpu(x, mode) for x in inputs]
+    else:
+        fake = _of_any_length(inputs, any_length, mode)
+    with torch.no_grad(), tracing(TracingContext(mode)):
+        return _compile_fx(fx.GraphModule({}, graph), fake)
+
+
+def _of_any_length(inputs: Sequence[Tensor], length: int, mode: FakeTensorMode) -> list[Tensor]:
+    env = mode.shape_env
+    source = ConstantSource("length")
+    symbol = env.create_symbol(length, source, dynamic_dim=DimDynamic.DYNAMIC)
+    size = env.create_symintnode(symbol, hint=length, source=source)
+    with mode:
+        return [
+            torch.empty([size if n == length else n for n in x.shape], dtype=x.dtype, device="cuda")
+            for x in inputs
+        ]
+
+
+def _compile_fx(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(inputs))
+
+
+def _moved(value: Any) -> Any:
+    return torch.device("cuda") if value in (torch.device("cpu"), "cpu") else value
+
+
+class Inductor:
+    """An inner backend that compiles rewritten graphs for the GPU; others run as they are.
+
+    Attributes:
+        programs: What was written for them.
+    """
+
+    def __init__(self) -> None:
+        self.programs: list[Program] = []
+        self.num_calls = 0
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+        if not any(name.startswith("blindsight") for name in names):
+            return gm.forward
+        mode = detect_fake_mode(inputs) or FakeTensorMode(shape_env=ShapeEnv())
+        fake = [on_gpu(x, mode) if isinstance(x, Tensor) else x for x in inputs]
+        for node in gm.graph.nodes:
+            # Dynamo traced the model on the CPU.
+            node.args, node.kwargs = tree_map(_moved, (node.args, node.kwargs))
+        with torch.no_grad(), tracing(TracingContext(mode)), written() as programs:
+            compiled = _compile_fx(gm, fake)
+        self.programs += programs
+
+        def run(*args: Any) -> Any:
+            self.num_calls += 1
+            return compiled(*args)
+
+        return run
+
+
+@dataclass(frozen=True)
+class Program:
+    """What Inductor wrote: Python, with the kernels in it."""
+
+    source: str
+
+    @property
+    def launches(self) -> list[str]:
+        """Names of what it calls on the GPU, in order: Triton kernels, and operators."""
+        found = []
+        operator = r".*?((?:extern_kernels|torch\.ops|aten)\.[\w.]+)\("
+        for line in self.source.splitlines():
+            for pattern in (r"\s*(triton_\w+)\.run\(", operator):
+                if match := re.match(pattern, line):
+                    found.append(match[1])
+        return found
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Sources of the Triton kernels, by name."""
+        pattern = r"async_compile\.triton\('([^']+)', '''\n(.*?)'''"
+        found = re.findall(pattern, self.source, re.DOTALL)
+        return {name: source.replace("\\\\", "\\") for name, source in found}
+
+
+@contextlib.contextmanager
+def written(*, only: bool = False) -> Iterator[list[Program]]:
+    """Inside, collect what is written.
+
+    Args:
+        only: Whether to leave it at that, and go on after the block.
+    """
+    from torch._inductor.graph import GraphLowering
+
+    programs: list[Program] = []
+
+    def save(source: str) -> None:
+        programs.append(Program(source))
+        if only:
+            raise _Written
+
+    with (
+        contextlib.suppress(_Written),
+        _patch(GraphLowering, {"save_output_code": staticmethod(save)}),
+    ):
+        yield programs
+
+
+class _Written(BaseException):
+    pass
+
+
+def lower(
+    function: Callable[..., Any], inputs: Sequence[Tensor], *, any_length: int | None = None
+) -> Program:
+    """Return the program of a function, see :func:`compile_for_gpu`."""
+    with written(only=True) as programs:
+        compile_for_gpu(function, inputs, any_length=any_length)
+    (program,) = programs
+    return program
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A kernel as machine code.
+
+    Attributes:
+        block_m, block_n: Queries and keys of a tile; 0 where it is no FlexAttention.
+        num_warps, num_stages: Of a block of threads, and of its pipeline.
+        registers: Per thread.
+        spilled: Bytes that a thread stores and loads for want of registers, and its stack.
+        shared: Bytes that a block of threads has.
+        hgmma, hmma: Instructions of the tensor cores, for groups of warps and for one.
+        instructions: All of them.
+    """
+
+    name: str
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    registers: int
+    spilled: int
+    shared: int
+    hgmma: int
+    hmma: int
+    instructions: int
+
+
+def assemble(name: str, source: str) -> Assembled:
+    """Compile a kernel as Inductor's own workers do, which have no driver either."""
+    from torch._inductor import config
+
+    static = "use_static_triton_launcher"
+    if not hasattr(config, static):
+        static = "use_static_cuda_launcher"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{name}.py")
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        tuner = getattr(module, name)
+        tuner.configs = tuner.configs[:1]
+        # Triton's own object, which keeps the code.
+        with config.patch({static: False}):
+            tuner.precompile(warm_cache_only=True)
+        (result,) = tuner.compile_results
+        kernel = result.kernel
+        binary, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        binary.write_bytes(kernel.asm["cubin"])
+        ptx.write_text(kernel.asm["ptx"])
+        (target,) = re.findall(r"^\.target\s+(\w+)", kernel.asm["ptx"], re.MULTILINE)
+        usage = _tool("cuobjdump", "--dump-resource-usage", binary)
+        code = _tool("nvdisasm", "-c", binary)
+        said = _tool("ptxas", "-v", f"--gpu-name={target}", ptx, "-o", Path(folder, "out"))
+    operations = re.findall(
+        r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE
+    )
+    spills = re.findall(r"(\d+) bytes spill", said)
+    constants = dict(re.findall(r"^\s*(BLOCK_[MN]) : tl.constexpr = (\d+)", source, re.MULTILINE))
+    return Assembled(
+        name=name,
+        block_m=int(constants.get("BLOCK_M", 0)),
+        block_n=int(constants.get("BLOCK_N", 0)),
+        num_warps=kernel.metadata.num_warps,
+        num_stages=kernel.metadata.num_stages,
+        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
+        spilled=sum(map(int, spills)) + int(re.findall(r"STACK:(\d+)", usage)[0]),
+        shared=kernel.metadata.shared,
+        hgmma=operations.count("HGMMA"),
+        hmma=operations.count("HMMA"),
+        instructions=len(operations),
+    )
+
+
+def _tool(name: str, *args: str | Path) -> str:
+    """Run a tool of those that Triton brings, and return what it says."""
+    import triton.backends.nvidia
+
+    assert triton.backends.nvidia.__file__ is not None
+    path = Path(triton.backends.nvidia.__file__).parent / "bin" / name
+    done = subprocess.run([path, *args], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
