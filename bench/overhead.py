@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from attention import head_mix
 from common import Config, conditions, print_table
-from prefill import SHAPES, decoder, forward
+from prefill import SHAPES, decoder, forward, inputs_of, prompt_of
 from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
@@ -54,17 +54,6 @@ class Bench:
         self.model = decoder(self.shape, self.num_layers, self.dtype, self.device)
         codes = [head_mix(SHAPES[self.shape][2], 0.75)] * self.num_layers
         self.profile = Profile.for_model(self.model, codes, rule=TemplateRule(image_token_ids=(1,)))
-
-    def inputs(self, config: Config) -> tuple[dict[str, Any], list[Tensor]]:
-        """Return what the model is called with, and the template."""
-        size, device = config.num_tokens, self.device
-        hidden = self.model.config.hidden_size
-        inputs = {
-            "inputs_embeds": torch.randn(1, size, hidden, dtype=self.dtype, device=device),
-            "attention_mask": torch.ones(1, size, dtype=torch.long, device=device),
-            "position_ids": torch.arange(size, device=device).expand(3, 1, -1),
-        }
-        return inputs, [x.to(device) for x in config.template()]
 
     def seconds(self, run: Callable[[], object]) -> float:
         begin = time.perf_counter()
@@ -91,7 +80,7 @@ def measure_work(bench: Bench, sizes: Sequence[int]) -> list[dict[str, Any]]:
         torch._dynamo.reset()
         config = prompt_of(size)
         length = config.num_tokens
-        inputs, template = bench.inputs(config)
+        inputs, template = inputs_of(bench.model, config)
 
         def masks(span_id: Tensor, is_sink: Tensor, length: int = length) -> Any:
             mask = sorted_mask(
@@ -137,7 +126,7 @@ def measure_work(bench: Bench, sizes: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def measure_compile(bench: Bench, size: int) -> list[dict[str, Any]]:
-    inputs, template = bench.inputs(prompt_of(size))
+    inputs, template = inputs_of(bench.model, prompt_of(size))
     found = []
     with torch._inductor.config.patch(force_disable_caches=True):
         for name in tqdm(("torch.compile", "fused", "split", "torch.compile"), desc="compile"):
@@ -174,7 +163,7 @@ def measure_recompiles(bench: Bench, number: int, longest: int) -> list[dict[str
         image = draw.choice((64, 128, 256))
         images = draw.randint(2, max(2, longest // (image + 2 + 16)))
         config = Config(images, image, draw.randint(1, 16))
-        inputs, template = bench.inputs(config)
+        inputs, template = inputs_of(bench.model, config)
         before = counted.number
         seconds = bench.seconds(partial(forward, compiled, inputs, template))
         again = bench.seconds(partial(forward, compiled, inputs, template))
@@ -204,10 +193,6 @@ class Counting:
         own = any(node.target is scaled_dot_product_attention for node in gm.graph.nodes)
         self.number += own or any(name.startswith("blindsight") for name in names)
         return self._inner(gm, example_inputs)
-
-
-def prompt_of(size: int) -> Config:
-    return Config(max(2, round((size - 64) / 274)), 256, 16)
 
 
 def main() -> None:

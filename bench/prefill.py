@@ -71,6 +71,26 @@ def decoder(shape: str, num_layers: int, dtype: torch.dtype, device: str) -> nn.
         return Qwen2_5_VLTextModel(config).to(dtype).eval()
 
 
+def prompt_of(size: int) -> Config:
+    """Images of 256 tokens, or four smaller ones, and about so many tokens in all."""
+    if size < 1024:
+        return Config(4, (size - 64) // 4 - 18, 16)
+    return Config(max(2, round((size - 64) / 274)), 256, 16)
+
+
+def inputs_of(model: nn.Module, config: Config) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """Return what a decoder is called with, and the template."""
+    like, length = next(model.parameters()), config.num_tokens
+    inputs = {
+        "inputs_embeds": torch.randn(
+            1, length, model.config.hidden_size, dtype=like.dtype, device=like.device
+        ),
+        "attention_mask": torch.ones(1, length, dtype=torch.long, device=like.device),
+        "position_ids": torch.arange(length, device=like.device).expand(3, 1, -1),
+    }
+    return inputs, [x.to(like.device) for x in config.template()]
+
+
 def forward(
     module: Callable[..., object], inputs: dict[str, Any], template: list[torch.Tensor]
 ) -> object:
@@ -112,18 +132,9 @@ def main() -> None:
     with tqdm(arguments.tokens) as bar:
         for size in bar:
             torch._dynamo.reset()
-            config = Config(max(2, round((size - 64) / 274)), 256, 16)
-            if size < 1024:
-                config = Config(4, (size - 64) // 4 - 18, 16)
-            template = [x.to(arguments.device) for x in config.template()]
+            config = prompt_of(size)
             length = config.num_tokens
-            inputs = {
-                "inputs_embeds": torch.randn(
-                    1, length, model.config.hidden_size, dtype=dtype, device=arguments.device
-                ),
-                "attention_mask": torch.ones(1, length, dtype=torch.long, device=arguments.device),
-                "position_ids": torch.arange(length, device=arguments.device).expand(3, 1, -1),
-            }
+            inputs, template = inputs_of(model, config)
 
             runs = (
                 {} if arguments.no_eager else {"eager": partial(forward, model, inputs, template)}

@@ -451,7 +451,7 @@ class CompiledGraph:
         )
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Compile for exactly these sizes, outside of Dynamo, which has long left the graph."""
+        """Compile for inputs like these, outside of Dynamo, which has long left the graph."""
         from torch._dynamo.convert_frame import compile_lock
 
         with compile_lock:

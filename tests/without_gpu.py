@@ -33,10 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.utils._pytree import tree_map
 
 CAPABILITY = (9, 0)
 SHARED_MEMORY = 232_448  # bytes that a block of threads may ask for
@@ -384,41 +383,6 @@ def _compile_fx(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, list(inputs))
-
-
-def _moved(value: Any) -> Any:
-    return torch.device("cuda") if value in (torch.device("cpu"), "cpu") else value
-
-
-class Inductor:
-    """An inner backend that compiles rewritten graphs for the GPU; others run as they are.
-
-    Attributes:
-        programs: What was written for them.
-    """
-
-    def __init__(self) -> None:
-        self.programs: list[Program] = []
-        self.num_calls = 0
-
-    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
-        if not any(name.startswith("blindsight") for name in names):
-            return gm.forward
-        mode = detect_fake_mode(inputs) or FakeTensorMode(shape_env=ShapeEnv())
-        fake = [on_gpu(x, mode) if isinstance(x, Tensor) else x for x in inputs]
-        for node in gm.graph.nodes:
-            # Dynamo traced the model on the CPU.
-            node.args, node.kwargs = tree_map(_moved, (node.args, node.kwargs))
-        with torch.no_grad(), tracing(TracingContext(mode)), written() as programs:
-            compiled = _compile_fx(gm, fake)
-        self.programs += programs
-
-        def run(*args: Any) -> Any:
-            self.num_calls += 1
-            return compiled(*args)
-
-        return run
 
 
 @dataclass(frozen=True)
