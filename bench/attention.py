@@ -4,9 +4,11 @@
 
 Prompts of images with 16 text tokens between; heads in the shape of a model; so many of them
 sparse, a third each SINK, DOCUMENT and DOCUMENT_SINK. Times include masks, block tables and the
-moving of tokens and heads. All in turn, A B C A B C, medians. The limit is what the listed blocks
-would take at the speed of FlexAttention's own dense causal call. A baseline that does not fit in
-memory is a row, too. Appends a row for each measurement to bench/results/attention.jsonl.
+moving of tokens and heads. "moves of split" is its choosing and ordering of heads alone: what could
+be saved at most if the heads of a model were ordered once. All in turn, A B C A B C, medians. The
+limit is what the listed blocks would take at the speed of FlexAttention's own dense causal call. A
+baseline that does not fit in memory is a row, too. Appends a row for each measurement to
+bench/results/attention.jsonl.
 """
 
 from __future__ import annotations
@@ -120,6 +122,7 @@ class Bench:
                 ("split", split_layout(codes, is_causal=True)),
             ):
                 found[mix, name] = lambda codes=codes, layout=layout: self._flex(codes, layout)
+            found[mix, "moves of split"] = lambda layout=layout: self._moves(layout)
         return found
 
     def limit(self, mix: float, dense_ms: float) -> float:
@@ -151,6 +154,18 @@ class Bench:
         categories = torch.tensor(codes, dtype=torch.int32)[heads]
         rows = [x.to(self.device) for x in (heads, categories)]
         inputs = [*self.dense, *self.template, *rows]
+        run = compile_alone(function, inputs)
+        return lambda: run(*inputs)
+
+    def _moves(self, layout: Layout) -> Callable[[], object]:
+        groups = self.num_heads // self.num_key_heads
+
+        def function(query: Tensor, key: Tensor, value: Tensor, heads: Tensor) -> list[Tensor]:
+            moved = [query.index_select(1, heads)]
+            moved += [x.index_select(1, heads // groups) for x in (key, value)]
+            return [*moved, moved[0].index_select(1, heads.argsort())]
+
+        inputs = [*self.dense, torch.tensor(layout.heads).to(self.device)]
         run = compile_alone(function, inputs)
         return lambda: run(*inputs)
 

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight.flex import flex_attention
 from blindsight.mask_forms import Mask
+from blindsight.region import call_in_region
 
 # How the heads of a group are computed, and how many there are.
 #   "all": one call of FlexAttention, block tables per head, all heads in their own order
@@ -64,6 +65,20 @@ def attend(
             for_tables = codes[:1] if kind == "alike" else codes
             outputs.append(_masked(of_group, keys, values, mask, chosen, codes, for_tables, scale))
     return torch.cat(outputs, dim=1).index_select(1, heads.argsort())
+
+
+def attend_in_region(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    heads: Tensor,
+    categories: Tensor,
+    groups: Sequence[Group],
+    scale: float | None = None,
+) -> Tensor:
+    """As :func:`attend`, compiled once for all layers that are alike."""
+    return call_in_region(attend, query, key, value, mask, heads, categories, list(groups), scale)
 
 
 def _masked(

@@ -448,6 +448,8 @@ class CompiledGraph:
             groups=[layout.groups for layout in choice.layouts],
             size_of=size_of,
             capacity=choice.capacity,
+            in_region=self._inner.takes_regions and len(attention) > 1,
+            by_operator=self._inner.takes_regions and self._plan.device.type == "cpu",
         )
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

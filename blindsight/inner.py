@@ -52,6 +52,14 @@ class Inner:
             return self.backend
         return getattr(self.backend, "__name__", type(self.backend).__name__)
 
+    @property
+    def takes_regions(self) -> bool:
+        """Whether it compiles a region of a graph once for all who call it."""
+        # The C++ wrapper has no code for regions, and there is no telling of other backends.
+        return self.backend == "inductor" and not self._patches().get(
+            "cpp_wrapper", torch._inductor.config.cpp_wrapper
+        )
+
     def with_options(self, options: dict[str, Any]) -> Inner:
         """Return this backend with options of ``torch.compile`` added."""
         if not options:
@@ -70,14 +78,12 @@ class Inner:
     def _compile_with_inductor(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any]
     ) -> Callable[..., Any]:
-        from torch._inductor import config, list_mode_options
+        from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
-        options = dict(self.options)
-        # As torch.compile itself does: a mode stands for a set of config values.
-        patches = dict(list_mode_options(options.pop("mode", None) or "default"))
-        patches.update(options.pop("options", None) or {})
-        patches.update(options.get("config_patches") or {})
+        given = ("mode", "options", "config_patches")
+        options = {name: value for name, value in self.options.items() if name not in given}
+        patches = self._patches()
         known = patches.get(_CACHEABLE, getattr(config, _CACHEABLE, None))
         if known is not None:
             patches[_CACHEABLE] = {**known, **cacheable_functions(self.identities)}
@@ -90,3 +96,13 @@ class Inner:
         with tracing(context):
             compiled = compile_fx(gm, list(example_inputs), ignore_shape_env=True, **options)
         return cast(Callable[..., Any], compiled)
+
+    def _patches(self) -> dict[str, Any]:
+        """Return what of Inductor's config the options change."""
+        from torch._inductor import list_mode_options
+
+        # As torch.compile itself does: a mode stands for a set of config values.
+        patches = dict(list_mode_options(self.options.get("mode") or "default"))
+        patches.update(self.options.get("options") or {})
+        patches.update(self.options.get("config_patches") or {})
+        return patches

@@ -9,9 +9,10 @@ from enum import Enum
 import torch
 from torch import fx
 
-from blindsight.attention import Group, attend
+from blindsight.attention import Group, attend, attend_in_region
 from blindsight.flex import constant_rows
 from blindsight.mask_forms import expressed_mask, materialised_mask, ordered_mask, sorted_mask
+from blindsight.mask_operator import ordered_mask_by_operator, sorted_mask_by_operator
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import add_placeholder, erase_unused, fake_tensor
 from blindsight.passes.lift_mask import Lifted
@@ -46,12 +47,19 @@ _MAKE_MASK: dict[MaskForm, Callable[..., object]] = {
     MaskForm.MATERIALISED: materialised_mask,
 }
 
+_BY_OPERATOR: dict[MaskForm, Callable[..., object]] = {
+    MaskForm.SORTED: sorted_mask_by_operator,
+    MaskForm.ORDERED: ordered_mask_by_operator,
+}
+
 # What a rewritten graph calls: compile caches have to know these functions.
 GRAPH_FUNCTIONS: tuple[Callable[..., object], ...] = (
     attend,
+    attend_in_region,
     constant_rows,
     template_of_ids,
     *_MAKE_MASK.values(),
+    *_BY_OPERATOR.values(),
 )
 
 
@@ -66,6 +74,8 @@ def replace_attention_pass(
     size_of: Callable[[int | torch.SymInt], int] = int,
     capacity: int | None = None,
     inputs: Sequence[fx.Node] | None = None,
+    in_region: bool = False,
+    by_operator: bool = False,
 ) -> fx.GraphModule:
     """Replace the given calls; every other node keeps its meaning.
 
@@ -89,6 +99,10 @@ def replace_attention_pass(
         capacity: If given, the graph is for every length up to this one: all masks must be lifted,
             to be sorted, and over as many queries as keys as tokens.
         inputs: Nodes that stand for the four inputs, before all others but the placeholders.
+        in_region: Make of the attention one region that all layers alike share, which a compiler
+            then compiles once.
+        by_operator: Make masks in interval form by an operator, see
+            :mod:`blindsight.mask_operator`.
     """
     del example_inputs
     if not attention:
@@ -97,6 +111,7 @@ def replace_attention_pass(
         inputs = [add_placeholder(gm, name) for name in (*TOKEN_INPUTS, *HEAD_INPUTS)]
     span_id, is_sink, heads, categories = inputs
     masks: dict[object, fx.Node] = {}
+    make_mask = {**_MAKE_MASK, **_BY_OPERATOR} if by_operator else _MAKE_MASK
     for row, call in enumerate(attention):
         proof = None if lifted is None else lifted[row]
         its_form = form.of(3 if proof is None else proof.tier)
@@ -116,14 +131,14 @@ def replace_attention_pass(
                 before = proof.before
             with gm.graph.inserting_before(before):
                 template = (base, span_id, is_sink)
-                masks[shared] = _call(gm, call, _MAKE_MASK[its_form], template, options)
+                masks[shared] = _call(gm, call, make_mask[its_form], template, options)
         of_call = (("all", call.num_heads),) if groups is None else tuple(groups[row])
         with gm.graph.inserting_before(call.node):
             rows = tuple(
                 gm.graph.call_function(torch.select, (x, 0, row)) for x in (heads, categories)
             )
             args = (call.query, call.key, call.value, masks[shared], *rows, of_call, call.scale)
-            output = _call(gm, call, attend, args)
+            output = _call(gm, call, attend_in_region if in_region else attend, args)
             output.meta["example_value"] = fake_tensor(call.node)
         call.node.replace_all_uses_with(output)
         unused = call.node.all_input_nodes

@@ -15,7 +15,10 @@ from blindsight.cache_keys import cacheable_functions
 from decoders import PROMPT, check_decoder, decoder_prompt
 from models import tiny_model
 
-CATEGORIES = {"one": [[0, 1, 2, 3]], "other": [[3, 1, 0, 2]], "fewer": [[1, 1, 2, 2]]}
+CATEGORIES = {
+    name: [row, row]  # two layers, so that they share a region
+    for name, row in {"one": [0, 1, 2, 3], "other": [3, 1, 0, 2], "fewer": [1, 1, 2, 2]}.items()
+}
 
 # Compiles a decoder in each of several ways; says what the caches did, and keeps the logits.
 CHILD = """
@@ -34,7 +37,7 @@ def global_configs():
 
 torch.set_grad_enabled(False)
 configs = global_configs()
-model = tiny_model("qwen2_5_vl", num_layers=1)
+model = tiny_model("qwen2_5_vl", num_layers=2)
 found = {}
 for name, categories, lowering, uuid in json.loads(sys.argv[1]):
     torch._dynamo.reset()
@@ -74,7 +77,7 @@ SAME = ("same", CATEGORIES["one"], "fused", "")
 
 def check_all(found: dict[str, Any], ways: list[tuple[str, Any, str, str]]) -> None:
     """Whatever hit or missed, the results are those of the profile that was asked for."""
-    model = tiny_model("qwen2_5_vl", num_layers=1)
+    model = tiny_model("qwen2_5_vl", num_layers=2)
     for name, categories, _, _ in ways:
         if categories:
             profile = Profile.for_model(model, categories)

@@ -1,0 +1,216 @@
+"""Masks in interval form, made by an operator that no compiler looks into.
+
+A mask is made once for a prompt, from a few rows as long as the prompt: a millisecond or two. A
+dozen C++ kernels for it take several seconds to compile, and are no faster. So graphs for a CPU
+call :func:`sorted_mask` and :func:`ordered_mask` as an operator. On a GPU, hundreds of launches
+would take longer than the few of a compiled mask; there they are traced, as in graphs that must
+run without this package.
+
+Shapes: B batch, C categories, Q and K lengths in tokens, N and M numbers of query and key blocks.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blindsight.base_mask import Form
+from blindsight.block_tables import BlockTables, block_size_of
+from blindsight.categories import NUM_CATEGORIES
+from blindsight.intervals import NUM_PARTS, TokenOrder
+from blindsight.mask_forms import OrderedMask, SortedMask, ordered_mask, sorted_mask
+from blindsight.masks import BaseMask, Keep
+
+_TENSOR = "tensor"  # stands for one in a form that is written as text
+
+
+def sorted_mask_by_operator(
+    form: Form,
+    span_id: Tensor,
+    is_sink: Tensor,
+    *,
+    batch: int,
+    num_queries: int | None,
+    num_keys: int | None,
+    capacity: int | None = None,
+) -> SortedMask:
+    """As :func:`~blindsight.mask_forms.sorted_mask`."""
+    if (written := _write(form)) is None:
+        return sorted_mask(
+            form,
+            span_id,
+            is_sink,
+            batch=batch,
+            num_queries=num_queries,
+            num_keys=num_keys,
+            capacity=capacity,
+        )
+    text, tensors = written
+    query, key, inverse_query, lower, upper, *tables = _sorted_mask(
+        text, tensors, span_id, is_sink, batch, num_queries, num_keys, capacity
+    )
+    order = TokenOrder(query, key, inverse_query)
+    block_size = block_size_of(span_id.device)
+    return SortedMask(order, lower, upper, BlockTables(*tables), block_size)
+
+
+def ordered_mask_by_operator(
+    form: Form,
+    span_id: Tensor,
+    is_sink: Tensor,
+    *,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+) -> OrderedMask:
+    """As :func:`~blindsight.mask_forms.ordered_mask`."""
+    if (written := _write(form)) is None:
+        return ordered_mask(
+            form, span_id, is_sink, batch=batch, num_queries=num_queries, num_keys=num_keys
+        )
+    text, tensors = written
+    made = _ordered_mask(text, tensors, span_id, is_sink, batch, num_queries, num_keys)
+    block_size = block_size_of(span_id.device)
+    return OrderedMask(BaseMask(*made[:3]), Keep(*made[3:6]), BlockTables(*made[6:]), block_size)
+
+
+@torch.library.custom_op("blindsight::sorted_mask", mutates_args=())
+def _sorted_mask(
+    form: str,
+    tensors: Sequence[Tensor],
+    span_id: Tensor,
+    is_sink: Tensor,
+    batch: int,
+    num_queries: int | None,
+    num_keys: int | None,
+    capacity: int | None,
+) -> list[Tensor]:
+    mask = sorted_mask(
+        _read(form, tensors),
+        span_id,
+        is_sink,
+        batch=batch,
+        num_queries=num_queries,
+        num_keys=num_keys,
+        capacity=capacity,
+    )
+    return _own(*mask.order, mask.lower, mask.upper, *mask.tables)
+
+
+@_sorted_mask.register_fake
+def _(
+    form: str,
+    tensors: Sequence[Tensor],
+    span_id: Tensor,
+    is_sink: Tensor,
+    batch: int,
+    num_queries: int | None,
+    num_keys: int | None,
+    capacity: int | None,
+) -> list[Tensor]:
+    tokens = span_id.shape[1] if num_queries is None else num_queries
+    queries = capacity or tokens
+    keys = capacity or (span_id.shape[1] if num_keys is None else num_keys)
+    positions = [(batch, size) for size in (queries, keys, tokens)]
+    return [
+        *_empty(span_id, torch.int64, *positions),
+        *_empty(span_id, torch.int32, *[(batch, NUM_CATEGORIES * NUM_PARTS, queries)] * 2),
+        *_empty_tables(span_id, batch, queries, keys),
+    ]
+
+
+@torch.library.custom_op("blindsight::ordered_mask", mutates_args=())
+def _ordered_mask(
+    form: str,
+    tensors: Sequence[Tensor],
+    span_id: Tensor,
+    is_sink: Tensor,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+) -> list[Tensor]:
+    mask = ordered_mask(
+        _read(form, tensors),
+        span_id,
+        is_sink,
+        batch=batch,
+        num_queries=num_queries,
+        num_keys=num_keys,
+    )
+    return _own(*mask.base, *mask.keep, *mask.tables)
+
+
+@_ordered_mask.register_fake
+def _(
+    form: str,
+    tensors: Sequence[Tensor],
+    span_id: Tensor,
+    is_sink: Tensor,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+) -> list[Tensor]:
+    row, column = (batch, num_queries), (batch, num_keys)
+    kept_row, kept_column = ((batch, NUM_CATEGORIES, size) for size in (num_queries, num_keys))
+    return [
+        *_empty(span_id, torch.int32, row, row),
+        *_empty(span_id, torch.bool, column),
+        *_empty(span_id, torch.int32, kept_row, kept_row),
+        *_empty(span_id, torch.bool, kept_column),
+        *_empty_tables(span_id, batch, num_queries, num_keys),
+    ]
+
+
+def _own(*tensors: Tensor) -> list[Tensor]:
+    """Return each as memory of its own, which an operator must."""
+    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+
+
+def _empty(like: Tensor, dtype: torch.dtype, *shapes: Sequence[int]) -> list[Tensor]:
+    return [torch.empty(shape, dtype=dtype, device=like.device) for shape in shapes]
+
+
+def _empty_tables(like: Tensor, batch: int, num_queries: int, num_keys: int) -> list[Tensor]:
+    size = block_size_of(like.device)
+    rows, width = -(-num_queries // size), -(-num_keys // size)
+    num, blocks = (batch, NUM_CATEGORIES, rows), (batch, NUM_CATEGORIES, rows, width)
+    return _empty(like, torch.int32, num, blocks, num, blocks)
+
+
+def _write(form: Form) -> tuple[str, list[Tensor]] | None:
+    """Return a form as text, in which a number stands for each of its tensors, and those.
+
+    None if it holds a number that is not known yet.
+    """
+    tensors: list[Tensor] = []
+
+    def place(node: Any) -> Any:
+        if not isinstance(node, Tensor):
+            return node
+        tensors.append(node)
+        return _TENSOR, len(tensors) - 1
+
+    tree = _map(form, place)
+    try:
+        return (repr(tree), tensors) if ast.literal_eval(repr(tree)) == tree else None
+    except (SyntaxError, ValueError):
+        return None
+
+
+def _read(text: str, tensors: Sequence[Tensor]) -> Form:
+    def fetch(node: Any) -> Any:
+        is_place = isinstance(node, tuple) and node[:1] == (_TENSOR,)
+        return tensors[node[1]] if is_place else node
+
+    form: Form = _map(ast.literal_eval(text), fetch)
+    return form
+
+
+def _map(node: Any, function: Callable[[Any], Any]) -> Any:
+    """Return a tree of tuples with ``function`` applied to every node, from the top."""
+    node = function(node)
+    return tuple(_map(part, function) for part in node) if isinstance(node, tuple) else node

@@ -1,0 +1,85 @@
+"""Call a function of tensors as a region of the graph, which all calls alike share.
+
+Inductor would write and compile a kernel of FlexAttention for each layer of a model, the same one
+every time. It compiles a region once: ``torch.ops.higher_order.invoke_subgraph``, which is what
+``torch.compiler.nested_compile_region`` is made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, cast
+
+from torch import Tensor
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+from torch.utils import _pytree as pytree
+
+
+def call_in_region(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Return ``function(*args)``.
+
+    Inside, every tensor is an input with memory of its own: nothing is fused across the border.
+
+    Args:
+        function: Of the tensors in its arguments alone, and of what identifies the call: it must
+            neither change them nor return one of them.
+        args: Trees of tensors and hashable constants.
+    """
+    leaves, spec = pytree.tree_flatten(args)
+    tensors: list[Tensor] = []
+    at: list[Any] = []
+    known: dict[int, int] = {}
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            at.append(_Constant(leaf))
+            continue
+        if id(leaf) not in known:
+            known[id(leaf)] = len(tensors)
+            tensors.append(leaf)
+        at.append(known[id(leaf)])
+    region = _region(function, spec, tuple(at), str([_layout(tensor) for tensor in tensors]))
+    output: Tensor = invoke_subgraph(cast(Any, region), region.identifier, *tensors)[0]
+    return output
+
+
+@dataclass(frozen=True)
+class _Constant:
+    value: Any
+
+
+@dataclass(frozen=True)
+class _Region:
+    function: Callable[..., Tensor]
+    spec: pytree.TreeSpec
+    at: tuple[int | _Constant, ...]  # of each leaf: which tensor, or what
+    layouts: str
+
+    @cached_property
+    def identifier(self) -> str:
+        """Calls with the same one share a graph, so it tells of all but the values of tensors."""
+        text = repr((self.spec, self.at, self.layouts))
+        name = f"{self.function.__module__}.{self.function.__qualname__}".replace(".", "_")
+        return f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    @property
+    def __name__(self) -> str:
+        return self.identifier
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor]:
+        leaves = [x.value if isinstance(x, _Constant) else tensors[x] for x in self.at]
+        return (self.function(*pytree.tree_unflatten(leaves, self.spec)),)
+
+
+@lru_cache(maxsize=256)
+def _region(
+    function: Callable[..., Tensor], spec: pytree.TreeSpec, at: tuple[Any, ...], layouts: str
+) -> _Region:
+    """Return the one object of a region: what compilers know of it they look up by identity."""
+    return _Region(function, spec, at, layouts)
+
+
+def _layout(tensor: Tensor) -> Sequence[object]:
+    return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device
