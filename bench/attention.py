@@ -119,7 +119,7 @@ class Bench:
             threads = torch.get_num_threads() if self.device == "cpu" else 1
             for name, layout in (
                 ("fused", fused_layout(codes, threads)),
-                ("split", split_layout(codes, is_causal=True)),
+                ("split", split_layout(codes, threads, is_causal=True)),
             ):
                 found[mix, name] = lambda codes=codes, layout=layout: self._flex(codes, layout)
             found[mix, "moves of split"] = lambda layout=layout: self._moves(layout)

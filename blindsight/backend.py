@@ -164,9 +164,9 @@ def blindsight_backend(
         strict: Whether attention of the profile that cannot be rewritten, or is never met, is
             an error. If false it stays dense, with one warning.
         lowering: How heads of several categories are computed: ``"fused"`` in one call of
-            FlexAttention, ``"split"`` in a call per category with dense heads on
-            ``scaled_dot_product_attention``, or ``"auto"``: whichever is estimated to be the
-            fastest for a prompt (see ``blindsight tune``), and dense where that is.
+            FlexAttention, ``"split"`` with dense heads apart on ``scaled_dot_product_attention``
+            where the model's own mask is plain causal, or ``"auto"``: whichever is estimated to be
+            the fastest for a prompt (see ``blindsight tune``), and dense where that is.
         passes: Functions of a ``GraphModule`` that run on every form of a graph right before it
             is compiled, in this order; or :class:`blindsight.passes.GraphPass`, which may also run
             before attention is found, and say what they require of each other.

@@ -30,7 +30,7 @@ _MIN_GAIN = 1.03
 # Nanoseconds per prompt to find the masks' bounds and to choose, on the host.
 _CHOOSING = 3e6
 # Block tables of a fused call are per head: 1.2 GB a layer of 28 heads at 300,000 tokens. Beyond
-# this, a call per category is chosen, whose heads share one.
+# this, there is a call per category, whose heads share one.
 MAX_TABLE_BYTES = 256 * 2**20
 
 
@@ -112,18 +112,20 @@ def choose_layouts(
     time, own = _CHOOSING, 0.0
     for call in calls:
         parts = num_threads // gcd(num_threads, call.size.batch)
-        split = split_layout(call.categories, is_causal=call.is_causal)
+        split = split_layout(call.categories, parts, is_causal=call.is_causal)
+        if _table_bytes(split, call.size, block_size) > MAX_TABLE_BYTES:
+            split = split_layout(call.categories, is_causal=call.is_causal, per_category=True)
         # A layer of dense heads alone needs no FlexAttention, where is_causal says it all.
         is_plain = call.is_causal and not any(call.categories)
         splits = lowering is Lowering.SPLIT or is_plain
-        options = [split if splits else fused_layout(call.categories, parts)]
+        asked = split if splits else fused_layout(call.categories, parts)
         if lowering is not Lowering.AUTO:
-            layouts.append(options[0])
+            layouts.append(asked)
             reasons.append("")
             continue
-        table_bytes = _table_bytes(options[0], call.size, block_size)
+        table_bytes = _table_bytes(asked, call.size, block_size)
         too_large = table_bytes > MAX_TABLE_BYTES
-        options = [split] if too_large else [*options, split]
+        options = [split] if too_large or split == asked else [asked, split]
         listed = _listed_pairs(history, call.size.num_queries, call.form, block_size)
         times = [
             time_of_groups(

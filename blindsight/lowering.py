@@ -17,8 +17,9 @@ class Lowering(Enum):
     """How a layer whose heads are of several categories is computed.
 
     ``FUSED``: one call of FlexAttention, with block tables per head.
-    ``SPLIT``: a call per category; dense heads go to ``scaled_dot_product_attention`` where the
-    model's own mask is plain causal, the fastest dense kernel there is.
+    ``SPLIT``: dense heads go to ``scaled_dot_product_attention`` where the model's own mask is
+    plain causal, the fastest dense kernel there is; the others to one call of FlexAttention, or
+    to one per category where block tables per head would be too large.
     ``AUTO``: whichever is estimated to be the fastest for a prompt, or the model's own graph, all
     heads dense, where no other is faster: see :mod:`blindsight.cost_model`.
     """
@@ -68,28 +69,52 @@ def fused_layout(categories: Sequence[int], num_parts: int = 1) -> Layout:
     heads = tuple(range(len(categories)))
     if num_parts == 1 or len(set(categories)) == 1:
         return Layout(heads, (("all", len(heads)),))
-    # Deal the heads out, the dense ones first, there and back again.
-    by_cost = sorted(heads, key=lambda head: categories[head] != HeadCategory.DENSE)
+    return Layout(_deal(heads, categories, num_parts), (("mixed", len(heads)),))
+
+
+def split_layout(
+    categories: Sequence[int],
+    num_parts: int = 1,
+    *,
+    is_causal: bool,
+    per_category: bool = False,
+) -> Layout:
+    """Return the layout with dense heads apart, or that of one call where this gains nothing.
+
+    Args:
+        categories: ``[H]`` codes of :class:`~blindsight.HeadCategory`.
+        num_parts: As for :func:`fused_layout`.
+        is_causal: Whether the model's own mask is plain causal, for this prompt.
+        per_category: A call per category, so that there is no table per head.
+    """
+    by_category = {
+        category: [head for head, code in enumerate(categories) if code == category]
+        for category in HeadCategory
+    }
+    dense = by_category[HeadCategory.DENSE]
+    if per_category:
+        groups: list[Group] = [
+            ("causal" if is_causal and members is dense else "alike", len(members))
+            for members in by_category.values()
+            if members
+        ]
+        heads = tuple(head for members in by_category.values() for head in members)
+        return Layout(heads, tuple(groups))
+    if not (dense and is_causal):
+        return fused_layout(categories, num_parts)
+    groups = [("causal", len(dense))]
+    sparse = [head for head in range(len(categories)) if categories[head] != HeadCategory.DENSE]
+    if sparse:
+        is_one = len({categories[head] for head in sparse}) == 1
+        groups.append(("alike" if is_one else "mixed", len(sparse)))
+    return Layout((*dense, *_deal(sparse, categories, num_parts)), tuple(groups))
+
+
+def _deal(heads: Sequence[int], categories: Sequence[int], num_parts: int) -> tuple[int, ...]:
+    """Return heads in as many runs of like cost: dealt out there and back, the dense ones first."""
+    by_cost = sorted(heads, key=lambda head: categories[head])
     parts: list[list[int]] = [[] for _ in range(num_parts)]
     for turn, head in enumerate(by_cost):
         lap, at = divmod(turn, num_parts)
         parts[at if lap % 2 == 0 else num_parts - 1 - at].append(head)
-    return Layout(tuple(head for part in parts for head in part), (("mixed", len(heads)),))
-
-
-def split_layout(categories: Sequence[int], *, is_causal: bool) -> Layout:
-    """Return the layout of a call per category.
-
-    Args:
-        categories: ``[H]`` codes of :class:`~blindsight.HeadCategory`.
-        is_causal: Whether the model's own mask is plain causal, for this prompt.
-    """
-    heads: list[int] = []
-    groups: list[Group] = []
-    for category in HeadCategory:
-        members = [head for head, code in enumerate(categories) if code == category]
-        if members:
-            heads += members
-            is_plain = is_causal and category is HeadCategory.DENSE
-            groups.append(("causal" if is_plain else "alike", len(members)))
-    return Layout(tuple(heads), tuple(groups))
+    return tuple(head for part in parts for head in part)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from blindsight.cost_model import (
     time_of_own,
 )
 from blindsight.data_check import _is_plain_causal
-from blindsight.lowering import Lowering, fused_layout, split_layout
+from blindsight.lowering import Layout, Lowering, fused_layout, split_layout
 from blindsight.mask_forms import sorted_mask
 from blindsight.masks import BaseMask, causal_base
 from blindsight.passes.replace_attention import MaskForm
@@ -78,17 +79,36 @@ def test_each_thread_gets_as_many_dense_heads(num_dense: int, num_parts: int) ->
         assert max(dense) - min(dense) <= 1
 
 
-@given(codes=codes, is_causal=st.booleans())
-def test_a_split_layout_has_a_group_per_category(codes: list[int], is_causal: bool) -> None:
-    layout = split_layout(codes, is_causal=is_causal)
+def categories_of_groups(codes: list[int], layout: Layout) -> list[tuple[str, set[int]]]:
     assert sorted(layout.heads) == list(range(len(codes)))
-    begin = 0
-    for kind, size in layout.groups:
-        (category,) = {codes[head] for head in layout.heads[begin : begin + size]}
-        assert kind == ("causal" if category == 0 and is_causal else "alike")
-        begin += size
-    assert begin == len(codes)
-    assert len(layout.groups) == len(set(codes))
+    assert sum(size for _, size in layout.groups) == len(codes)
+    heads = iter(layout.heads)
+    return [(kind, {codes[head] for head in islice(heads, size)}) for kind, size in layout.groups]
+
+
+@given(codes=codes, num_parts=st.integers(1, 4), is_causal=st.booleans())
+def test_a_split_layout_has_its_dense_heads_apart(
+    codes: list[int], num_parts: int, is_causal: bool
+) -> None:
+    layout = split_layout(codes, num_parts, is_causal=is_causal)
+    groups = categories_of_groups(codes, layout)
+    if not is_causal or 0 not in codes:
+        assert layout == fused_layout(codes, num_parts)
+        return
+    assert groups[0] == ("causal", {0}) and layout.groups[0][1] == codes.count(0)
+    for kind, categories in groups[1:]:
+        assert kind == ("alike" if len(categories) == 1 else "mixed") and 0 not in categories
+    assert len(groups) == (2 if any(codes) else 1)
+
+
+@given(codes=codes, is_causal=st.booleans())
+def test_a_layout_per_category_has_a_group_for_each(codes: list[int], is_causal: bool) -> None:
+    layout = split_layout(codes, is_causal=is_causal, per_category=True)
+    groups = categories_of_groups(codes, layout)
+    assert len(groups) == len(set(codes))
+    for kind, categories in groups:
+        assert len(categories) == 1
+        assert kind == ("causal" if categories == {0} and is_causal else "alike")
 
 
 @given(data=st.data())
@@ -105,7 +125,9 @@ def test_any_grouping_gives_each_head_its_own_attention(data: st.DataObject) -> 
                 fused_layout(categories, 2),
                 fused_layout(categories, 4),
                 split_layout(categories, is_causal=True),
-                split_layout(categories, is_causal=False),
+                split_layout(categories, 2, is_causal=True),
+                split_layout(categories, is_causal=True, per_category=True),
+                split_layout(categories, is_causal=False, per_category=True),
             ]
         )
     )
@@ -164,7 +186,7 @@ def test_a_lowering_that_is_asked_for_is_taken() -> None:
     history = prompt(2, 5, 5)
     mixed = [0, 0, 1, 1, 2, 2, 3, 3]
     assert choose(history, mixed, "fused") == (fused_layout(mixed, 2),)
-    assert choose(history, mixed, "split") == (split_layout(mixed, is_causal=True),)
+    assert choose(history, mixed, "split") == (split_layout(mixed, 2, is_causal=True),)
 
 
 @pytest.mark.parametrize("lowering", ["fused", "split", "auto"])
@@ -197,7 +219,11 @@ def test_tables_per_head_do_not_grow_beyond_a_bound(monkeypatch: pytest.MonkeyPa
     assert choose_layouts([call], history, **auto).layouts == choice.layouts
     monkeypatch.setattr("blindsight.choose.MAX_TABLE_BYTES", table_bytes - 1)
     choice = choose_layouts([call], history, **auto)
-    assert choice.layouts[0].name == "split" and "too large" in choice.reasons[0]
+    assert choice.layouts[0].groups == (("causal", 2), ("mixed", 6))
+    assert "too large" in choice.reasons[0]
+    monkeypatch.setattr("blindsight.choose.MAX_TABLE_BYTES", table_bytes // 2)
+    choice = choose_layouts([call], history, **auto)
+    assert choice.layouts[0].groups == (("causal", 2), ("alike", 2), ("alike", 2), ("alike", 2))
 
 
 def test_dense_heads_go_where_they_are_fastest() -> None:
