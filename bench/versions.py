@@ -20,6 +20,7 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +96,18 @@ def versions_of(python: Path) -> dict[str, str]:
     return found
 
 
-def test(python: Path, name: str, timeout_s: float) -> dict[str, Any]:
+def test(
+    python: Path, name: str, tests: Sequence[str], folder: Path, timeout_s: float
+) -> dict[str, Any]:
     """Run one of RUNS; return counts, seconds, and what failed."""
-    marker, tests = RUNS[name]
-    folder = python.parents[1]
+    marker, _ = RUNS[name]
     report = folder / f"{name}.xml"
     report.unlink(missing_ok=True)
     environment = {
         **os.environ,
+        "PYTHONPATH": str(ROOT),
         "BLINDSIGHT_HYPOTHESIS_PROFILE": "dev",
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TORCHINDUCTOR_CACHE_DIR": str(python.absolute().parents[1] / "inductor"),
     }
     command = [python, "-m", "pytest", "-q", "-m", marker, f"--junitxml={report}"]
     begin = time.monotonic()
@@ -148,6 +151,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where the environments are made")
     parser.add_argument("--only", nargs="+", default=COMBINATIONS, metavar="TORCH/TRANSFORMERS")
+    parser.add_argument("--python", type=Path, help="of one environment, to be taken as it is")
+    parser.add_argument("--files", nargs="+", default=RUNS["graphs"][1], help="of the run graphs")
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--timeout", type=float, default=1200, help="of a run, in seconds")
     parser.add_argument("--again", action="store_true", help="also what this commit has a row of")
@@ -155,23 +160,25 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the last rows and do no more")
     args = parser.parse_args()
     begun = conditions()
+    if args.python and (args.delete or len(args.only) > 1):
+        parser.error("--python is of one environment, named by --only, and is never deleted")
     done = {row["asked"] for row in known_rows() if row["commit"] == begun["commit"]}
-    for asked in () if args.table else args.only:
+    for at, asked in enumerate(() if args.table else args.only):
         if asked in done and not args.again:
             continue
         if args.folder is None:
             parser.error("--folder must be given: environments take about 6 GB each")
         torch, _, transformers = asked.partition("/")
         args.folder.mkdir(parents=True, exist_ok=True)
-        python = install(args.folder.resolve(), torch, transformers)
+        folder = args.folder.resolve()
+        python = args.python or install(folder, torch, transformers)
         row = {**begun, **versions_of(python), "asked": asked}
-        row.update({name: test(python, name, args.timeout) for name in args.runs})
+        for name in args.runs:
+            tests = args.files if name == "graphs" else RUNS[name][1]
+            row[name] = {**test(python, name, tests, folder, args.timeout), "tests": tests}
         with RESULTS.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        later = any(
-            other.startswith(f"{torch}/") for other in args.only[args.only.index(asked) + 1 :]
-        )
-        if args.delete and not later:
+        if args.delete and not any(a.startswith(f"{torch}/") for a in args.only[at + 1 :]):
             shutil.rmtree(python.parents[1])
     last = {row["asked"]: row for row in known_rows()}
     print_table(

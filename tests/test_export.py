@@ -13,7 +13,14 @@ import blindsight
 from blindsight import Profile, blindsight_backend
 from blindsight.exported import decoder_inputs
 from decoders import template_of
-from models import NUM_KV_HEADS, Image, make_inputs, tiny_model, valid_positions
+from models import (
+    NUM_KV_HEADS,
+    Image,
+    make_inputs,
+    skip_unless_traced_whole,
+    tiny_model,
+    valid_positions,
+)
 from oracles import assert_close_to_reference, reference_copy, run_reference
 
 CATEGORIES = [[0, 1, 2, 3], [3, 2, 1, 0]]
@@ -72,6 +79,7 @@ def example_of(family: str, model: Any, profile: Profile, inputs: Any) -> dict[s
 @pytest.mark.parametrize("lowering", ["fused", "split"])
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3"])
 def test_a_program_equals_the_reference(family: str, lowering: str) -> None:
+    skip_unless_traced_whole(family)
     model, profile, prompts = case(family)
     examples = [example_of(family, model, profile, prompt) for prompt in prompts]
     program = blindsight.export(model, profile, examples[0], lowering=lowering)
@@ -153,6 +161,7 @@ def test_other_errors() -> None:
 def test_a_package_runs_without_us(
     family: str, lowering: str, num_layers: int, tmp_path: Path
 ) -> None:
+    skip_unless_traced_whole(family)
     model, profile, prompts = case(family, num_layers)
     examples = [example_of(family, model, profile, prompt) for prompt in prompts]
     program = blindsight.export(model, profile, examples[0], lowering=lowering)

@@ -21,7 +21,7 @@ from decoders import (
     decoder_prompt,
     template_of,
 )
-from models import Image, make_inputs, tiny_model, valid_positions
+from models import Image, make_inputs, skip_unless_traced_whole, tiny_model, valid_positions
 from oracles import assert_close_to_reference, reference_copy, run_reference
 
 CATEGORIES = [[0, 1, 2, 3], [3, 2, 1, 0]]
@@ -272,6 +272,7 @@ def test_in_a_pass_manager(qwen: Any, inputs: Any) -> None:
 
 def test_masks_that_rest_on_the_data_are_evaluated() -> None:
     """Gemma's images may be anywhere, and nobody checks facts when only the pass is used."""
+    skip_unless_traced_whole("gemma3")
     model = tiny_model("gemma3")
     profile = profile_of(model)
     inputs = make_inputs("gemma3", [[5, Image(), 4, Image(), 0, Image(), 7]])
