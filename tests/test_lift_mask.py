@@ -829,7 +829,11 @@ def test_groups_that_are_torn_apart_are_noticed() -> None:
 
 
 def test_sequences_that_are_shuffled_are_noticed() -> None:
-    from transformers.masking_utils import packed_sequence_compatibility_function
+    import transformers.masking_utils as home
+
+    if not hasattr(home, "packed_sequence_compatibility_function"):
+        pytest.skip("these transformers have no packed_sequence_compatibility_function")
+    packed_sequence_compatibility_function = home.packed_sequence_compatibility_function
 
     def function(x: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
         mask_function = packed_sequence_compatibility_function(causal_mask_function, positions, ids)
@@ -895,6 +899,12 @@ def test_base_mask_is_traceable() -> None:
         return lower, upper, mask, facts_hold(facts, **shape)
 
     torch._dynamo.reset()
+    try:  # our own graphs call them as one node, which Dynamo does not look into
+        torch.compile(lambda x: x + len({id((1, 2))}), fullgraph=True, backend="eager")(
+            torch.ones(1)
+        )
+    except torch._dynamo.exc.Unsupported:
+        pytest.skip("Dynamo of this torch cannot trace id() of a tuple")
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
     for length in (6, 9):
         ids = torch.arange(length).repeat(2, 1) // 2
