@@ -1,41 +1,29 @@
 """Past Dynamo's recompile limit flex_attention runs unfused, with a tensor of all pairs."""
 
 import sys
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch._higher_order_ops.flex_attention as home
 from torch.nn.attention.flex_attention import flex_attention
-from torch.utils._python_dispatch import TorchDispatchMode
-
-LENGTH = 320
-
-
-class Largest(TorchDispatchMode):
-    """Of the outputs, in elements."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        output = func(*args, **(kwargs or {}))
-        for tensor in output if isinstance(output, tuple) else (output,):
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return output
 
 
 def happens() -> str | None:
-    compiled = torch.compile(flex_attention, dynamic=False, backend="eager")
-    lengths = range(64, LENGTH, 64)
-    with torch._dynamo.config.patch(recompile_limit=len(lengths)), Largest() as largest:
-        for length in (*lengths, LENGTH):
-            q, k, v = torch.randn(3, 1, 2, length, 16).unbind()
-            largest.elements = 0
-            try:
-                compiled(q, k, v)
-            except torch._dynamo.exc.RecompileLimitExceeded:
-                return None
-    pairs = 2 * LENGTH * LENGTH
-    return "it computes a tensor of all pairs" if largest.elements >= pairs else None
+    compiled = torch.compile(flex_attention, dynamic=False)
+    unfused, calls = home.math_attention, []
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return unfused(*args, **kwargs)
+
+    with torch._dynamo.config.patch(recompile_limit=1):
+        compiled(*torch.randn(3, 1, 2, 128, 16).unbind())
+        home.math_attention = count
+        try:
+            compiled(*torch.randn(3, 1, 2, 192, 16).unbind())
+        finally:
+            home.math_attention = unfused
+    return "it runs unfused" if calls else None
 
 
 if __name__ == "__main__":
