@@ -5,7 +5,7 @@ import sys
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 LENGTH = 128
 
@@ -15,13 +15,15 @@ def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 class Attention(torch.nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        block_mask = create_block_mask(causal, 1, 1, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=64)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, num: Tensor, at: Tensor) -> Tensor:
+        block_mask = BlockMask.from_kv_blocks(num, at, BLOCK_SIZE=64, mask_mod=causal)
         return flex_attention(q, k, v, block_mask=block_mask)
 
 
 def happens() -> str | None:
-    inputs = torch.randn(3, 1, 2, LENGTH, 16).unbind()
+    num = torch.full((1, 1, 2), 2, dtype=torch.int32)
+    at = torch.arange(2, dtype=torch.int32).expand(1, 1, 2, 2).contiguous()
+    inputs = (*torch.randn(3, 1, 2, LENGTH, 16).unbind(), num, at)
     program = torch.export.export(Attention(), inputs)
     file = io.BytesIO()
     try:
