@@ -1,0 +1,106 @@
+"""What tests/test_distributed.py runs on several ranks: a script for torch.distributed.run."""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers.distributed import DistributedConfig
+
+from blindsight import Profile, blindsight_backend, use_template
+from blindsight.passes import sparse_attention_pass
+from blindsight.passes.graph import copy_graph_module
+from models import Image, make_inputs, tiny_model
+from oracles import oracle_template
+
+MIXED = [[0, 1, 2, 3], [3, 0, 1, 2], [1, 2, 3, 0]]
+NUM_LAYERS = 3
+# Qwen3-VL comes without a plan of its own.
+PLAN = {
+    **{f"model.language_model.layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
+    "model.language_model.layers.*.self_attn.o_proj": "rowwise",
+}
+
+
+def prompt(family: str) -> dict[str, torch.Tensor]:
+    small = Image()
+    rows = [[5, small, 4, small, small, 7], [6, small, 4, small, 0, small, 3]]
+    return make_inputs(family, rows, pad_side="left")
+
+
+def load(family: str, folder: Path) -> Any:
+    model_class: Any = type(tiny_model(family))
+    plan: dict[str, Any] = {"tp_plan": PLAN} if family == "qwen3_vl" else {}
+    config = DistributedConfig(tp_size=dist.get_world_size(), **plan)
+    path = folder / family
+    model = model_class.from_pretrained(path, distributed_config=config, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
+
+
+def profile_of(model: Any) -> Profile:
+    return Profile.for_model(model, MIXED)
+
+
+def run_backend(family: str, folder: Path, *, how: str, inner: str = "eager") -> dict[str, Any]:
+    """One prompt, sparse, in one of several ways to say whose heads they are."""
+    model = load(family, folder)
+    inputs, profile = prompt(family), profile_of(model)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    given: Any = profile
+    if how == "shard":
+        given = profile.shard(rank, size)
+    elif how == "wrong shard":
+        given = profile.shard(1 - rank, size)
+    backend = blindsight_backend(
+        given, inner=inner, lowering="fused", model=model if how in ("model", "layers") else None
+    )
+    if how == "layers":
+        for layer in model.model.language_model.layers:
+            layer.compile(backend=backend)
+    elif how == "pass":
+        span_id, is_sink = oracle_template(inputs["input_ids"], (3, 4), (1,), (2,))
+
+        def with_pass(gm: Any, example_inputs: Any) -> Any:
+            gm = copy_graph_module(gm)
+            before = len(example_inputs)
+            sparse_attention_pass(gm, profile=profile, add_inputs=True)
+            added = sum(node.op == "placeholder" for node in gm.graph.nodes) - before
+            return lambda *args: gm(*args, *(span_id.int(), is_sink)[:added])
+
+        model.compile(backend=with_pass)
+    else:
+        model.compile(backend=backend)
+    try:
+        logits = model(**inputs, use_cache=False).logits
+    except ValueError as error:
+        return {"error": str(error)}
+    runs: dict[str, int] = {}
+    for verdict in backend.state.verdicts:
+        if verdict.layer is not None or how == "layers" and verdict.rewritten:
+            for run, count in verdict.runs.items():
+                runs[run] = runs.get(run, 0) + count
+    categories = [v.categories for v in backend.state.verdicts if v.rewritten]
+    return {"logits": logits, "runs": runs, "categories": categories}
+
+
+def main() -> None:
+    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    for case in cases:
+        torch.compiler.reset()
+        options = {k: v for k, v in case.items() if k not in ("name", "what")}
+        found = globals()[case["what"]](folder=folder, **options)
+        torch.save(found, folder / f"{case['name']}.{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    assert os.environ["WORLD_SIZE"]
+    main()
