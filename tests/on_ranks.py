@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed._functional_collectives import all_reduce
 from transformers.distributed import DistributedConfig
 
 from blindsight import Profile, blindsight_backend, use_template
@@ -41,23 +42,51 @@ def load(family: str, folder: Path) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def split_by_hand(model: Any) -> None:
+    """Split a whole model's attention, with plain tensors that do not say what part they are."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        for name in ("q_proj", "k_proj", "v_proj"):
+            linear = getattr(attention, name)
+            for kind, parameter in list(linear.named_parameters()):
+                part = parameter.data.chunk(size, 0)[rank].clone()
+                setattr(linear, kind, torch.nn.Parameter(part, requires_grad=False))
+        part = attention.o_proj.weight.data.chunk(size, 1)[rank].clone()
+        attention.o_proj.weight = torch.nn.Parameter(part, requires_grad=False)
+
+        def add_up(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            return all_reduce(output, "sum", dist.group.WORLD)
+
+        attention.o_proj.register_forward_hook(add_up)
+
+
 def profile_of(model: Any) -> Profile:
     return Profile.for_model(model, MIXED)
 
 
 def run_backend(family: str, folder: Path, *, how: str, inner: str = "eager") -> dict[str, Any]:
     """One prompt, sparse, in one of several ways to say whose heads they are."""
-    model = load(family, folder)
+    if how.startswith("by hand"):
+        model = tiny_model(family, num_layers=NUM_LAYERS)
+        split_by_hand(model)
+    else:
+        model = load(family, folder)
     inputs, profile = prompt(family), profile_of(model)
     rank, size = dist.get_rank(), dist.get_world_size()
     given: Any = profile
-    if how == "shard":
+    if how in ("shard", "by hand, shard", "by hand, shard and model"):
         given = profile.shard(rank, size)
     elif how == "wrong shard":
         given = profile.shard(1 - rank, size)
     backend = blindsight_backend(
-        given, inner=inner, lowering="fused", model=model if how in ("model", "layers") else None
+        given, inner=inner, lowering="fused", model=model if "model" in how or how == "layers" else None
     )
+    if how == "unknown class":
+        for layer in model.model.language_model.layers:
+            kind = type(layer.self_attn)
+            layer.self_attn.__class__ = type("AnotherAttention", (kind,), {})
+            layer.self_attn.compile(backend=backend)
     if how == "layers":
         for layer in model.model.language_model.layers:
             layer.compile(backend=backend)
@@ -72,7 +101,7 @@ def run_backend(family: str, folder: Path, *, how: str, inner: str = "eager") ->
             return lambda *args: gm(*args, *(span_id.int(), is_sink)[:added])
 
         model.compile(backend=with_pass)
-    else:
+    elif how != "unknown class":
         model.compile(backend=backend)
     try:
         logits = model(**inputs, use_cache=False).logits
@@ -80,7 +109,7 @@ def run_backend(family: str, folder: Path, *, how: str, inner: str = "eager") ->
         return {"error": str(error)}
     runs: dict[str, int] = {}
     for verdict in backend.state.verdicts:
-        if verdict.layer is not None or how == "layers" and verdict.rewritten:
+        if verdict.rewritten:
             for run, count in verdict.runs.items():
                 runs[run] = runs.get(run, 0) + count
     categories = [v.categories for v in backend.state.verdicts if v.rewritten]
