@@ -1,8 +1,8 @@
 """Which heads of the decoder this process computes, where tensor parallelism splits them.
 
-A rank of a tensor-parallel group has some of the heads, and its graphs say how many, not which. That
-is told by the query projection's weight: a DTensor that is sharded by rows, on a mesh in which this
-process has a place. Anything else is for the user to say, with :meth:`Profile.shard`.
+A rank of a tensor-parallel group has some of the heads, and its graphs say how many, not which.
+That is told by the query projection's weight: a DTensor that is sharded by rows, on a mesh in which
+this process has a place. Anything else is for the user to say, with :meth:`Profile.shard`.
 """
 
 from __future__ import annotations

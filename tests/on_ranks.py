@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import all_reduce
 from transformers.distributed import DistributedConfig
 
-from blindsight import Profile, blindsight_backend, use_template
+from blindsight import Profile, blindsight_backend
 from blindsight.passes import sparse_attention_pass
 from blindsight.passes.graph import copy_graph_module
 from models import Image, make_inputs, tiny_model
@@ -80,7 +80,10 @@ def run_backend(family: str, folder: Path, *, how: str, inner: str = "eager") ->
     elif how == "wrong shard":
         given = profile.shard(1 - rank, size)
     backend = blindsight_backend(
-        given, inner=inner, lowering="fused", model=model if "model" in how or how == "layers" else None
+        given,
+        inner=inner,
+        lowering="fused",
+        model=model if "model" in how or how == "layers" else None,
     )
     if how == "unknown class":
         for layer in model.model.language_model.layers:
