@@ -1,9 +1,10 @@
 """What tests/test_distributed.py runs on several ranks: a script for torch.distributed.run."""
 
+import io
 import json
-import os
 import sys
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from torch.distributed._functional_collectives import all_reduce
 from transformers.distributed import DistributedConfig
 
 from blindsight import Profile, blindsight_backend
+from blindsight.cli import main as command_line
+from blindsight.measure import Prober
 from blindsight.passes import sparse_attention_pass
 from blindsight.passes.graph import copy_graph_module
-from models import Image, make_inputs, tiny_model
+from blindsight.prefill import Decoder
+from models import END_ID, IMAGE_ID, START_ID, VIDEO_ID, Image, make_inputs, tiny_model
 from oracles import oracle_template
 
-MIXED = [[0, 1, 2, 3], [3, 0, 1, 2], [1, 2, 3, 0]]
-NUM_LAYERS = 3
+CATEGORIES = [[0, 1, 2, 3], [3, 0, 1, 2]]
 # Qwen3-VL comes without a plan of its own.
 PLAN = {
     **{f"model.language_model.layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
@@ -31,6 +34,10 @@ def prompt(family: str) -> dict[str, torch.Tensor]:
     small = Image()
     rows = [[5, small, 4, small, small, 7], [6, small, 4, small, 0, small, 3]]
     return make_inputs(family, rows, pad_side="left")
+
+
+def template_of(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return oracle_template(inputs["input_ids"], (IMAGE_ID, VIDEO_ID), (START_ID,), (END_ID,))
 
 
 def load(family: str, folder: Path) -> Any:
@@ -62,19 +69,19 @@ def split_by_hand(model: Any) -> None:
 
 
 def profile_of(model: Any) -> Profile:
-    return Profile.for_model(model, MIXED)
+    return Profile.for_model(model, CATEGORIES)
 
 
 def run_backend(family: str, folder: Path, *, how: str, inner: str = "eager") -> dict[str, Any]:
     """One prompt, sparse, in one of several ways to say whose heads they are."""
     if how.startswith("by hand"):
-        model = tiny_model(family, num_layers=NUM_LAYERS)
+        model = tiny_model(family)
         split_by_hand(model)
     else:
         model = load(family, folder)
     inputs, profile = prompt(family), profile_of(model)
     rank, size = dist.get_rank(), dist.get_world_size()
-    given: Any = profile
+    given = profile
     if how in ("shard", "by hand, shard", "by hand, shard and model"):
         given = profile.shard(rank, size)
     elif how == "wrong shard":
@@ -85,7 +92,7 @@ def run_backend(family: str, folder: Path, *, how: str, inner: str = "eager") ->
         lowering="fused",
         model=model if "model" in how or how == "layers" else None,
     )
-    if how == "unknown class":
+    if "unknown class" in how:
         for layer in model.model.language_model.layers:
             kind = type(layer.self_attn)
             layer.self_attn.__class__ = type("AnotherAttention", (kind,), {})
@@ -94,7 +101,7 @@ def run_backend(family: str, folder: Path, *, how: str, inner: str = "eager") ->
         for layer in model.model.language_model.layers:
             layer.compile(backend=backend)
     elif how == "pass":
-        span_id, is_sink = oracle_template(inputs["input_ids"], (3, 4), (1,), (2,))
+        span_id, is_sink = template_of(inputs)
 
         def with_pass(gm: Any, example_inputs: Any) -> Any:
             gm = copy_graph_module(gm)
@@ -104,7 +111,7 @@ def run_backend(family: str, folder: Path, *, how: str, inner: str = "eager") ->
             return lambda *args: gm(*args, *(span_id.int(), is_sink)[:added])
 
         model.compile(backend=with_pass)
-    elif how != "unknown class":
+    elif "unknown class" not in how:
         model.compile(backend=backend)
     try:
         logits = model(**inputs, use_cache=False).logits
@@ -117,6 +124,43 @@ def run_backend(family: str, folder: Path, *, how: str, inner: str = "eager") ->
                 runs[run] = runs.get(run, 0) + count
     categories = [v.categories for v in backend.state.verdicts if v.rewritten]
     return {"logits": logits, "runs": runs, "categories": categories}
+
+
+def run_command(folder: Path, *, arguments: list[str], fail_at: int = 0) -> dict[str, Any]:
+    """A command of ours; where asked to, process 1 fails at its so manieth batch."""
+    done = 0
+
+    def counted(work: Any) -> Any:
+        def counting(self: Any, inputs: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done == fail_at and dist.get_rank() == 1:
+                raise ValueError("no more memory.")
+            return work(self, inputs)
+
+        return counting
+
+    prober, prepare = Prober.__call__, Decoder.prepare
+    Prober.__call__ = counted(prober)  # type: ignore[method-assign]
+    Decoder.prepare = counted(prepare)  # type: ignore[method-assign]
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            code = command_line(arguments)
+    finally:
+        Prober.__call__ = prober  # type: ignore[method-assign]
+        Decoder.prepare = prepare  # type: ignore[method-assign]
+    # A barrier, so that no process looks or goes on before all are done.
+    dist.barrier()
+    files = sorted(path.name for path in folder.glob("**/*.*-of-*"))
+    dist.barrier()
+    return {
+        "code": code,
+        "out": out.getvalue(),
+        "err": err.getvalue(),
+        "done": done,
+        "files": files,
+    }
 
 
 def main() -> None:
@@ -134,5 +178,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    assert os.environ["WORLD_SIZE"]
     main()
