@@ -4,7 +4,7 @@ import io
 import json
 import sys
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import all_reduce
 from transformers.distributed import DistributedConfig
 
-from blindsight import Profile, blindsight_backend
+from blindsight import Profile, blindsight_backend, use_template
 from blindsight.cli import main as command_line
 from blindsight.measure import Prober
 from blindsight.passes import sparse_attention_pass
@@ -72,8 +72,13 @@ def profile_of(model: Any) -> Profile:
     return Profile.for_model(model, CATEGORIES)
 
 
-def run_backend(family: str, folder: Path, *, how: str, inner: str = "eager") -> dict[str, Any]:
-    """One prompt, sparse, in one of several ways to say whose heads they are."""
+def run_backend(
+    family: str, folder: Path, *, how: str, inner: str = "eager", only_text: bool = False
+) -> dict[str, Any]:
+    """One prompt, sparse, in one of several ways to say whose heads they are.
+
+    With ``only_text`` the text model alone is compiled, which is faster.
+    """
     if how.startswith("by hand"):
         model = tiny_model(family)
         split_by_hand(model)
@@ -111,10 +116,13 @@ def run_backend(family: str, folder: Path, *, how: str, inner: str = "eager") ->
             return lambda *args: gm(*args, *(span_id.int(), is_sink)[:added])
 
         model.compile(backend=with_pass)
+    elif only_text:
+        model.model.language_model.compile(backend=backend)
     elif "unknown class" not in how:
         model.compile(backend=backend)
     try:
-        logits = model(**inputs, use_cache=False).logits
+        with use_template(*template_of(inputs)) if only_text else nullcontext():
+            logits = model(**inputs, use_cache=False).logits
     except ValueError as error:
         return {"error": str(error)}
     runs: dict[str, int] = {}

@@ -3,11 +3,13 @@
 All ranks of a group of cases run in one launch (tests/on_ranks.py), as starting them takes longest.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 from torch import distributed
 
-from blindsight import Profile
+from blindsight import Profile, blindsight_backend, measure
 from blindsight.cli import main
 from blindsight.outcomes import Checkpoint, Outcome
 from blindsight.ranks import Ranks, _ranks, check_is_alone
@@ -23,7 +25,7 @@ from models import tiny_model, valid_positions
 from on_ranks import CATEGORIES, profile_of, prompt, template_of
 from oracles import assert_close_to_reference, reference_copy, run_reference
 from processors import tiny_processor
-from questions import rows
+from questions import rows, samples
 
 NUM_RANKS = 2
 TESTS = Path(__file__).parent
@@ -63,11 +65,11 @@ def results(folder: Path, name: str) -> list[Any]:
 SPLIT = [
     {"name": "qwen2_5_vl graph", "family": "qwen2_5_vl", "how": "graph"},
     {"name": "gemma3 graph", "family": "gemma3", "how": "graph"},
-    {"name": "wrong shard", "family": "qwen2_5_vl", "how": "wrong shard"},
+    {"name": "wrong shard", "family": "qwen2_5_vl", "how": "wrong shard", "only_text": True},
 ]
 BY_HAND = [
-    {"name": "by hand", "family": "qwen2_5_vl", "how": "by hand"},
-    {"name": "by hand, shard", "family": "qwen2_5_vl", "how": "by hand, shard"},
+    {"name": "by hand", "family": "qwen2_5_vl", "how": "by hand", "only_text": True},
+    {"name": "by hand, shard", "family": "qwen2_5_vl", "how": "by hand, shard", "only_text": True},
     {"name": "unknown class", "family": "qwen2_5_vl", "how": "by hand, unknown class"},
 ]
 NIGHTLY = [
@@ -83,10 +85,12 @@ NIGHTLY = [
 ]
 
 
-def launch_tensor_parallel(folder: Path, cases: list[dict[str, Any]]) -> Path:
+def launch_tensor_parallel(
+    folder: Path, cases: list[dict[str, Any]], others: Sequence[dict[str, Any]] = ()
+) -> Path:
     for family in {case["family"] for case in cases}:
         tiny_model(family).save_pretrained(folder / family)
-    launch(folder, [{"what": "run_backend", **case} for case in cases])
+    launch(folder, [*({"what": "run_backend", **case} for case in cases), *others])
     return folder
 
 
@@ -107,9 +111,19 @@ def check_sparse(folder: Path, name: str, family: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    can_load = importlib.util.find_spec("accelerate") is not None
+    """A folder with what the ranks found, and what they made together of prompts and questions."""
     folder = tmp_path_factory.mktemp("ranks")
-    return launch_tensor_parallel(folder, [*(SPLIT if can_load else ()), *BY_HAND])
+    write_questions(folder)
+    calibrate, evaluate = commands(folder, "two")
+    cases: list[dict[str, Any]] = [
+        {"name": "calibrate, failing", "arguments": calibrate, "fail_at": 2},
+        {"name": "calibrate", "arguments": calibrate},
+        {"name": "evaluate, failing", "arguments": evaluate, "fail_at": 2},
+        {"name": "evaluate", "arguments": evaluate},
+    ]
+    shared = [{"what": "run_command", **case} for case in cases]
+    can_load = importlib.util.find_spec("accelerate") is not None
+    return launch_tensor_parallel(folder, [*(SPLIT if can_load else ()), *BY_HAND], shared)
 
 
 @needs_accelerate
@@ -164,6 +178,45 @@ def test_other_ways_to_say_whose_heads_they_are(more_ranks: Path, case: Any) -> 
             assert result["runs"] == {"sparse, ordered, fused": 2}
 
 
+def test_layers_renumbered_by_a_pipeline_are_noticed() -> None:
+    whole = tiny_model("gemma3", num_layers=4)
+    profile = Profile.for_model(whole, CATEGORIES * 2)
+    text = whole.model.language_model
+    text.layers = text.layers[2:]
+    with pytest.raises(ValueError, match=r"parameters in 4 layers .* found 2"):
+        blindsight_backend(profile, inner="eager", model=whole)
+    stage = torch.compile(whole, backend=blindsight_backend(profile, inner="eager"))
+    with pytest.raises(ValueError, match="layers 2-3 of the profile did not run"):
+        stage(**prompt("gemma3"), use_cache=False)
+
+
+def test_the_order_of_samples_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What two processes measure comes back by sample, as if they had been one."""
+
+    def measured(*arguments: Any, **_: Any) -> measure.Measurements:
+        samples = arguments[2]
+        fields = dataclasses.fields(measure.Measurements)
+        numbers = torch.tensor([float(sample.index) for sample in samples])
+        return measure.Measurements(**{field.name: numbers for field in fields})
+
+    def gather(ranks: Ranks, work: Any) -> list[Any]:
+        return [measured_by(rank) for rank in range(ranks.size)]
+
+    def measured_by(rank: int) -> Any:
+        own = Ranks(rank, 2).positions(7, 2)
+        return own, measured(None, None, questions.take(own))
+
+    questions = samples(7)
+    monkeypatch.setattr(measure, "_measure_own", measured)
+    monkeypatch.setattr(Ranks, "gather", gather)
+    token = _ranks.set(Ranks(0, 2))
+    try:
+        found = measure.measure(None, None, questions, rule=None, batch_size=2)  # type: ignore[arg-type]
+    finally:
+        _ranks.reset(token)
+    assert found.num_rows.tolist() == list(range(7))
+
+
 def test_a_shard_has_the_rows_of_its_heads() -> None:
     profile = profile_of(tiny_model("qwen2_5_vl"))
     shards = [profile.shard(rank, 2) for rank in range(2)]
@@ -191,9 +244,18 @@ def test_a_shard_has_the_rows_of_its_heads() -> None:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what one process and two made of the same prompts and questions."""
-    folder = tmp_path_factory.mktemp("shared")
+def shared(ranks: Path) -> Path:
+    """The same folder, with what one process made."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the ranks
+    for arguments in commands(ranks, "one"):
+        assert main(arguments) == 0
+    torch.set_num_threads(threads)
+    return ranks
+
+
+def write_questions(folder: Path) -> None:
+    """Write a model, its profile, and 7 questions."""
     model = tiny_model("qwen2_5_vl")
     model.save_pretrained(folder / "model")
     tiny_processor().save_pretrained(folder / "model")
@@ -205,25 +267,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image.save(folder / name)
         lines.append(json.dumps({**row, "images": names}))
     (folder / "data.jsonl").write_text("\n".join(lines))
-    calibrate, evaluate = commands(folder, "two")
-    launch(
-        folder,
-        [
-            {"what": "run_command", **case}
-            for case in (
-                {"name": "calibrate, failing", "arguments": calibrate, "fail_at": 2},
-                {"name": "calibrate", "arguments": calibrate},
-                {"name": "evaluate, failing", "arguments": evaluate, "fail_at": 2},
-                {"name": "evaluate", "arguments": evaluate},
-            )
-        ],
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for arguments in commands(folder, "one"):
-        assert main(arguments) == 0
-    torch.set_num_threads(threads)
-    return folder
 
 
 def commands(folder: Path, name: str) -> tuple[list[str], list[str]]:
