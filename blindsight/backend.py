@@ -99,7 +99,7 @@ class BlindsightBackend:
     def _attach(self, model: nn.Module) -> None:
         model = getattr(model, "_orig_mod", model)
         profile = self.state.profile
-        profile.validate(model)
+        profile.validate(model, shard_is_fine=True)
         layer_map = LayerMap(model, profile.rule.layer_pattern)
         if len(layer_map) != profile.num_layers:
             raise ValueError(

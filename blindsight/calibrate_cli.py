@@ -21,7 +21,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         help="measure a model on prompts of images, and write a profile",
         description="Measure what every category of every head would lose on prompts with several "
         "images, choose the cheapest within the budget, and write a profile. An interrupted "
-        "calibration goes on where it was.",
+        "calibration goes on where it was. Under torchrun the processes share the prompts.",
     )
     parser.add_argument("--model", required=True, help="folder or hub id of a pretrained model")
     parser.add_argument(
@@ -70,6 +70,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
 
     from blindsight.calibrate import calibrate
     from blindsight.progress import quiet
+    from blindsight.ranks import local_device, shared_run
     from blindsight.samples import load_processor, load_samples
 
     output: Path = arguments.output
@@ -81,14 +82,14 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     if arguments.sink_offsets is not None:
         options["sink_offsets"] = _sink_offsets(arguments.sink_offsets)
     checkpoint = arguments.checkpoint or output.with_name(f"{output.name}.partial")
-    with quiet():
+    with quiet(), shared_run() as ranks:
         samples = load_samples(
             arguments.data,
             split=arguments.split,
             limit=arguments.limit,
             seed=arguments.sample_seed,
         )
-        model = load_model(arguments.model, arguments.dtype).to(arguments.device)
+        model = load_model(arguments.model, arguments.dtype).to(local_device(arguments.device))
         processor = load_processor(arguments.model)
         begin = time.perf_counter()
         profile = calibrate(
@@ -102,10 +103,14 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
             **options,
         )
         seconds = time.perf_counter() - begin
-    profile.save(output)
+        if ranks.is_first:
+            profile.save(output)
+        ranks.gather(lambda: None)  # nobody forgets what was measured before that is kept
     if arguments.checkpoint is None:
         for path in (checkpoint, checkpoint.with_name(f"{checkpoint.name}.sinks")):
-            path.unlink(missing_ok=True)
+            ranks.own(path).unlink(missing_ok=True)
+    if not ranks.is_first:
+        return
     print(summary(profile, seconds))
     print(f"saved to {output}")
 

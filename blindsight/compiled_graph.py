@@ -69,12 +69,12 @@ class CompiledGraph:
     ) -> None:
         self._state = state
         self._runtime = state.runtime
-        self._profile = state.profile
         self._inner = inner
         self._passes = state.passes
         if self._passes:
             gm = self._passes.run_before(copy_graph_module(gm))
         self._plan = plan_graph(state, gm, number)
+        self._profile = self._plan.profile
         self._calls = self._plan.calls
         self._data = DataCheck(self._plan)
         self._given = GivenMasks(self._plan, self._runtime.masks)

@@ -35,7 +35,9 @@ from blindsight.outcomes import (
 )
 from blindsight.prefill import Batch, CompiledDecoder, Decoder, check_has_vision
 from blindsight.profile import Profile
+from blindsight.ranks import current_ranks
 from blindsight.samples import Sample
+from blindsight.shards import check_is_whole
 from blindsight.summary import Summary, by_task, percent, summarize, table
 from blindsight.timing import Timing, longest_prompt, time_prefill
 
@@ -256,6 +258,7 @@ def decoder_of(model: nn.Module, profile: Profile) -> Decoder:
     """
     check_has_vision(getattr(model, "_orig_mod", model))
     profile.validate(model)
+    check_is_whole(model, "evaluation")
     return Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
 
 
@@ -378,7 +381,11 @@ def _timing(
 ) -> Timing:
     name = f"prefill of {profile.digest} by {inner}, {repeats} times"
     if name not in known.notes:
-        batch = longest_prompt(decoder, processor, samples, outcomes)
-        found = time_prefill(decoder, batch, profile, inner=inner, repeats=repeats)
-        known.note(name, asdict(found))
+
+        def time_it() -> Timing:
+            batch = longest_prompt(decoder, processor, samples, outcomes)
+            return time_prefill(decoder, batch, profile, inner=inner, repeats=repeats)
+
+        # One measurement, while the other processes wait and leave the machine alone.
+        known.note(name, asdict(current_ranks().on_first(time_it)))
     return Timing.from_dict(known.notes[name])

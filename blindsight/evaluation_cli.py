@@ -22,7 +22,8 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         help="answer a dataset dense and with a profile, and compare",
         description="Answer a dataset dense and with a profile: accuracy by task, answers "
         "changed, KL of the next token, exact FLOPs, prefill time. Writes evaluation.json and "
-        "evaluation.md. An interrupted run goes on where it was.",
+        "evaluation.md. An interrupted run goes on where it was. Under torchrun the processes "
+        "share the questions.",
     )
     _add_arguments(evaluate, "evaluation")
     evaluate.add_argument(
@@ -116,8 +117,9 @@ def _add_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
 def _run_evaluate(arguments: argparse.Namespace) -> None:
     from blindsight.evaluate import evaluate
     from blindsight.progress import quiet
+    from blindsight.ranks import shared_run
 
-    with quiet():
+    with quiet(), shared_run() as ranks:
         model, processor, samples, profile = _load(arguments)
         found = evaluate(
             model,
@@ -133,6 +135,8 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             progress=True,
         )
+    if not ranks.is_first:
+        return
     found.save(arguments.out / "evaluation.json")
     found.save(arguments.out / "evaluation.md")
     print(found.to_markdown(), end="")
@@ -141,6 +145,9 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
 def _run_refine(arguments: argparse.Namespace) -> None:
     from blindsight.effect import refine
     from blindsight.progress import quiet
+    from blindsight.ranks import check_is_alone
+
+    check_is_alone("refine")
 
     output: Path = arguments.output
     if not output.parent.is_dir():
@@ -164,8 +171,10 @@ def _run_refine(arguments: argparse.Namespace) -> None:
 
 def _run_sweep(arguments: argparse.Namespace) -> None:
     from blindsight.progress import quiet
+    from blindsight.ranks import check_is_alone
     from blindsight.sweep import sweep
 
+    check_is_alone("sweep")
     if not arguments.no_plot:
         from blindsight.plots import check_can_plot
 
@@ -201,6 +210,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, list[Sample] | Any, 
 
     from blindsight.calibrate_cli import load_model
     from blindsight.profile import Profile
+    from blindsight.ranks import local_device
     from blindsight.samples import load_processor, load_samples
 
     profile = Profile.load(arguments.profile)
@@ -214,4 +224,4 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, list[Sample] | Any, 
     finally:
         transformers_logging.enable_progress_bar()
     processor = load_processor(arguments.model)
-    return model.to(arguments.device), processor, samples, profile
+    return model.to(local_device(arguments.device)), processor, samples, profile

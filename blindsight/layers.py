@@ -30,6 +30,11 @@ class LayerMap:
     def __len__(self) -> int:
         return len({layer for _, layer in self._layers.values()})
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, while somebody keeps it."""
+        return self._model()
+
     def layer_of(self, parameters: Iterable[Any]) -> int | None:
         """Return the one layer that the given tensors belong to, as far as to any, or None."""
         parameters = list(parameters)

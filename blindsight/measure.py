@@ -35,7 +35,9 @@ from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.probe_attention import probe_attention_pass
 from blindsight.probe import Call, Losses, empty_losses, measure_losses
 from blindsight.profile import write_whole
+from blindsight.ranks import Ranks, current_ranks
 from blindsight.samples import Samples, model_inputs
+from blindsight.shards import check_is_whole
 from blindsight.template import Template, TemplateRule
 
 FORMAT = "blindsight-measurements"
@@ -110,7 +112,8 @@ def measure(
         padding_side: Of shorter prompts in a batch.
         progress: Whether to show a bar; by default where standard error is a terminal.
         checkpoint: A file that keeps what was measured so far. Where it exists, the measurement
-            goes on from there. It stays when all is done.
+            goes on from there. It stays when all is done. In a
+            :func:`~blindsight.ranks.shared_run` each process has its own, named after it.
 
     Raises:
         ValueError: A sample cannot be read, the model's attention cannot be measured, or the
@@ -118,12 +121,56 @@ def measure(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    ranks = current_ranks()
+    positions = ranks.positions(len(samples), batch_size)
+
+    def work() -> tuple[list[int], Measurements | None]:
+        if not positions:
+            return [], None
+        own = samples if ranks.size == 1 else samples.take(positions)
+        found = _measure_own(
+            model,
+            processor,
+            own,
+            ranks,
+            rule=rule,
+            next_token=next_token,
+            batch_size=batch_size,
+            padding_side=padding_side,
+            progress=progress if ranks.is_first else False,
+            checkpoint=checkpoint,
+        )
+        return positions, found
+
+    everyone = ranks.gather(work)
+    found = Measurements.join([part for _, part in everyone if part is not None])
+    if ranks.size == 1:
+        return found
+    order = torch.tensor([at for own, _ in everyone for at in own]).argsort()
+    return Measurements(**{name: values[order] for name, values in found.tensors().items()})
+
+
+def _measure_own(
+    model: nn.Module,
+    processor: Any,
+    samples: Samples,
+    ranks: Ranks,
+    *,
+    rule: TemplateRule,
+    next_token: bool,
+    batch_size: int,
+    padding_side: str,
+    progress: bool | None,
+    checkpoint: str | os.PathLike[str] | None,
+) -> Measurements:
+    """Measure the samples of this process."""
     saved = None
     parts: list[Measurements] = []
     if checkpoint is not None:
         saved = _Checkpoint(
-            Path(checkpoint),
+            ranks.own(checkpoint),
             {
+                "process": ranks.name,
                 "model": _model_digest(model),
                 "samples": samples.digest(),
                 "num_samples": len(samples),
@@ -174,6 +221,7 @@ class Prober:
                 f"attention must be that of attn_implementation='sdpa', got {implementation!r}. "
                 "Load the model with it."
             )
+        check_is_whole(model, "calibration")
         self._model = model
         self._towers = _towers_of(model, rule.layer_pattern)
         self._rule = rule

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from blindsight.masked_model import Masking, Masks, Prompt
 from blindsight.prefill import Batch, Decoder, Output
 from blindsight.profile import write_whole
+from blindsight.ranks import current_ranks
 from blindsight.samples import Sample, model_inputs
 
 FORMAT, VERSION = "blindsight-outcomes", 1
@@ -73,7 +74,8 @@ class Checkpoint:
     """A file of JSON lines: what the run is of, then an outcome a line.
 
     Args:
-        path: The file, made where it is missing; None keeps everything in memory.
+        path: The file, made where it is missing; None keeps everything in memory. In a
+            :func:`~blindsight.ranks.shared_run` each process has a part, named after it.
         header: What must be the same for a run to go on: the model, the questions.
 
     Raises:
@@ -81,17 +83,60 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, header: Mapping[str, str]) -> None:
-        self._path = None if path is None else Path(path)
+        self._path = self._whole = None if path is None else Path(path)
+        self._header = {"format": FORMAT, "version": VERSION, **header}
         self._outcomes: dict[str, dict[int, Outcome]] = {}
         self.notes: dict[str, Any] = {}
-        lines = self._read()
-        first = {"format": FORMAT, "version": VERSION, **header}
-        if lines:
-            self._check(lines[0], first)
-            for line in lines[1:]:
-                self._take(line)
+        ranks = current_ranks()
+        if ranks.size == 1 or path is None:
+            self._open(self._header)
         else:
-            self._write([first])
+            # What was finished together before, and what this process has done of this run.
+            for line in self._known_lines(self._header) or ():
+                self._take(line)
+            self._path = ranks.own(path)
+            self._open({**self._header, "process": ranks.name})
+
+    def merge(self) -> None:
+        """Bring together what the processes of a shared run have found, in the order of samples.
+
+        Every process knows all then. The first one writes the file, and goes on writing it; the
+        parts are removed.
+        """
+        ranks = current_ranks()
+        if ranks.size == 1:
+            return
+        for outcomes, notes in ranks.gather(lambda: (self._outcomes, self.notes)):
+            for key, found in outcomes.items():
+                self._outcomes.setdefault(key, {}).update(found)
+            self.notes.update(notes)
+        rows: list[dict[str, Any]] = [self._header]
+        for key in self._outcomes:
+            by_sample = sorted(self._outcomes[key].items())
+            self._outcomes[key] = dict(by_sample)
+            rows += [asdict(outcome) for _, outcome in by_sample]
+        rows += [{"note": name, "value": value} for name, value in self.notes.items()]
+        part, whole = self._path, self._whole
+        self._path = whole if ranks.is_first else None
+        if whole is not None and part is not None:
+            target = whole
+            ranks.on_first(lambda: write_text(target, _lines(rows)))
+            part.unlink(missing_ok=True)  # only now that the whole is on the disk
+
+    def _open(self, header: Mapping[str, Any]) -> None:
+        known = self._known_lines(header)
+        if known is None:
+            self._write([header])
+        for line in known or ():
+            self._take(line)
+
+    def _known_lines(self, header: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        """Return what a file of this run holds, or None where there is none."""
+        lines = self._read()
+        if not lines:
+            return None
+        self._check(lines[0], header)
+        return lines[1:]
 
     def outcomes(self, key: str) -> dict[int, Outcome]:
         """Return what is known of a point, by sample."""
@@ -130,7 +175,7 @@ class Checkpoint:
                 f"{self._path} must be a file of outcomes, got {error}. Give another, or remove it."
             ) from None
 
-    def _check(self, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    def _check(self, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         different = [
             f"{name}={found.get(name)!r} and not {value!r}"
             for name, value in expected.items()
@@ -147,7 +192,7 @@ class Checkpoint:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+            file.write(_lines(rows))
             file.flush()
             os.fsync(file.fileno())
 
@@ -188,13 +233,50 @@ def answer_samples(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if not len(samples):
         raise ValueError("samples must be at least one, got none.")
+    current_ranks().gather(
+        lambda: _answer_own(
+            decoder,
+            processor,
+            samples,
+            points,
+            checkpoint,
+            batch_size,
+            max_new_tokens,
+            prefill,
+            progress=progress,
+        )
+    )
+    checkpoint.merge()
+    return {
+        point.key: [checkpoint.outcomes(point.key)[at] for at in range(len(samples))]
+        for point in points
+    }
+
+
+def _answer_own(
+    decoder: Decoder,
+    processor: Any,
+    samples: Sequence[Sample],
+    points: Sequence[Point],
+    checkpoint: Checkpoint,
+    batch_size: int,
+    max_new_tokens: int | None,
+    prefill: Prefill | None,
+    *,
+    progress: bool,
+) -> None:
+    """Answer the batches of this process; every one is what it is in a process alone."""
+    ranks = current_ranks()
     tokenizer = getattr(processor, "tokenizer", processor)
     stop_ids = _stop_ids(decoder.model, tokenizer)
     run = prefill or (lambda b, _, masks, use_cache: decoder.prefill(b, masks, use_cache=use_cache))
     total = len(samples) * len(points)
-    with tqdm(total=total, disable=None if progress else True, unit="answer", leave=False) as bar:
+    disable = None if progress and ranks.is_first else True
+    with tqdm(total=total, disable=disable, unit="answer", leave=False) as bar:
         for positions in _chunks(range(len(samples)), batch_size * _BATCHES_AT_ONCE):
-            known = [point for point in points if _is_known(checkpoint, point, positions)]
+            first_batch = positions[0] // batch_size
+            num_own = sum(ranks.has(at // batch_size) for at in positions)
+            known = [p for p in points if _num_known(checkpoint, p, positions) >= num_own]
             bar.update(len(known) * len(positions))
             if len(known) == len(points):
                 continue
@@ -205,8 +287,10 @@ def answer_samples(
                     "changes nothing in prompts without images."
                 )
             order = sorted(positions, key=lambda at: (_length(opened[at]), at))
-            for chosen in _chunks(order, batch_size):
-                missing = [p for p in points if not _is_known(checkpoint, p, chosen)]
+            for number, chosen in enumerate(_chunks(order, batch_size), start=first_batch):
+                missing = [p for p in points if _num_known(checkpoint, p, chosen) < len(chosen)]
+                if not ranks.has(number):
+                    missing = []  # another process does it in the meantime
                 bar.update((len(points) - len(known) - len(missing)) * len(chosen))
                 if not missing:
                     continue
@@ -228,10 +312,6 @@ def answer_samples(
                     kl = divergence(dense, output.logits)
                     checkpoint.add(_outcomes(point, asked, answers, kl, batch.prompt, masks))
                     bar.update(len(chosen))
-    return {
-        point.key: [checkpoint.outcomes(point.key)[at] for at in range(len(samples))]
-        for point in points
-    }
 
 
 def _outcomes(
@@ -301,15 +381,19 @@ def digest_of_samples(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a file whole or not at all, in a folder that is made where missing."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text.encode())
 
 
-def _is_known(checkpoint: Checkpoint, point: Point, positions: Sequence[int]) -> bool:
+def _num_known(checkpoint: Checkpoint, point: Point, positions: Sequence[int]) -> int:
     known = checkpoint.outcomes(point.key)
-    return all(at in known for at in positions)
+    return sum(at in known for at in positions)
 
 
 def _checked(sample: Sample) -> Sample:

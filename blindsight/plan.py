@@ -32,7 +32,9 @@ from blindsight.passes.graph import (
     source_name,
 )
 from blindsight.passes.lift_mask import Lifted, lift_mask
+from blindsight.profile import Profile
 from blindsight.report import Verdict
+from blindsight.shards import is_distributed_tensor, shard_of_call, sharded_weights
 from blindsight.state import BackendState
 
 
@@ -67,6 +69,7 @@ class Plan:
 
     Attributes:
         gm: A copy of the graph, to be copied again for each form that is compiled.
+        profile: The user's; of a tensor-parallel rank, the rows of its heads.
         calls: The decoder's attention that may be rewritten.
         problem: Why the profile cannot be applied (strict), or None.
         input_ids: Position of the input that shows the prompt's tokens, or None.
@@ -78,6 +81,7 @@ class Plan:
     """
 
     gm: fx.GraphModule
+    profile: Profile
     calls: list[PlannedCall] = field(default_factory=list)
     problem: str | None = None
     input_ids: int | None = None
@@ -126,11 +130,12 @@ class _Planner:
         self._profile = state.profile
         self._inputs = placeholders(gm)
         self._number = number
+        self._shards: list[tuple[int, int] | None] = []
         # Without attention the graph goes on as it is.
         copied = copy_graph_module(gm) if has_attention(gm) else gm
         if copied is not gm and has_regions(copied):
             copied = inline_regions(copied)
-        self.plan = Plan(copied, input_ids=find_input_ids(gm), symbols=_symbols(gm))
+        self.plan = Plan(copied, state.profile, input_ids=find_input_ids(gm), symbols=_symbols(gm))
         self.plan.numbers = _numbers(gm)
         self.plan.runs_head = any(source_name(x).endswith("lm_head.weight") for x in self._inputs)
         pattern = self._profile.rule.layer_pattern
@@ -167,7 +172,7 @@ class _Planner:
         if layer is None:
             verdict.categories = "as the layer's"
         else:
-            heads = self._profile.categories[layer].tolist()
+            heads = self.plan.profile.categories[layer].tolist()
             verdict.categories = summarize_categories(heads)
             if not any(heads):
                 verdict.rewritten, verdict.reason = False, "all its heads are dense"
@@ -197,15 +202,13 @@ class _Planner:
                 f"{self._profile.num_layers} layers. Use the profile of this model"
             )
         head_dim = int(self._profile.fingerprint["head_dim"])
-        for name, found, expected in (
-            ("heads", attention.num_heads, self._profile.num_heads),
-            ("head dim", attention.head_dim, head_dim),
-        ):
-            if found is not None and found != expected:
-                return None, self._refuse(
-                    f"{name} of attention at {where} must be {expected} as in the profile, got "
-                    f"{found}. Use the profile of this model"
-                )
+        if attention.head_dim is not None and attention.head_dim != head_dim:
+            return None, self._refuse(
+                f"head dim of attention at {where} must be {head_dim} as in the profile, got "
+                f"{attention.head_dim}. Use the profile of this model"
+            )
+        if problem := self._take_shard(attention):
+            return None, self._refuse(problem)
         if attention.dropout_p:
             return None, self._refuse(
                 f"dropout of attention at {where} must be 0, got {attention.dropout_p}. "
@@ -213,13 +216,40 @@ class _Planner:
             )
         return layer, None
 
+    def _take_shard(self, attention: Attention) -> str | None:
+        """Take the rows of the heads that this process computes; return what is wrong, if any."""
+        if is_distributed_tensor(fake_tensor(attention.query)):
+            return (
+                f"attention at {attention.path or 'a frame of its own'} must be of local tensors, "
+                "got DTensors. Give the modules around it local outputs (to_local)"
+            )
+        model = None if self._state.layer_map is None else self._state.layer_map.model
+        pattern = self._profile.rule.layer_pattern
+        weights = [] if model is None else sharded_weights(model, pattern)
+        try:
+            shard = shard_of_call(self._profile, attention, placeholders(self.plan.gm), weights)
+            if self._shards and shard not in self._shards:
+                raise ValueError(
+                    f"the layers of a graph must be sharded alike, got heads of {self._shards[0]} "
+                    f"and of {shard} (rank, ranks). Shard all of them, or none"
+                )
+        except ValueError as error:
+            return str(error)
+        if shard is not None and not self._shards:
+            self.plan.profile = self._profile.shard(*shard)
+        self._shards.append(shard)
+        return None
+
     def _resembles_decoder(self, attention: Attention) -> bool:
         """Whether a call in a frame of unknown origin could be the decoder's."""
         masked = attention.is_causal or attention.attn_mask is not None
-        shape = (attention.num_heads, attention.head_dim)
-        ours = (self._profile.num_heads, int(self._profile.fingerprint["head_dim"]))
+        ours, found = self._profile.num_heads, attention.num_heads
+        # A tensor-parallel rank has a part of the heads.
+        is_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        fits = found == ours or bool(is_parallel and found and ours % found == 0)
+        same_dim = attention.head_dim == int(self._profile.fingerprint["head_dim"])
         inside_another_stack = any(part.isdigit() for part in attention.path.split("."))
-        return masked and shape == ours and not inside_another_stack
+        return masked and fits and same_dim and not inside_another_stack
 
     def _find_cache(self) -> CacheInputs:
         gm, calls = self.plan.gm, self.plan.calls

@@ -136,17 +136,64 @@ class Profile:
             raise ValueError(f"layer must be in 0..{self.num_layers - 1}, got {layer}.")
         return not bool(self.categories[layer].any())
 
-    def validate(self, model_or_config: Any) -> None:
+    def shard(self, rank: int, world_size: int) -> Profile:
+        """Return the profile of the heads that one tensor-parallel process computes.
+
+        Heads are split in order: process ``rank`` of ``world_size`` has as many as any other, and
+        the key/value heads of its own query heads.
+
+        Raises:
+            ValueError: There is no such rank, the heads or the key/value heads cannot be split
+                evenly, or the profile is such a part already.
+        """
+        if "shard" in self.fingerprint:
+            raise ValueError(
+                f"profile must be of a whole model, got shard {self.fingerprint['shard']} of one. "
+                "Shard the whole profile."
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}.")
+        own = dict(self.fingerprint)
+        for name in ("num_heads", "num_kv_heads"):
+            each, rest = divmod(int(own[name]), world_size)
+            if rest:
+                raise ValueError(
+                    f"{name} must be a multiple of world_size, got {own[name]} for {world_size} "
+                    "processes. Use fewer, so that each has whole groups of heads."
+                )
+            own[name] = str(each)
+        if world_size == 1:
+            return self
+        first, last = (at * int(own["num_heads"]) for at in (rank, rank + 1))
+        return Profile(
+            self.categories[:, first:last],
+            rule=self.rule,
+            fingerprint={**own, "shard": f"{rank}/{world_size}"},
+            evidence={name: values[:, first:last] for name, values in self.evidence.items()},
+            calibration=self.calibration,
+            model=self.model,
+        )
+
+    def validate(self, model_or_config: Any, *, shard_is_fine: bool = False) -> None:
         """Check that the profile was made for this model.
+
+        Args:
+            model_or_config: A transformers model, its config, or anything with ``.config``.
+            shard_is_fine: Whether the profile may be of a part of the model's heads, from
+                :meth:`shard`.
 
         Raises:
             ValueError: It was not; the message names every field that differs.
         """
         found = _fingerprint_of(model_or_config)
+        ours = dict(self.fingerprint)
+        if shard_is_fine and (shard := ours.pop("shard", None)) is not None:
+            for name in ("num_heads", "num_kv_heads"):
+                ours[name] = str(int(ours[name]) * int(shard.partition("/")[2]))
         different = [
-            f"profile has {name}={self.fingerprint.get(name)}, model has {name}={found.get(name)}"
-            for name in dict.fromkeys([*FINGERPRINT, *found, *self.fingerprint])
-            if self.fingerprint.get(name) != found.get(name)
+            f"profile has {name}={ours.get(name)}, model has {name}={found.get(name)}"
+            for name in dict.fromkeys([*FINGERPRINT, *found, *ours])
+            if ours.get(name) != found.get(name)
         ]
         if different:
             raise ValueError(

@@ -89,6 +89,11 @@ class Samples(Sequence[Sample]):
             )
         return _sample_of_row(row, index, where, self._folder)
 
+    def take(self, positions: Sequence[int]) -> Samples:
+        """Return the samples at some positions, in that order."""
+        chosen = [self._indices[at] for at in positions]
+        return Samples(self._rows, chosen, self.name, self._folder)
+
     def __iter__(self) -> Iterator[Sample]:
         return (self[at] for at in range(len(self)))
 

@@ -31,6 +31,7 @@ from blindsight.passes.graph import add_placeholder, placeholders, source_name
 from blindsight.passes.lift_mask import Lifted, lift_mask
 from blindsight.passes.replace_attention import TOKEN_INPUTS, replace_attention_pass
 from blindsight.profile import Profile
+from blindsight.shards import shard_of_call
 from blindsight.template import template_of_ids
 
 
@@ -118,7 +119,9 @@ def rewrite(
     """Rewrite a graph in place, and return the layers whose attention was rewritten."""
     chosen: list[Attention] = []
     layers: list[int] = []
-    for call in find_attention(gm, layer_pattern=profile.rule.layer_pattern):
+    calls = find_attention(gm, layer_pattern=profile.rule.layer_pattern)
+    profile = _rows_of_rank(gm, calls, profile)
+    for call in calls:
         layer = _layer_of(call, profile)
         if layer is None or not profile.categories[layer].any() or _fixed_sizes(call)[1] == 1:
             continue
@@ -154,6 +157,21 @@ def rewrite(
     return layers
 
 
+def _rows_of_rank(gm: fx.GraphModule, calls: Sequence[Attention], profile: Profile) -> Profile:
+    """Return the profile of the heads that the decoder's calls have in this process."""
+    ours = [call for call in calls if layer_of_path(call) is not None]
+    try:
+        shards = {shard_of_call(profile, call, placeholders(gm)) for call in ours}
+    except ValueError as error:
+        raise ValueError(f"{error}.") from None
+    if len(shards) > 1:
+        raise ValueError(
+            f"the layers of a graph must be sharded alike, got heads of {shards} (rank, ranks)."
+        )
+    shard = shards.pop() if shards else None
+    return profile if shard is None else profile.shard(*shard)
+
+
 def _layer_of(call: Attention, profile: Profile) -> int | None:
     """Return the layer of a call, or None if it is not the decoder's."""
     where = call.path or "a frame of its own"
@@ -167,7 +185,6 @@ def _layer_of(call: Attention, profile: Profile) -> int | None:
         return None
     head_dim = int(profile.fingerprint["head_dim"])
     for name, found, expected in (
-        ("heads", call.num_heads, profile.num_heads),
         ("head dim", call.head_dim, head_dim),
         ("dropout", call.dropout_p, 0.0),
     ):

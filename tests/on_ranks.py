@@ -1,0 +1,189 @@
+"""What tests/test_distributed.py runs on several ranks: a script for torch.distributed.run."""
+
+import io
+import json
+import sys
+import warnings
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed._functional_collectives import all_reduce
+from transformers.distributed import DistributedConfig
+
+from blindsight import Profile, blindsight_backend, use_template
+from blindsight.cli import main as command_line
+from blindsight.measure import Prober
+from blindsight.passes import sparse_attention_pass
+from blindsight.passes.graph import copy_graph_module
+from blindsight.prefill import Decoder
+from models import END_ID, IMAGE_ID, START_ID, VIDEO_ID, Image, make_inputs, tiny_model
+from oracles import oracle_template
+
+CATEGORIES = [[0, 1, 2, 3], [3, 0, 1, 2]]
+# Qwen3-VL comes without a plan of its own.
+PLAN = {
+    **{f"model.language_model.layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
+    "model.language_model.layers.*.self_attn.o_proj": "rowwise",
+}
+
+
+def prompt(family: str) -> dict[str, torch.Tensor]:
+    small = Image()
+    rows = [[5, small, 4, small, small, 7], [6, small, 4, small, 0, small, 3]]
+    return make_inputs(family, rows, pad_side="left")
+
+
+def template_of(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return oracle_template(inputs["input_ids"], (IMAGE_ID, VIDEO_ID), (START_ID,), (END_ID,))
+
+
+def load(family: str, folder: Path) -> Any:
+    model_class: Any = type(tiny_model(family))
+    plan: dict[str, Any] = {"tp_plan": PLAN} if family == "qwen3_vl" else {}
+    config = DistributedConfig(tp_size=dist.get_world_size(), **plan)
+    path = folder / family
+    model = model_class.from_pretrained(path, distributed_config=config, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
+
+
+def split_by_hand(model: Any) -> None:
+    """Split a whole model's attention, with plain tensors that do not say what part they are."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        for name in ("q_proj", "k_proj", "v_proj"):
+            linear = getattr(attention, name)
+            for kind, parameter in list(linear.named_parameters()):
+                part = parameter.data.chunk(size, 0)[rank].clone()
+                setattr(linear, kind, torch.nn.Parameter(part, requires_grad=False))
+        part = attention.o_proj.weight.data.chunk(size, 1)[rank].clone()
+        attention.o_proj.weight = torch.nn.Parameter(part, requires_grad=False)
+
+        def add_up(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            return all_reduce(output, "sum", dist.group.WORLD)
+
+        attention.o_proj.register_forward_hook(add_up)
+
+
+def profile_of(model: Any) -> Profile:
+    return Profile.for_model(model, CATEGORIES)
+
+
+def run_backend(
+    family: str, folder: Path, *, how: str, inner: str = "eager", only_text: bool = False
+) -> dict[str, Any]:
+    """One prompt, sparse, in one of several ways to say whose heads they are.
+
+    With ``only_text`` the text model alone is compiled, which is faster.
+    """
+    if how.startswith("by hand"):
+        model = tiny_model(family)
+        split_by_hand(model)
+    else:
+        model = load(family, folder)
+    inputs, profile = prompt(family), profile_of(model)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    given = profile
+    if how in ("shard", "by hand, shard", "by hand, shard and model"):
+        given = profile.shard(rank, size)
+    elif how == "wrong shard":
+        given = profile.shard(1 - rank, size)
+    backend = blindsight_backend(
+        given,
+        inner=inner,
+        lowering="fused",
+        model=model if "model" in how or how == "layers" else None,
+    )
+    if "unknown class" in how:
+        for layer in model.model.language_model.layers:
+            kind = type(layer.self_attn)
+            layer.self_attn.__class__ = type("AnotherAttention", (kind,), {})
+            layer.self_attn.compile(backend=backend)
+    if how == "layers":
+        for layer in model.model.language_model.layers:
+            layer.compile(backend=backend)
+    elif how == "pass":
+        span_id, is_sink = template_of(inputs)
+
+        def with_pass(gm: Any, example_inputs: Any) -> Any:
+            gm = copy_graph_module(gm)
+            before = len(example_inputs)
+            sparse_attention_pass(gm, profile=profile, add_inputs=True)
+            added = sum(node.op == "placeholder" for node in gm.graph.nodes) - before
+            return lambda *args: gm(*args, *(span_id.int(), is_sink)[:added])
+
+        model.compile(backend=with_pass)
+    elif only_text:
+        model.model.language_model.compile(backend=backend)
+    elif "unknown class" not in how:
+        model.compile(backend=backend)
+    try:
+        with use_template(*template_of(inputs)) if only_text else nullcontext():
+            logits = model(**inputs, use_cache=False).logits
+    except ValueError as error:
+        return {"error": str(error)}
+    runs: dict[str, int] = {}
+    for verdict in backend.state.verdicts:
+        if verdict.rewritten:
+            for run, count in verdict.runs.items():
+                runs[run] = runs.get(run, 0) + count
+    categories = [v.categories for v in backend.state.verdicts if v.rewritten]
+    return {"logits": logits, "runs": runs, "categories": categories}
+
+
+def run_command(folder: Path, *, arguments: list[str], fail_at: int = 0) -> dict[str, Any]:
+    """A command of ours; where asked to, process 1 fails at its so manieth batch."""
+    done = 0
+
+    def counted(work: Any) -> Any:
+        def counting(self: Any, inputs: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done == fail_at and dist.get_rank() == 1:
+                raise ValueError("no more memory.")
+            return work(self, inputs)
+
+        return counting
+
+    prober, prepare = Prober.__call__, Decoder.prepare
+    Prober.__call__ = counted(prober)  # type: ignore[method-assign]
+    Decoder.prepare = counted(prepare)  # type: ignore[method-assign]
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            code = command_line(arguments)
+    finally:
+        Prober.__call__ = prober  # type: ignore[method-assign]
+        Decoder.prepare = prepare  # type: ignore[method-assign]
+    # A barrier, so that no process looks or goes on before all are done.
+    dist.barrier()
+    files = sorted(path.name for path in folder.glob("**/*.*-of-*"))
+    dist.barrier()
+    return {
+        "code": code,
+        "out": out.getvalue(),
+        "err": err.getvalue(),
+        "done": done,
+        "files": files,
+    }
+
+
+def main() -> None:
+    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    for case in cases:
+        torch.compiler.reset()
+        options = {k: v for k, v in case.items() if k not in ("name", "what")}
+        found = globals()[case["what"]](folder=folder, **options)
+        torch.save(found, folder / f"{case['name']}.{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
