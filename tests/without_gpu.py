@@ -238,6 +238,9 @@ def pretend_gpu() -> Iterator[None]:
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
 
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        patches.append((triton_helpers, {"libdevice": _Library()}))
+
     with contextlib.ExitStack() as stack:
         for target, replaced in patches:
             stack.enter_context(_patch(target, replaced))
@@ -264,6 +267,26 @@ def _unwritten(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -
     """Return a buffer that shows when it is read before it is written."""
     buffer = torch.empty_strided(size, stride, dtype=dtype)
     return buffer.fill_(float("nan")) if dtype.is_floating_point else buffer
+
+
+class _Library:
+    """CUDA's library of functions, which the interpreter does not have."""
+
+    def __getattr__(self, name: str) -> Callable[[Any], Any]:
+        from triton.language import tensor
+        from triton.runtime.interpreter import TensorHandle
+
+        def inverse_root(x: Any) -> Any:
+            return 1 / np.sqrt(x)
+
+        function = inverse_root if name == "rsqrt" else getattr(np, name)
+
+        def call(x: Any) -> Any:
+            handle = x.handle
+            found = function(handle.data).astype(handle.data.dtype)
+            return tensor(TensorHandle(found, handle.dtype), x.type)
+
+        return call
 
 
 @contextlib.contextmanager
