@@ -5,6 +5,7 @@ Each in a process of its own that pretends to have an H200, see :mod:`without_gp
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ import without_gpu
 from blindsight import Profile, blindsight_backend
 from blindsight.attention import attend
 from blindsight.base_mask import CAUSAL
+from blindsight.flex import kernel_options_of
 from blindsight.mask_forms import ordered_mask, sorted_mask
 from blindsight.passes import replace_attention
 from blindsight.template import find_sinks
@@ -325,3 +327,33 @@ def test_attention_that_is_written_out_is_no_single_launch(in_process: Any) -> N
     found = in_process("test_triton:assemble_eager", 128)
     assert found["flex"] == 0 and found["largest"] >= LENGTH**2
     assert found["operators"] == ["extern_kernels.bmm"] * 2
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype", "length", "max_autotune", "is_ours"),
+    [
+        ("cuda", (9, 0), torch.bfloat16, 300, False, True),
+        ("cuda", (9, 0), torch.float16, 128, False, True),
+        ("cuda", (9, 0), torch.float32, 300, False, False),
+        ("cuda", (9, 0), torch.bfloat16, 127, False, False),
+        ("cuda", (9, 0), torch.bfloat16, 300, True, False),
+        ("cuda", (8, 0), torch.bfloat16, 300, False, False),
+        ("cuda", (10, 0), torch.bfloat16, 300, False, False),
+        ("cpu", (9, 0), torch.bfloat16, 300, False, False),
+    ],
+)
+def test_tiles_are_for_hopper_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    length: int,
+    max_autotune: bool,
+    is_ours: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    query: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    with torch._inductor.config.patch(max_autotune=max_autotune):
+        for head_dim in (64, 128, 256):
+            query.shape = (1, 4, length, head_dim)
+            assert ("BLOCK_M" in kernel_options_of(query)) == (is_ours and head_dim != 128)

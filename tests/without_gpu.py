@@ -495,7 +495,9 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)]
+        tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        # The interpreter looks at memory as bytes.
+        sizes = [x.numel() for x in tensors if x.dtype != torch.uint8]
         self.num_elements = max(self.num_elements, *sizes, 0)
         return result
 
