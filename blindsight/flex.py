@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_op
 from torch.nn.attention.flex_attention import BlockMask
@@ -22,6 +23,14 @@ _KERNEL_OPTIONS: dict[str, Any] = {
     "OUTPUT_LOGSUMEXP": False,
     "OUTPUT_MAX": False,
 }
+# Tiles on Hopper in 16 bits, by head dim: queries, keys, warps, stages. Inductor's own, which the
+# other head dims keep, leave a thread too few registers for our masks, and spill. These spill
+# nothing in any form of mask, fixed length or not, as Inductor's kernels assemble for sm_90
+# (bench/triton_kernels.py). Chosen by that; they were not timed.
+_HOPPER_TILES = {64: (128, 64, 8, 3), 256: (128, 32, 8, 2)}
+_TILE_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+# With fewer queries Inductor may take its kernel for decoding, whose tiles are other ones.
+_MIN_TILED_QUERIES = 128
 
 
 class Rule(NamedTuple):
@@ -73,11 +82,31 @@ def flex_attention(
         rule.score_mod or _unchanged,
         block_mask.as_tuple(),
         query.shape[-1] ** -0.5 if scale is None else scale,
-        _KERNEL_OPTIONS,
+        kernel_options_of(query),
         rule.score_captures,
         rule.captures,
     )[0]
     return output
+
+
+def kernel_options_of(query: Tensor) -> dict[str, Any]:
+    """Return the operator's options for ``query [B, H, Q, D]`` on its device.
+
+    An autotuner of Inductor's chooses a tile itself, if the user wants it to.
+    """
+    if not _is_on_hopper(query) or query.shape[2] < _MIN_TILED_QUERIES:
+        return _KERNEL_OPTIONS
+    tile = _HOPPER_TILES.get(query.shape[3])
+    if tile is None or torch._inductor.config.max_autotune:
+        return _KERNEL_OPTIONS
+    return {**_KERNEL_OPTIONS, **dict(zip(_TILE_OPTIONS, tile, strict=True))}
+
+
+def _is_on_hopper(x: Tensor) -> bool:
+    is_half = x.dtype in (torch.bfloat16, torch.float16)
+    if not is_half or x.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def realize(x: Tensor, span_id: Tensor | None = None) -> Tensor:

@@ -3,27 +3,39 @@
 Each in a process of its own that pretends to have an H200, see :mod:`without_gpu`.
 """
 
-import re
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 import without_gpu
+from blindsight import Profile, blindsight_backend
 from blindsight.attention import attend
 from blindsight.base_mask import CAUSAL
+from blindsight.flex import kernel_options_of
 from blindsight.mask_forms import ordered_mask, sorted_mask
+from blindsight.passes import replace_attention
 from blindsight.template import find_sinks
+from decoders import DecoderWithHead, check_decoder, decoder_prompt
+from models import Image, tiny_model
 from oracles import oracle_attention, oracle_keep
 
 pytest.importorskip("triton", reason="needs triton, which the extra 'test' installs on Linux")
 pytestmark = pytest.mark.inductor
 
 MIXES = {"each": [0, 1, 2, 3], "dense": [0, 0, 0, 0], "document": [2, 2, 2, 2], "two": [3, 1, 1, 3]}
-BASES = ("causal", "sliding", "padding")
 WINDOW = 60
+
+
+@pytest.fixture(scope="session")
+def in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Of :mod:`without_gpu`; what all processes need is built once."""
+    return partial(without_gpu.in_process, folder=tmp_path_factory.mktemp("without_gpu"))
 
 
 def template_of(batch: int, length: int) -> tuple[Tensor, Tensor]:
@@ -37,27 +49,46 @@ def template_of(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return span_id, find_sinks(span_id, (0,))
 
 
-def form_of(base: str, valid: Tensor) -> Any:
+def ids_of(base: str, span_id: Tensor) -> Tensor:
+    """Of images (-1: text), or of packed sequences, of which the second begins within text."""
+    if base == "image":
+        return torch.where(span_id > 0, span_id, -1)
+    begins = 98 + torch.arange(span_id.shape[0])[:, None]
+    return (torch.arange(span_id.shape[1]) >= begins).to(torch.int32)
+
+
+def form_of(base: str, valid: Tensor, ids: Tensor) -> Any:
+    query, key = (("load", ids, (("index", "b"), ("index", axis))) for axis in "qk")
     if base == "sliding":
         return ("and", CAUSAL, ("lower", ("sub", ("index", "q"), WINDOW - 1)))
     if base == "padding":
         return ("and", CAUSAL, ("valid", ("load", valid, (("index", "b"), ("index", "k")))))
+    if base == "image":
+        image = ("and", ("row", ("ge", query, 0)), ("same", (query,), (key,), False))
+        return ("or", CAUSAL, image)
+    if base == "packed":
+        return ("and", CAUSAL, ("same", (query,), (key,), True))
     return CAUSAL
 
 
-def allowed_of(base: str, valid: Tensor) -> Tensor:
+def allowed_of(base: str, valid: Tensor, ids: Tensor) -> Tensor:
     """The base mask, element by element, ``[B, 1, L, L]``."""
     length = valid.shape[1]
     q, k = torch.arange(length)[:, None], torch.arange(length)
     allowed = (k <= q).expand(valid.shape[0], 1, -1, -1)
+    same = (ids[:, :, None] == ids[:, None])[:, None]
     if base == "sliding":
-        allowed = allowed & (k > q - WINDOW)
+        return allowed & (k > q - WINDOW)
     if base == "padding":
-        allowed = allowed & valid[:, None, None, :]
-    return allowed
+        return allowed & valid[:, None, None, :]
+    if base == "image":
+        return allowed | (same & (ids >= 0)[:, None, :, None])
+    return allowed & same if base == "packed" else allowed
 
 
-def inputs_of(batch: int, length: int, head_dim: int, dtype: torch.dtype, mix: str) -> list[Tensor]:
+def inputs_of(
+    batch: int, length: int, head_dim: int, dtype: torch.dtype, mix: str, base: str = "causal"
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(length)
 
     def random(heads: int) -> Tensor:
@@ -66,11 +97,15 @@ def inputs_of(batch: int, length: int, head_dim: int, dtype: torch.dtype, mix: s
     valid = torch.ones(batch, length, dtype=torch.bool)
     valid[0, : length // 7] = False
     codes = torch.tensor(MIXES[mix], dtype=torch.int32)
-    return [random(4), random(2), random(2), *template_of(batch, length), codes, valid]
+    span_id, is_sink = template_of(batch, length)
+    ids = ids_of(base, span_id)
+    return [random(4), random(2), random(2), span_id, is_sink, codes, valid, ids]
 
 
-def attention(base: str, order: str, batch: int, length: int | None) -> Callable[..., Tensor]:
-    """One fused call; without a length, for all up to 512 tokens."""
+def attention(
+    base: str, order: str, batch: int, length: int | None, capacity: int = 512
+) -> Callable[..., Tensor]:
+    """One fused call; without a length, for all up to the capacity."""
 
     def call(
         query: Tensor,
@@ -80,12 +115,13 @@ def attention(base: str, order: str, batch: int, length: int | None) -> Callable
         is_sink: Tensor,
         codes: Tensor,
         valid: Tensor,
+        ids: Tensor,
     ) -> Tensor:
         make: Any = sorted_mask if order == "sorted" else ordered_mask
         options: dict[str, Any] = {"num_queries": length, "num_keys": length}
         if length is None:
-            options["capacity"] = 512
-        mask = make(form_of(base, valid), span_id, is_sink, batch=batch, **options)
+            options["capacity"] = capacity
+        mask = make(form_of(base, valid, ids), span_id, is_sink, batch=batch, **options)
         heads = torch.arange(4, device=query.device)
         return attend(query, key, value, mask, heads, codes, (("all", 4),))
 
@@ -94,10 +130,14 @@ def attention(base: str, order: str, batch: int, length: int | None) -> Callable
 
 def error_of(found: Tensor, base: str, inputs: list[Tensor]) -> float:
     """The largest difference from the oracle in float64."""
-    query, key, value, span_id, is_sink, codes, valid = inputs
-    keep = torch.stack([oracle_keep(span_id, is_sink, code) for code in codes.tolist()], dim=1)
+    query, key, value, span_id, is_sink, codes, valid, ids = inputs
+    sequences = ids if base == "packed" else None
+    keep = torch.stack(
+        [oracle_keep(span_id, is_sink, code, sequences) for code in codes.tolist()], dim=1
+    )
     exact = (x.double() for x in (query, key, value))
-    expected = oracle_attention(*exact, keep & allowed_of(base, valid), query.shape[3] ** -0.5)
+    allowed = keep & allowed_of(base, valid, ids)
+    expected = oracle_attention(*exact, allowed, query.shape[3] ** -0.5)
     assert found.shape == expected.shape
     return float((found.double() - expected).abs().max())
 
@@ -106,7 +146,7 @@ def error_of(found: Tensor, base: str, inputs: list[Tensor]) -> float:
 
 
 def run_one(base: str, order: str, batch: int, length: int, mix: str) -> float:
-    inputs = inputs_of(batch, length, 32, torch.float32, mix)
+    inputs = inputs_of(batch, length, 32, torch.float32, mix, base)
     run = without_gpu.compile_for_gpu(attention(base, order, batch, length), inputs)
     (found,) = run(*inputs)
     return error_of(found, base, inputs)
@@ -114,12 +154,12 @@ def run_one(base: str, order: str, batch: int, length: int, mix: str) -> float:
 
 def run_many(base: str, batch: int, lengths: list[int]) -> list[float]:
     """One program at several lengths."""
-    inputs = inputs_of(batch, lengths[0], 32, torch.float32, "each")
+    inputs = inputs_of(batch, lengths[0], 32, torch.float32, "each", base)
     function = attention(base, "sorted", batch, None)
     run = without_gpu.compile_for_gpu(function, inputs, any_length=lengths[0])
     errors = []
     for length in lengths:
-        inputs = inputs_of(batch, length, 32, torch.float32, "each")
+        inputs = inputs_of(batch, length, 32, torch.float32, "each", base)
         (found,) = run(*inputs)
         errors.append(error_of(found, base, inputs))
     return errors
@@ -135,18 +175,22 @@ def run_many(base: str, batch: int, lengths: list[int]) -> list[float]:
         pytest.param("padding", "ordered", 2, 203, "two", marks=pytest.mark.nightly),
         pytest.param("causal", "sorted", 1, 128, "document", marks=pytest.mark.nightly),
         pytest.param("causal", "ordered", 1, 203, "dense", marks=pytest.mark.nightly),
+        pytest.param("image", "sorted", 2, 203, "each", marks=pytest.mark.nightly),
+        pytest.param("image", "ordered", 1, 203, "each", marks=pytest.mark.nightly),
+        pytest.param("packed", "sorted", 2, 203, "each", marks=pytest.mark.nightly),
+        pytest.param("packed", "ordered", 1, 203, "each", marks=pytest.mark.nightly),
     ],
 )
 def test_the_kernel_computes_what_the_masks_mean(
-    base: str, order: str, batch: int, length: int, mix: str
+    in_process: Any, base: str, order: str, batch: int, length: int, mix: str
 ) -> None:
     arguments = (base, order, batch, length, mix)
-    assert without_gpu.in_process("test_triton:run_one", *arguments, interpret=True) < 5e-6
+    assert in_process("test_triton:run_one", *arguments, interpret=True) < 5e-6
 
 
-def test_one_kernel_at_five_lengths() -> None:
+def test_one_kernel_at_five_lengths(in_process: Any) -> None:
     lengths = [203, 131, 64, 290, 17]
-    errors = without_gpu.in_process("test_triton:run_many", "causal", 1, lengths, interpret=True)
+    errors = in_process("test_triton:run_many", "causal", 1, lengths, interpret=True)
     assert len(errors) == 5 and max(errors) < 5e-6
 
 
@@ -165,43 +209,89 @@ def run_with_a_fault() -> float:
     return run_one("causal", "sorted", 1, 203, "each")
 
 
-def test_a_fault_in_the_mask_is_seen() -> None:
-    assert without_gpu.in_process("test_triton:run_with_a_fault", interpret=True) > 1e-2
+def test_a_fault_in_the_mask_is_seen(in_process: Any) -> None:
+    assert in_process("test_triton:run_with_a_fault", interpret=True) > 1e-2
+
+
+# The whole program of a decoder
+
+DECODER_PROMPT = [5, Image(6, 8), 4, Image(8, 8), 20, Image(4, 5), 7]
+
+
+def run_decoder(categories: list[list[int]]) -> dict[str, Any]:
+    """Compile and run a decoder as on a GPU, all Triton kernels of it in the interpreter."""
+    model = tiny_model("qwen2_5_vl")
+    profile = Profile.for_model(model, categories)
+    inputs = decoder_prompt([DECODER_PROMPT])
+    backend = blindsight_backend(profile, lowering="fused")
+    compiled = torch.compile(DecoderWithHead(model), backend=backend, fullgraph=True, dynamic=False)
+    with (
+        torch.no_grad(),
+        # masks are traced for a GPU
+        mock.patch.dict(replace_attention._BY_OPERATOR, replace_attention._MAKE_MASK),
+        without_gpu.inductor_for_gpu() as largest,
+        without_gpu.written() as programs,
+    ):
+        logits = compiled(**inputs)
+    assert backend.report().num_rewritten == 2
+    check_decoder(model, profile, inputs, logits)
+    kernels = [kernel for program in programs for kernel in program.kernels.items()]
+    return {
+        "flex": [source for name, source in kernels if "flex_attention" in name],
+        "num_kernels": len(kernels),
+        "largest": largest.num_elements,
+        "length": inputs["input_ids"].shape[1],
+    }
+
+
+@pytest.mark.nightly
+def test_a_decoder_is_as_its_reference(in_process: Any) -> None:
+    """With one kernel whatever the categories, and nothing that is as large as a mask."""
+    found = [
+        in_process("test_triton:run_decoder", categories, interpret=True)
+        for categories in ([[0, 1, 2, 3], [3, 2, 1, 0]], [[2, 2, 1, 1], [3, 0, 3, 3]])
+    ]
+    for one in found:
+        assert one["flex"] and one["num_kernels"] > 10
+        assert one["largest"] < one["length"] ** 2
+    assert found[0]["flex"] == found[1]["flex"]
 
 
 # Assembled
 
+LENGTH = 2000  # more than 4 heads of 256 have: no buffer of a call is as large as a mask by chance
+
 
 def assemble_one(order: str, head_dim: int, any_length: bool) -> dict[str, Any]:
-    inputs = inputs_of(1, 300, head_dim, torch.bfloat16, "each")
-    function = attention("causal", order, 1, None if any_length else 300)
-    program = without_gpu.lower(function, inputs, any_length=300 if any_length else None)
-    return _found(program)
+    inputs = inputs_of(1, LENGTH, head_dim, torch.bfloat16, "each")
+    length = None if any_length else LENGTH
+    function = attention("causal", order, 1, length, capacity=2048)
+    return _found(without_gpu.lower(function, inputs, any_length=LENGTH if any_length else None))
 
 
 def assemble_eager(head_dim: int) -> dict[str, Any]:
     """Masked softmax as it is written out, the control."""
-    inputs = inputs_of(1, 320, head_dim, torch.bfloat16, "each")
+    inputs = inputs_of(1, LENGTH, head_dim, torch.bfloat16, "each")
 
     def eager(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Tensor:
         key, value = (x.repeat_interleave(2, 1) for x in (key, value))
         scores = query @ key.transpose(2, 3)
-        return torch.softmax(scores + scores.new_full((320, 320), -torch.inf).triu(1), -1) @ value
+        hidden = scores.new_full((LENGTH, LENGTH), -torch.inf).triu(1)
+        return torch.softmax(scores + hidden, -1) @ value
 
     return _found(without_gpu.lower(eager, inputs))
 
 
 def _found(program: without_gpu.Program) -> dict[str, Any]:
-    launches = program.launches
-    flex = [name for name in launches if "flex_attention" in name]
     kernels = [
         vars(without_gpu.assemble(name, source))
         for name, source in program.kernels.items()
         if "flex_attention" in name
     ]
     return {
-        "flex": len(flex),
-        "products": [name for name in launches if re.search(r"(^|[._])b?mm($|[._])", name)],
+        "flex": sum("flex_attention" in name for name in program.launches),
+        "operators": [name for name in program.launches if not name.startswith("triton_")],
+        "largest": program.largest_buffer(LENGTH),
         "kernels": kernels,
     }
 
@@ -210,20 +300,60 @@ def _found(program: without_gpu.Program) -> dict[str, Any]:
     ("order", "head_dim", "any_length"),
     [
         ("sorted", 128, False),
-        ("sorted", 128, True),
+        ("sorted", 64, True),
+        pytest.param("sorted", 64, False, marks=pytest.mark.nightly),
+        pytest.param("ordered", 64, False, marks=pytest.mark.nightly),
+        pytest.param("sorted", 128, True, marks=pytest.mark.nightly),
         pytest.param("ordered", 128, False, marks=pytest.mark.nightly),
         pytest.param("sorted", 256, False, marks=pytest.mark.nightly),
+        pytest.param("sorted", 256, True, marks=pytest.mark.nightly),
+        pytest.param("ordered", 256, False, marks=pytest.mark.nightly),
     ],
 )
-def test_a_call_is_one_launch_on_tensor_cores(order: str, head_dim: int, any_length: bool) -> None:
-    found = without_gpu.in_process("test_triton:assemble_one", order, head_dim, any_length)
-    assert found["flex"] == 1 and found["products"] == []
+def test_a_call_is_one_launch_on_tensor_cores(
+    in_process: Any, order: str, head_dim: int, any_length: bool
+) -> None:
+    found = in_process("test_triton:assemble_one", order, head_dim, any_length)
+    assert found["flex"] == 1
+    assert set(found["operators"]) <= {"aten.scatter_.src"}  # in place
+    assert found["largest"] < LENGTH**2
     (kernel,) = found["kernels"]
     assert kernel["hgmma"] + kernel["hmma"] > 0
     assert kernel["spilled"] == 0
     assert kernel["shared"] <= without_gpu.SHARED_MEMORY
 
 
-def test_attention_that_is_written_out_is_no_single_launch() -> None:
-    found = without_gpu.in_process("test_triton:assemble_eager", 128)
-    assert found["flex"] == 0 and len(found["products"]) == 2
+def test_attention_that_is_written_out_is_no_single_launch(in_process: Any) -> None:
+    found = in_process("test_triton:assemble_eager", 128)
+    assert found["flex"] == 0 and found["largest"] >= LENGTH**2
+    assert found["operators"] == ["extern_kernels.bmm"] * 2
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype", "length", "max_autotune", "is_ours"),
+    [
+        ("cuda", (9, 0), torch.bfloat16, 300, False, True),
+        ("cuda", (9, 0), torch.float16, 128, False, True),
+        ("cuda", (9, 0), torch.float32, 300, False, False),
+        ("cuda", (9, 0), torch.bfloat16, 127, False, False),
+        ("cuda", (9, 0), torch.bfloat16, 300, True, False),
+        ("cuda", (8, 0), torch.bfloat16, 300, False, False),
+        ("cuda", (10, 0), torch.bfloat16, 300, False, False),
+        ("cpu", (9, 0), torch.bfloat16, 300, False, False),
+    ],
+)
+def test_tiles_are_for_hopper_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    length: int,
+    max_autotune: bool,
+    is_ours: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    query: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    with torch._inductor.config.patch(max_autotune=max_autotune):
+        for head_dim in (64, 128, 256):
+            query.shape = (1, 4, length, head_dim)
+            assert ("BLOCK_M" in kernel_options_of(query)) == (is_ours and head_dim != 128)

@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -34,8 +35,10 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 CAPABILITY = (9, 0)
 SHARED_MEMORY = 232_448  # bytes that a block of threads may ask for
@@ -59,6 +62,7 @@ _PROPERTIES = types.SimpleNamespace(
     uuid="0",
 )
 
+_GUARD_VARIABLE = "WITHOUT_GPU_GUARD"  # where a process finds the guard, or leaves it
 _GUARD = r"""
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 namespace {
@@ -79,11 +83,12 @@ C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 """
 
 
-def in_process(function: str, *args: Any, interpret: bool = False) -> Any:
+def in_process(function: str, *args: Any, folder: Path, interpret: bool = False) -> Any:
     """Call ``"module:function"`` of this folder in a process of its own, which pretends.
 
     Args:
         function: Takes and returns what JSON can say.
+        folder: Where processes leave for each other what they build.
         interpret: Whether kernels are run; otherwise they can be assembled.
 
     Raises:
@@ -91,14 +96,15 @@ def in_process(function: str, *args: Any, interpret: bool = False) -> Any:
     """
     code = "import sys, without_gpu; without_gpu._serve(*sys.argv[1:])"
     here = str(Path(__file__).parent)
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "result.json")
+    with tempfile.TemporaryDirectory() as own:
+        result = Path(own, "result.json")
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([here, *sys.path]),
             "TRITON_INTERPRET": "1" if interpret else "0",
             "TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "inductor")),
             "TRITON_CACHE_DIR": str(Path(folder, "triton")),
+            _GUARD_VARIABLE: str(Path(folder, "guard.so")),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
         command = [sys.executable, "-c", code, function, json.dumps(args), str(result)]
@@ -148,13 +154,16 @@ def _always(value: Any) -> Callable[..., Any]:
 
 def _load_guard() -> None:
     """Register a guard for CUDA devices: operators on fake tensors ask for one."""
-    root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder, "guard.cpp"), Path(folder, "guard.so")
-        source.write_text(_GUARD)
-        command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{root}/include", str(source)]
-        command += ["-o", str(library), f"-L{root}/lib", "-lc10", f"-Wl,-rpath,{root}/lib"]
-        subprocess.run(command, check=True)
+        library = Path(os.environ.get(_GUARD_VARIABLE, Path(folder, "guard.so")))
+        if not library.exists():
+            root = Path(torch.__file__).parent
+            source, built = Path(folder, "guard.cpp"), library.with_suffix(f".{os.getpid()}")
+            source.write_text(_GUARD)
+            command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{root}/include", str(source)]
+            command += ["-o", str(built), f"-L{root}/lib", "-lc10", f"-Wl,-rpath,{root}/lib"]
+            subprocess.run(command, check=True)
+            built.replace(library)  # at once: nobody loads half of it
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
@@ -217,7 +226,9 @@ def pretend_gpu() -> Iterator[None]:
         "fx_graph_cache": False,
         "force_disable_caches": True,
         "compile_threads": 1,
-        "joint_graph_constant_folding": False,  # it computes constants on the device
+        # These compute on the device.
+        "joint_graph_constant_folding": False,
+        "shape_padding": False,
     }
     cached = [hints.DeviceProperties.create, *vars(probes).values()]
 
@@ -226,6 +237,9 @@ def pretend_gpu() -> Iterator[None]:
             function = getattr(function, "__func__", function)
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        patches.append((triton_helpers, {"libdevice": _Library()}))
 
     with contextlib.ExitStack() as stack:
         for target, replaced in patches:
@@ -253,6 +267,26 @@ def _unwritten(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -
     """Return a buffer that shows when it is read before it is written."""
     buffer = torch.empty_strided(size, stride, dtype=dtype)
     return buffer.fill_(float("nan")) if dtype.is_floating_point else buffer
+
+
+class _Library:
+    """CUDA's library of functions, which the interpreter does not have."""
+
+    def __getattr__(self, name: str) -> Callable[[Any], Any]:
+        from triton.language import tensor
+        from triton.runtime.interpreter import TensorHandle
+
+        def inverse_root(x: Any) -> Any:
+            return 1 / np.sqrt(x)
+
+        function = inverse_root if name == "rsqrt" else getattr(np, name)
+
+        def call(x: Any) -> Any:
+            handle = x.handle
+            found = function(handle.data).astype(handle.data.dtype)
+            return tensor(TensorHandle(found, handle.dtype), x.type)
+
+        return call
 
 
 @contextlib.contextmanager
@@ -402,6 +436,13 @@ class Program:
                     found.append(match[1])
         return found
 
+    def largest_buffer(self, length: int) -> int:
+        """Return the elements of the largest buffer it allocates, ``length`` for symbolic sizes."""
+        pattern = r"= empty_strided_\w+\((\(.*?\)), \(.*\), torch\.\w+\)"
+        shapes = re.findall(pattern, self.source)
+        assert len(shapes) == self.source.count("= empty_strided_")
+        return max(math.prod(eval(re.sub(r"\b[su]\d+\b", str(length), x))) for x in shapes)
+
     @property
     def kernels(self) -> dict[str, str]:
         """Sources of the Triton kernels, by name."""
@@ -445,6 +486,56 @@ def lower(
         compile_for_gpu(function, inputs, any_length=any_length)
     (program,) = programs
     return program
+
+
+class LargestTensor(TorchDispatchMode):
+    """Inside, note the most elements of any tensor that an operator returns."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        # The interpreter looks at memory as bytes.
+        sizes = [x.numel() for x in tensors if x.dtype != torch.uint8]
+        self.num_elements = max(self.num_elements, *sizes, 0)
+        return result
+
+
+@contextlib.contextmanager
+def inductor_for_gpu() -> Iterator[LargestTensor]:
+    """Inside, Inductor compiles for the GPU what it is handed with CPU tensors of fixed sizes.
+
+    What is noted of tensors is for all programs that were compiled here.
+    """
+    from torch._inductor import compile_fx as inductor
+    from torch.fx.node import map_aggregate
+
+    compile_fx = inductor.compile_fx
+
+    def moved(x: Any) -> Any:
+        return torch.device("cuda", 0) if x == torch.device("cpu") else x
+
+    def compile_moved(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        if any(isinstance(x, FakeTensor) for x in inputs):  # it calls itself
+            return compile_fx(gm, inputs, **options)
+        for node in gm.graph.nodes:
+            node.args = map_aggregate(node.args, moved)
+            node.kwargs = map_aggregate(node.kwargs, moved)
+        gm.recompile()
+        mode = TracingContext.get().fake_mode
+        assert mode is not None and all(isinstance(x, Tensor) for x in inputs)
+        compiled = compile_fx(gm, [on_gpu(x, mode) for x in inputs], **options)
+
+        def run(*args: Tensor) -> Any:
+            with largest:
+                return compiled(*args)
+
+        return run
+
+    largest = LargestTensor()
+    with _patch(inductor, {"compile_fx": compile_moved}):
+        yield largest
 
 
 @dataclass(frozen=True)
