@@ -22,12 +22,15 @@ from blindsight.passes.replace_attention import TOKEN_INPUTS
 _MIN_CAPACITY = 1024  # tokens; shorter prompts share one
 
 
-def capacity_of(num_tokens: int) -> int:
-    """Return the number of tokens that attention over so many is compiled for.
+def capacity_of(num_tokens: int, device: torch.device) -> int | None:
+    """Return for up to how many tokens attention over so many is compiled; None: for any number.
 
     The next power of two. The rows beyond a prompt's last token list no block: they cost moving
-    the tokens that fill them, and no attention.
+    the tokens that fill them, and no attention. Kernels of Triton take any number; but what is
+    compiled for a few tokens (one block) does not do for more, so the shortest prompts share one.
     """
+    if device.type == "cuda" and num_tokens > _MIN_CAPACITY:
+        return None
     return max(_MIN_CAPACITY, 1 << (num_tokens - 1).bit_length())
 
 

@@ -46,13 +46,15 @@ class _Choice:
         layouts: Of each of them.
         form: Of the masks that are known as intervals.
         given: Intervals of the masks that are inputs of the graph, by their names.
-        capacity: Of a graph for many lengths, the largest; None: it is for the sizes at hand.
+        any_length: Whether for other lengths, too, than the one at hand.
+        capacity: Of those, the largest; None: there is none.
     """
 
     calls: tuple[int, ...]
     layouts: tuple[Layout, ...]
     form: MaskForm
     given: dict[str, BaseMask]
+    any_length: bool
     capacity: int | None
 
 
@@ -254,10 +256,9 @@ class CompiledGraph:
             for at, call in enumerate(self._calls)
             if call.layer is None or any(categories[at]) or _tier(call, given) == 1
         )
-        capacity = self._capacity(args, history, replaced)
-        form = self._form(args, history, [layers[at] for at in replaced], given, capacity)
-        if form is not MaskForm.SORTED:
-            capacity = None
+        any_length = self._fits_any_length(args, history, replaced)
+        form = self._form(args, history, [layers[at] for at in replaced], given, any_length)
+        any_length = any_length and form is MaskForm.SORTED
         # Only dense heads can do with less than FlexAttention.
         has_dense_heads = any(0 in categories[at] for at in replaced)
         is_causal = (
@@ -290,7 +291,8 @@ class CompiledGraph:
             self._calls[at].verdict.estimate = reason
         if choice.layouts is None:
             return None
-        return _Choice(replaced, choice.layouts, form, given, capacity)
+        capacity = capacity_of(history.num_tokens, device) if any_length else None
+        return _Choice(replaced, choice.layouts, form, given, any_length, capacity)
 
     def _run_rewritten(
         self, args: Sequence[Any], layers: tuple[int, ...], history: History, choice: _Choice
@@ -314,11 +316,11 @@ class CompiledGraph:
         numbers = {name: args[at].item() for name, at in self._plan.numbers.items()}
         key = (choice.form, choice.calls, groups, tuple(choice.given), tuple(numbers.values()))
         variant = None
-        if choice.capacity is not None:
+        if choice.any_length:
             batch = template.span_id.shape[0]
             variant = self._variant((key, batch, choice.capacity), choice, inputs, numbers)
         if variant is None or not variant.fits(sizes):
-            exactly = replace(choice, capacity=None)
+            exactly = replace(choice, any_length=False, capacity=None)
             variant = self._variant((key, sizes, template.num_tokens), exactly, inputs, numbers)
         runs = [f"dense: {_DENSE_HEADS}"] * len(self._calls)
         for at, layout in zip(choice.calls, choice.layouts, strict=True):
@@ -338,10 +340,10 @@ class CompiledGraph:
         if key not in self._variants:
             size_of = self._plan.size_of(inputs)
             gm = self._rewrite(choice, size_of, numbers)
-            if choice.capacity is None:
-                variant = CompiledForLengths(self._compile(gm, inputs), lambda sizes: True)
-            else:
+            if choice.any_length:
                 variant = self._compile_for_lengths(gm, inputs)
+            else:
+                variant = CompiledForLengths(self._compile(gm, inputs), lambda sizes: True)
             self._variants[key] = variant
             while len(self._variants) > _MAX_VARIANTS:
                 self._variants.popitem(last=False)
@@ -367,21 +369,19 @@ class CompiledGraph:
             self._rows[key] = heads.to(device), categories.to(device, torch.int32)
         return self._rows[key]
 
-    def _capacity(
+    def _fits_any_length(
         self, args: Sequence[Any], history: History, replaced: Sequence[int]
-    ) -> int | None:
-        """Return for how many tokens to compile a graph that is for many lengths, if it can be."""
+    ) -> bool:
+        """Whether a graph with these calls replaced can be compiled for many lengths."""
         calls = [self._calls[at] for at in replaced]
         length = self._plan.query_sizes[1]
         sizes = [size for call in calls for size in call.attention.lengths]
-        if (
-            isinstance(length, int)
-            or any(call.lifted.tier != 1 for call in calls)
-            or not all(same_size(length, size) for size in sizes)
-            or self._plan.sizes(args)[1] != history.num_tokens
-        ):
-            return None
-        return capacity_of(history.num_tokens)
+        return (
+            not isinstance(length, int)
+            and all(call.lifted.tier == 1 for call in calls)
+            and all(same_size(length, size) for size in sizes)
+            and self._plan.sizes(args)[1] == history.num_tokens
+        )
 
     def _form(
         self,
@@ -389,7 +389,7 @@ class CompiledGraph:
         history: History,
         layers: Sequence[int],
         given: Mapping[str, BaseMask],
-        capacity: int | None,
+        any_length: bool,
     ) -> MaskForm:
         """Choose the form of this prompt's masks that are known as intervals."""
         for call in self._calls:
@@ -405,7 +405,7 @@ class CompiledGraph:
                 f"not hold for this prompt ({self._data.names})."
             )
             return MaskForm.EXPRESSED
-        if capacity is not None:
+        if any_length:
             return MaskForm.SORTED
         num_queries = self._plan.sizes(args)[1]
         return best_form(
@@ -447,6 +447,7 @@ class CompiledGraph:
             form=choice.form,
             groups=[layout.groups for layout in choice.layouts],
             size_of=size_of,
+            any_length=choice.any_length,
             capacity=choice.capacity,
             in_region=self._inner.takes_regions and len(attention) > 1,
             by_operator=self._inner.takes_regions and self._plan.device.type == "cpu",

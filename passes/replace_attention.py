@@ -72,6 +72,7 @@ def replace_attention_pass(
     form: MaskForm = MaskForm.SORTED,
     groups: Sequence[Sequence[Group]] | None = None,
     size_of: Callable[[int | torch.SymInt], int] = int,
+    any_length: bool = False,
     capacity: int | None = None,
     inputs: Sequence[fx.Node] | None = None,
     in_region: bool = False,
@@ -96,8 +97,9 @@ def replace_attention_pass(
         groups: Of the heads of each call, see :mod:`blindsight.attention`; by default one call of
             FlexAttention for all heads.
         size_of: The value of a symbolic size; the graph is then for these sizes alone.
-        capacity: If given, the graph is for every length up to this one: all masks must be lifted,
-            to be sorted, and over as many queries as keys as tokens.
+        any_length: The graph is for every length: all masks must be lifted, to be sorted, and
+            over as many queries as keys as tokens.
+        capacity: With ``any_length``, the largest; None: there is none.
         inputs: Nodes that stand for the four inputs, before all others but the placeholders.
         in_region: Make of the attention one region that all layers alike share, which a compiler
             then compiles once.
@@ -120,7 +122,7 @@ def replace_attention_pass(
         shared = (call.attn_mask, call.is_causal, sizes["num_keys"])
         if shared not in masks:
             options: dict[str, object] = {**sizes}
-            if capacity is not None:
+            if any_length:
                 options |= {"num_queries": None, "num_keys": None, "capacity": capacity}
             if proof is None or its_form is MaskForm.MATERIALISED:
                 base: object = call.attn_mask

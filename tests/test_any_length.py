@@ -16,6 +16,7 @@ from blindsight.masks import causal_base
 from models import END_ID, IMAGE_ID, START_ID, VIDEO_ID, Image, make_inputs, tiny_model
 from oracles import assert_close_to_reference, oracle_template, reference_copy, run_reference
 
+CPU = torch.device("cpu")
 MIXED = [0, 1, 2, 3]
 
 
@@ -165,5 +166,7 @@ def test_what_is_beyond_the_last_token_sees_and_shows_nothing(length: int) -> No
 
 
 def test_capacities_are_few() -> None:
-    assert {capacity_of(length) for length in range(1, 16385)} == {1024, 2048, 4096, 8192, 16384}
-    assert all(capacity_of(length) >= length for length in range(1, 5000))
+    assert {capacity_of(n, CPU) for n in range(1, 16385)} == {1024, 2048, 4096, 8192, 16384}
+    assert all(capacity_of(n, CPU) >= n for n in range(1, 5000))
+    cuda = torch.device("cuda")
+    assert [capacity_of(n, cuda) for n in (2, 1024, 1025, 300_000)] == [1024, 1024, None, None]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import without_gpu
-from blindsight import Profile, blindsight_backend
+from blindsight import Profile, blindsight_backend, compiled_graph
 from blindsight.attention import attend
 from blindsight.base_mask import CAUSAL
 from blindsight.flex import kernel_options_of
@@ -103,9 +103,9 @@ def inputs_of(
 
 
 def attention(
-    base: str, order: str, batch: int, length: int | None, capacity: int = 512
+    base: str, order: str, batch: int, length: int | None, capacity: int | None = None
 ) -> Callable[..., Tensor]:
-    """One fused call; without a length, for all up to the capacity."""
+    """One fused call; without a length, for all up to the capacity, if there is one."""
 
     def call(
         query: Tensor,
@@ -152,10 +152,10 @@ def run_one(base: str, order: str, batch: int, length: int, mix: str) -> float:
     return error_of(found, base, inputs)
 
 
-def run_many(base: str, batch: int, lengths: list[int]) -> list[float]:
+def run_many(base: str, batch: int, lengths: list[int], capacity: int | None) -> list[float]:
     """One program at several lengths."""
     inputs = inputs_of(batch, lengths[0], 32, torch.float32, "each", base)
-    function = attention(base, "sorted", batch, None)
+    function = attention(base, "sorted", batch, None, capacity)
     run = without_gpu.compile_for_gpu(function, inputs, any_length=lengths[0])
     errors = []
     for length in lengths:
@@ -188,9 +188,17 @@ def test_the_kernel_computes_what_the_masks_mean(
     assert in_process("test_triton:run_one", *arguments, interpret=True) < 5e-6
 
 
-def test_one_kernel_at_five_lengths(in_process: Any) -> None:
-    lengths = [203, 131, 64, 290, 17]
-    errors = in_process("test_triton:run_many", "causal", 1, lengths, interpret=True)
+@pytest.mark.parametrize(
+    ("lengths", "capacity"),
+    [
+        ([203, 131, 129, 290, 384], None),
+        pytest.param([203, 131, 64, 290, 17], 512, marks=pytest.mark.nightly),
+    ],
+)
+def test_one_kernel_at_five_lengths(
+    in_process: Any, lengths: list[int], capacity: int | None
+) -> None:
+    errors = in_process("test_triton:run_many", "causal", 1, lengths, capacity, interpret=True)
     assert len(errors) == 5 and max(errors) < 5e-6
 
 
@@ -215,46 +223,69 @@ def test_a_fault_in_the_mask_is_seen(in_process: Any) -> None:
 
 # The whole program of a decoder
 
-DECODER_PROMPT = [5, Image(6, 8), 4, Image(8, 8), 20, Image(4, 5), 7]
+DECODER_PROMPTS = [
+    [5, Image(6, 8), 4, Image(8, 8), 20, Image(4, 5), 7],
+    [30, Image(4, 5), Image(6, 8), 25, Image(8, 8)],
+    [3, Image(4, 5), 44, Image(8, 8), 7],
+]
 
 
-def run_decoder(categories: list[list[int]]) -> dict[str, Any]:
-    """Compile and run a decoder as on a GPU, all Triton kernels of it in the interpreter."""
+def run_decoder(categories: list[list[int]], num_prompts: int) -> dict[str, Any]:
+    """Compile and run a decoder as on a GPU, all Triton kernels of it in the interpreter.
+
+    With several prompts, the program is for any length.
+    """
     model = tiny_model("qwen2_5_vl")
     profile = Profile.for_model(model, categories)
-    inputs = decoder_prompt([DECODER_PROMPT])
     backend = blindsight_backend(profile, lowering="fused")
-    compiled = torch.compile(DecoderWithHead(model), backend=backend, fullgraph=True, dynamic=False)
+    compiled = torch.compile(
+        DecoderWithHead(model), backend=backend, fullgraph=True, dynamic=num_prompts > 1
+    )
+    lengths = []
     with (
         torch.no_grad(),
-        # masks are traced for a GPU
+        # masks are traced for a GPU, and short prompts are long here
         mock.patch.dict(replace_attention._BY_OPERATOR, replace_attention._MAKE_MASK),
+        mock.patch.object(compiled_graph, "capacity_of", return_value=None),
         without_gpu.inductor_for_gpu() as largest,
         without_gpu.written() as programs,
     ):
-        logits = compiled(**inputs)
-    assert backend.report().num_rewritten == 2
-    check_decoder(model, profile, inputs, logits)
+        for prompt in DECODER_PROMPTS[:num_prompts]:
+            inputs = decoder_prompt([prompt])
+            logits = compiled(**inputs)
+            check_decoder(model, profile, inputs, logits)
+            lengths.append(inputs["input_ids"].shape[1])
     kernels = [kernel for program in programs for kernel in program.kernels.items()]
     return {
         "flex": [source for name, source in kernels if "flex_attention" in name],
         "num_kernels": len(kernels),
         "largest": largest.num_elements,
-        "length": inputs["input_ids"].shape[1],
+        "lengths": lengths,
+        "runs": [how for row in backend.report().rows for how in row.runs.items()],
     }
 
 
+@pytest.mark.parametrize(
+    "num_prompts", [pytest.param(1, marks=pytest.mark.nightly), len(DECODER_PROMPTS)]
+)
+def test_a_decoder_is_as_its_reference(in_process: Any, num_prompts: int) -> None:
+    """With one kernel, and nothing that is as large as a mask; for one length, and for any."""
+    categories = [[0, 1, 2, 3], [3, 2, 1, 0]]
+    found = in_process("test_triton:run_decoder", categories, num_prompts, interpret=True)
+    assert len(found["flex"]) == 1 and found["num_kernels"] > 10
+    assert len(set(found["lengths"])) == num_prompts
+    assert found["runs"] == [["sparse, sorted, fused", num_prompts]] * 2
+    assert found["largest"] < max(found["lengths"]) ** 2
+
+
 @pytest.mark.nightly
-def test_a_decoder_is_as_its_reference(in_process: Any) -> None:
-    """With one kernel whatever the categories, and nothing that is as large as a mask."""
-    found = [
-        in_process("test_triton:run_decoder", categories, interpret=True)
-        for categories in ([[0, 1, 2, 3], [3, 2, 1, 0]], [[2, 2, 1, 1], [3, 0, 3, 3]])
-    ]
-    for one in found:
-        assert one["flex"] and one["num_kernels"] > 10
-        assert one["largest"] < one["length"] ** 2
-    assert found[0]["flex"] == found[1]["flex"]
+def test_one_kernel_for_all_categories(in_process: Any) -> None:
+    several = ([[0, 1, 2, 3], [3, 2, 1, 0]], [[2, 2, 1, 1], [3, 0, 3, 3]])
+    first, second = (
+        in_process("test_triton:run_decoder", categories, 1, interpret=True)["flex"]
+        for categories in several
+    )
+    assert first == second
 
 
 # Assembled
@@ -265,7 +296,7 @@ LENGTH = 2000  # more than 4 heads of 256 have: no buffer of a call is as large 
 def assemble_one(order: str, head_dim: int, any_length: bool) -> dict[str, Any]:
     inputs = inputs_of(1, LENGTH, head_dim, torch.bfloat16, "each")
     length = None if any_length else LENGTH
-    function = attention("causal", order, 1, length, capacity=2048)
+    function = attention("causal", order, 1, length)
     return _found(without_gpu.lower(function, inputs, any_length=LENGTH if any_length else None))
 
 

@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -504,7 +504,7 @@ class LargestTensor(TorchDispatchMode):
 
 @contextlib.contextmanager
 def inductor_for_gpu() -> Iterator[LargestTensor]:
-    """Inside, Inductor compiles for the GPU what it is handed with CPU tensors of fixed sizes.
+    """Inside, Inductor compiles rewritten graphs for the GPU, though their inputs are the CPU's.
 
     What is noted of tensors is for all programs that were compiled here.
     """
@@ -512,22 +512,32 @@ def inductor_for_gpu() -> Iterator[LargestTensor]:
     from torch.fx.node import map_aggregate
 
     compile_fx = inductor.compile_fx
+    is_inside = False
 
     def moved(x: Any) -> Any:
         return torch.device("cuda", 0) if x == torch.device("cpu") else x
 
     def compile_moved(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-        if any(isinstance(x, FakeTensor) for x in inputs):  # it calls itself
+        nonlocal is_inside
+        names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+        is_rewritten = any(name.startswith("blindsight") for name in names)
+        if is_inside or not is_rewritten:  # it calls itself; and the model's own form never runs
             return compile_fx(gm, inputs, **options)
         for node in gm.graph.nodes:
             node.args = map_aggregate(node.args, moved)
             node.kwargs = map_aggregate(node.kwargs, moved)
         gm.recompile()
-        mode = TracingContext.get().fake_mode
-        assert mode is not None and all(isinstance(x, Tensor) for x in inputs)
-        compiled = compile_fx(gm, [on_gpu(x, mode) for x in inputs], **options)
+        context = TracingContext.try_get()
+        mode = detect_fake_mode(inputs) or (context.fake_mode if context else None)
+        assert mode is not None
+        on_it = [on_gpu(x, mode) if isinstance(x, Tensor) else x for x in inputs]
+        is_inside = True
+        try:
+            compiled = compile_fx(gm, on_it, **options)
+        finally:
+            is_inside = False
 
-        def run(*args: Tensor) -> Any:
+        def run(*args: Any) -> Any:
             with largest:
                 return compiled(*args)
 
