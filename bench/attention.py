@@ -160,10 +160,10 @@ class Bench:
     def _moves(self, layout: Layout) -> Callable[[], object]:
         groups = self.num_heads // self.num_key_heads
 
-        def function(query: Tensor, key: Tensor, value: Tensor, heads: Tensor) -> list[Tensor]:
-            moved = [query.index_select(1, heads)]
+        def function(query: Tensor, key: Tensor, value: Tensor, heads: Tensor) -> Tensor:
+            moved = [query.index_select(1, heads), query.index_select(1, heads.argsort())]
             moved += [x.index_select(1, heads // groups) for x in (key, value)]
-            return [*moved, moved[0].index_select(1, heads.argsort())]
+            return torch.cat(moved, dim=1)
 
         inputs = [*self.dense, torch.tensor(layout.heads).to(self.device)]
         run = compile_alone(function, inputs)
