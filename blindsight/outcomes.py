@@ -275,8 +275,7 @@ def _answer_own(
     with tqdm(total=total, disable=disable, unit="answer", leave=False) as bar:
         for positions in _chunks(range(len(samples)), batch_size * _BATCHES_AT_ONCE):
             first_batch = positions[0] // batch_size
-            num_own = sum(ranks.has(at // batch_size) for at in positions)
-            known = [p for p in points if _num_known(checkpoint, p, positions) >= num_own]
+            known = [p for p in points if _is_known(checkpoint, p, positions)]
             bar.update(len(known) * len(positions))
             if len(known) == len(points):
                 continue
@@ -288,7 +287,7 @@ def _answer_own(
                 )
             order = sorted(positions, key=lambda at: (_length(opened[at]), at))
             for number, chosen in enumerate(_chunks(order, batch_size), start=first_batch):
-                missing = [p for p in points if _num_known(checkpoint, p, chosen) < len(chosen)]
+                missing = [p for p in points if not _is_known(checkpoint, p, chosen)]
                 if not ranks.has(number):
                     missing = []  # another process does it in the meantime
                 bar.update((len(points) - len(known) - len(missing)) * len(chosen))
@@ -391,9 +390,9 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_whole(path, text.encode())
 
 
-def _num_known(checkpoint: Checkpoint, point: Point, positions: Sequence[int]) -> int:
+def _is_known(checkpoint: Checkpoint, point: Point, positions: Sequence[int]) -> bool:
     known = checkpoint.outcomes(point.key)
-    return sum(at in known for at in positions)
+    return all(at in known for at in positions)
 
 
 def _checked(sample: Sample) -> Sample:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch import distributed
 from blindsight import Profile, blindsight_backend, measure
 from blindsight.cli import main
 from blindsight.outcomes import Checkpoint, Outcome
+from blindsight.prefill import Decoder
 from blindsight.ranks import Ranks, _ranks, check_is_alone
 from models import tiny_model, valid_positions
 from on_ranks import CATEGORIES, profile_of, prompt, template_of
@@ -109,13 +111,31 @@ def check_sparse(folder: Path, name: str, family: str) -> list[Any]:
     return found
 
 
+def stop_at_third_batch(arguments: list[str]) -> None:
+    """Run a command in this process alone, which fails with two batches of four done."""
+    prepare, num_begun = Decoder.prepare, 0
+
+    def fail(self: Any, inputs: Any) -> Any:
+        nonlocal num_begun
+        num_begun += 1
+        if num_begun == 3:
+            raise ValueError("no more memory.")
+        return prepare(self, inputs)
+
+    with mock.patch.object(Decoder, "prepare", fail):
+        assert main(arguments) == 2
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the ranks found, and what they made together of prompts and questions."""
     folder = tmp_path_factory.mktemp("ranks")
     write_questions(folder)
     calibrate, evaluate = commands(folder, "two")
+    alone = commands(folder, "three")[1]
+    stop_at_third_batch(alone)
     cases: list[dict[str, Any]] = [
+        {"name": "evaluate, begun alone", "arguments": alone},
         {"name": "calibrate, failing", "arguments": calibrate, "fail_at": 2},
         {"name": "calibrate", "arguments": calibrate},
         {"name": "evaluate, failing", "arguments": evaluate, "fail_at": 2},
@@ -303,8 +323,11 @@ def test_a_process_that_fails_ends_all_and_nothing_is_measured_twice(shared: Pat
 
 
 def test_a_shared_evaluation_is_that_of_one_process(shared: Path) -> None:
-    one, two = (json.loads((shared / name / "evaluation.json").read_text()) for name in names())
-    assert one == two
+    one, two, three = (
+        json.loads((shared / name / "evaluation.json").read_text()) for name in (*names(), "three")
+    )
+    assert one == two == three
+    assert [result["done"] for result in results(shared, "evaluate, begun alone")] == [1, 1]
     lines = [(shared / name / "answers.jsonl").read_text().splitlines() for name in names()]
     headers, answers = zip(*((part[0], part[1:]) for part in lines), strict=True)
     assert headers[0] == headers[1]
