@@ -1,11 +1,15 @@
 """One attention call: every dense baseline, and sparse heads fused and split.
 
     python bench/attention.py [--device cuda] [--dtype bfloat16] [--tokens 8192 16384] [...]
+    python bench/attention.py --device cuda --dtype bfloat16 --shape qwen2.5-vl-7b \
+        --tokens 4096 16384 36864 102400 307200 --image-tokens 256 1296 \
+        --kernel-options '{"USE_TMA": true}' '{"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 2}'
 
 Prompts of images with 16 text tokens between; heads in the shape of a model; so many of them
 sparse, a third each SINK, DOCUMENT and DOCUMENT_SINK. Times include masks, block tables and the
 moving of tokens and heads. "moves of split" is its choosing and ordering of heads alone: what could
 be saved at most if the heads of a model were ordered once. All in turn, A B C A B C, medians. The
+error is the largest difference of a few rows of each head from float64, by the definitions. The
 limit is what the listed blocks would take at the speed of FlexAttention's own dense causal call. A
 baseline that does not fit in memory is a row, too. Appends a row for each measurement to
 bench/results/attention.jsonl.
@@ -22,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from common import Config, conditions, print_table
@@ -31,6 +36,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
+from blindsight import flex
 from blindsight.attention import attend
 from blindsight.base_mask import CAUSAL
 from blindsight.block_tables import block_size_of, runs_of_sorted
@@ -68,6 +74,7 @@ class Result:
     compile_s: float
     peak_mib: float | None
     limit_ms: float | None = None
+    error: float | None = None
     problem: str = ""
 
 
@@ -102,7 +109,9 @@ class Bench:
         blocks = -(-size // block_size)
         self.causal_blocks = blocks * (blocks + 1) / 2
 
-    def runs(self, mixes: Sequence[float], *, baselines: bool) -> dict[tuple[float, str], Any]:
+    def runs(
+        self, mixes: Sequence[float], options: Sequence[str], *, baselines: bool
+    ) -> dict[tuple[float, str], Any]:
         """What to time, by share of sparse heads and name: a function that prepares a call."""
         found: dict[tuple[float, str], Any] = {}
         if baselines:
@@ -122,6 +131,12 @@ class Bench:
                 ("split", split_layout(codes, threads, is_causal=True)),
             ):
                 found[mix, name] = lambda codes=codes, layout=layout: self._flex(codes, layout)
+            for text in options:
+                layout = fused_layout(codes, threads)
+                found[mix, f"fused, {text}"] = lambda codes=codes, layout=layout, text=text: (
+                    self._flex(codes, layout, json.loads(text))
+                )
+            layout = split_layout(codes, threads, is_causal=True)
             found[mix, "moves of split"] = lambda layout=layout: self._moves(layout)
         return found
 
@@ -141,7 +156,37 @@ class Bench:
         allowed = torch.ones(size, size, dtype=torch.bool, device=self.device).tril_()[None, None]
         return lambda: scaled_dot_product_attention(query, key, value, attn_mask=allowed)
 
-    def _flex(self, codes: list[int], layout: Layout | None = None) -> Callable[[], object]:
+    def error(self, mix: float, output: Tensor, num_rows: int = 16) -> float:
+        """The largest difference of some rows of each head from what the categories mean."""
+        span_id, is_sink = (x[0] for x in self.template)
+        column = torch.arange(self.config.num_tokens, device=self.device)
+        row = column[-1] - (column[-1] * torch.arange(num_rows, device=self.device)) // num_rows
+        mine, itself = span_id[row][:, None], row[:, None] == column
+        free = (mine <= 1) | (span_id == 0) | itself
+        own = mine == span_id
+        keep = {
+            HeadCategory.DENSE: free | True,
+            HeadCategory.SINK: free | is_sink,
+            HeadCategory.DOCUMENT: free | own,
+            HeadCategory.DOCUMENT_SINK: free | own | is_sink,
+        }
+        query, key, value = self.dense
+        worst = 0.0
+        for head, code in enumerate(head_mix(self.num_heads, mix)):
+            of_key = head * self.num_key_heads // self.num_heads
+            keys, values = (x[0, of_key].double() for x in (key, value))
+            scores = query[0, head, row].double() @ keys.T * keys.shape[1] ** -0.5
+            allowed = keep[HeadCategory(code)] & (column <= row[:, None])
+            expected = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ values
+            worst = max(worst, (output[0, head, row] - expected).abs().max().item())
+        return worst
+
+    def _flex(
+        self,
+        codes: list[int],
+        layout: Layout | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> Callable[[], object]:
         size = self.config.num_tokens
         layout = layout or fused_layout(codes)
 
@@ -154,7 +199,13 @@ class Bench:
         categories = torch.tensor(codes, dtype=torch.int32)[heads]
         rows = [x.to(self.device) for x in (heads, categories)]
         inputs = [*self.dense, *self.template, *rows]
-        run = compile_alone(function, inputs)
+        usual = flex.kernel_options_of
+
+        def options_of(query: Tensor) -> dict[str, Any]:
+            return {**usual(query), **(options or {})}
+
+        with mock.patch.object(flex, "kernel_options_of", options_of):
+            run = compile_alone(function, inputs)
         return lambda: run(*inputs)
 
     def _moves(self, layout: Layout) -> Callable[[], object]:
@@ -204,7 +255,13 @@ def _with(backend: SDPBackend) -> Callable[..., Tensor]:
 
 
 def measure(
-    bench: Bench, mixes: Sequence[float], *, repeats: int, baselines: bool, bar: Any
+    bench: Bench,
+    mixes: Sequence[float],
+    options: Sequence[str],
+    *,
+    repeats: int,
+    baselines: bool,
+    bar: Any,
 ) -> list[Result]:
     cuda = bench.device != "cpu"
 
@@ -214,14 +271,15 @@ def measure(
 
     prepared: dict[tuple[float, str], tuple[Callable[[], object] | None, float, float | None, str]]
     prepared = {}
-    for key, make in bench.runs(mixes, baselines=baselines).items():
+    errors: dict[tuple[float, str], float] = {}
+    for key, make in bench.runs(mixes, options, baselines=baselines).items():
         bar.set_postfix_str(f"{bench.config.num_tokens:,} tokens: compiling {key[1]}")
         begin = time.perf_counter()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         try:
             run = make()
-            run()
+            output: Any = run()
             wait()
             problem = ""
         except (RuntimeError, torch.OutOfMemoryError) as error:
@@ -229,6 +287,9 @@ def measure(
             gc.collect()
         peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
         prepared[key] = run, time.perf_counter() - begin, peak, problem
+        if run is not None and not key[1].startswith(("moves", "flex, create")):
+            errors[key] = bench.error(key[0], output if isinstance(output, Tensor) else output[0])
+        output = None
     times: dict[tuple[float, str], list[float]] = {key: [] for key in prepared}
     for turn in range(repeats):
         for key, (run, *_) in prepared.items():
@@ -261,6 +322,7 @@ def measure(
                 compile_s,
                 peak,
                 limit,
+                errors.get((mix, form)),
                 problem,
             )
         )
@@ -287,6 +349,7 @@ def rows_of_table(results: Sequence[Result]) -> list[list[str]]:
             ratio(result.median_ms, causal),
             ratio(result.median_ms, baseline.get("SDPA boolean mask")),
             ratio(result.median_ms, result.limit_ms),
+            "-" if result.error is None else f"{result.error:.1e}",
         ]
         for result in results
     ]
@@ -302,6 +365,9 @@ def main() -> None:
     parser.add_argument("--sparse", type=float, nargs="+", default=[0.25, 0.5, 0.75, 0.9])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-baselines", action="store_true")
+    parser.add_argument(
+        "--kernel-options", nargs="+", default=[], metavar="JSON", help="of FlexAttention, to sweep"
+    )
     arguments = parser.parse_args()
     told = {**conditions(), "device": arguments.device}
     if arguments.device != "cpu":
@@ -319,6 +385,7 @@ def main() -> None:
             results = measure(
                 bench,
                 arguments.sparse,
+                arguments.kernel_options,
                 repeats=arguments.repeats,
                 baselines=not arguments.no_baselines,
                 bar=bar,
@@ -329,7 +396,7 @@ def main() -> None:
             table += rows_of_table(results)
     print(f"{arguments.shape}, {arguments.dtype}, {arguments.device}; x: times faster than")
     header = ["tokens", "image", "sparse heads", "form", "ms", "x SDPA is_causal"]
-    print_table([*header, "x SDPA boolean mask", "share of the limit"], table)
+    print_table([*header, "x SDPA boolean mask", "share of the limit", "error"], table)
 
 
 if __name__ == "__main__":
