@@ -25,8 +25,8 @@ _KERNEL_OPTIONS: dict[str, Any] = {
 }
 # Tiles on Hopper in 16 bits, by head dim: queries, keys, warps, stages. Inductor's own, which the
 # other head dims keep, leave a thread too few registers for our masks, and spill. These spill
-# nothing in any form of mask, fixed length or not, as Inductor's kernels assemble for sm_90
-# (bench/triton_kernels.py). Chosen by that; they were not timed.
+# nothing with causal masks, sorted (fixed length or not) and in prompt order, as Inductor's kernels
+# assemble for sm_90 (bench/triton_kernels.py). Chosen by that; they were not timed.
 _HOPPER_TILES = {64: (128, 64, 8, 3), 256: (128, 32, 8, 2)}
 _TILE_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 # With fewer queries Inductor may take its kernel for decoding, whose tiles are other ones.

@@ -225,7 +225,7 @@ class _Planner:
             )
         model = None if self._state.layer_map is None else self._state.layer_map.model
         pattern = self._profile.rule.layer_pattern
-        weights = [] if model is None else sharded_weights(model, pattern)
+        weights = () if model is None else sharded_weights(model, pattern)
         try:
             shard = shard_of_call(self._profile, attention, placeholders(self.plan.gm), weights)
             if self._shards and shard not in self._shards:

@@ -40,7 +40,9 @@ def call_in_region(function: Callable[..., Tensor], *args: Any) -> Tensor:
             known[id(leaf)] = len(tensors)
             tensors.append(leaf)
         at.append(known[id(leaf)])
-    region = _region(function, spec, tuple(at), str([_layout(tensor) for tensor in tensors]))
+    # Constants that are equal, as 1 and True, need not mean the same: the text tells them apart.
+    text = repr((spec, at, [_layout(tensor) for tensor in tensors]))
+    region = _region(function, spec, tuple(at), text)
     output: Tensor = invoke_subgraph(cast(Any, region), region.identifier, *tensors)[0]
     return output
 
@@ -55,14 +57,13 @@ class _Region:
     function: Callable[..., Tensor]
     spec: pytree.TreeSpec
     at: tuple[int | _Constant, ...]  # of each leaf: which tensor, or what
-    layouts: str
+    text: str  # all of it, and the layouts of the tensors
 
     @cached_property
     def identifier(self) -> str:
         """Calls with the same one share a graph, so it tells of all but the values of tensors."""
-        text = repr((self.spec, self.at, self.layouts))
         name = f"{self.function.__module__}.{self.function.__qualname__}".replace(".", "_")
-        return f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return f"{name}_{hashlib.sha256(self.text.encode()).hexdigest()[:16]}"
 
     @property
     def __name__(self) -> str:
@@ -75,10 +76,10 @@ class _Region:
 
 @lru_cache(maxsize=256)
 def _region(
-    function: Callable[..., Tensor], spec: pytree.TreeSpec, at: tuple[Any, ...], layouts: str
+    function: Callable[..., Tensor], spec: pytree.TreeSpec, at: tuple[Any, ...], text: str
 ) -> _Region:
     """Return the one object of a region: what compilers know of it they look up by identity."""
-    return _Region(function, spec, at, layouts)
+    return _Region(function, spec, at, text)
 
 
 def _layout(tensor: Tensor) -> Sequence[object]:

@@ -74,13 +74,11 @@ def query_weights(call: Attention, inputs: list[fx.Node]) -> Iterable[Tensor]:
             yield tensor
 
 
-def sharded_weights(model: nn.Module, layer_pattern: str) -> list[Tensor]:
-    """Return the query projections of a model's layers, those that are sharded by rows."""
-    return [
-        parameter
-        for name, parameter in model.named_parameters()
-        if re.search(layer_pattern, name) and name.endswith("q_proj.weight") and _places(parameter)
-    ]
+def sharded_weights(model: nn.Module, layer_pattern: str) -> Iterable[Tensor]:
+    """Yield the query projections of a model's layers, those that are sharded by rows."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("q_proj.weight") and re.search(layer_pattern, name) and _places(parameter):
+            yield parameter
 
 
 def check_is_whole(model: nn.Module, what: str) -> None:

@@ -19,6 +19,7 @@ from blindsight.mask_operator import (
     ordered_mask_by_operator,
     sorted_mask_by_operator,
 )
+from blindsight.region import call_in_region
 from decoders import PROMPT, DecoderWithHead, check_decoder, decoder_prompt
 from models import tiny_model
 from strategies import templates
@@ -75,6 +76,15 @@ def test_what_a_compiler_is_told_of_the_operator_is_so(template: Any) -> None:
 def test_a_form_that_is_not_all_known_is_traced() -> None:
     assert _write(("upper", ("add", ("index", "q"), object()))) is None
     assert _write(("upper", ("add", ("index", "q"), float("inf")))) is None
+
+
+def test_constants_that_are_only_equal_are_told_apart() -> None:
+    def kind_of(x: Tensor, constant: object) -> Tensor:
+        return x + (10 if constant is True else 20)
+
+    zero = torch.zeros(1)
+    found = [call_in_region(kind_of, zero, constant).item() for constant in (1, True, 1.0)]
+    assert found == [20, 10, 20]
 
 
 @pytest.mark.inductor
