@@ -9,6 +9,7 @@ Shapes: B batch, H query heads, G key/value heads, Q and K lengths in tokens, D 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,12 @@ def attend_in_region(
     scale: float | None = None,
 ) -> Tensor:
     """As :func:`attend`, compiled once for all layers that are alike."""
-    return call_in_region(attend, query, key, value, mask, heads, categories, list(groups), scale)
+    args = (query, key, value, mask, heads, categories, list(groups), scale)
+    return call_in_region("attend", _attend_alone, *args)[0]
+
+
+def _attend_alone(*args: Any) -> tuple[Tensor]:
+    return (attend(*args),)
 
 
 def _masked(

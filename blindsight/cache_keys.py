@@ -15,6 +15,7 @@ from pathlib import Path
 import blindsight
 import blindsight.passes
 from blindsight.passes.replace_attention import GRAPH_FUNCTIONS
+from blindsight.passes.share_layers import call_shared
 
 
 @lru_cache(maxsize=1)
@@ -35,5 +36,7 @@ def cacheable_functions(identities: Mapping[str, str] | None = None) -> dict[str
     Args:
         identities: Whatever else shall be in the key, by a name that is no function's.
     """
-    names = (f"{function.__module__}.{function.__name__}" for function in GRAPH_FUNCTIONS)
+    names = (
+        f"{function.__module__}.{function.__name__}" for function in (*GRAPH_FUNCTIONS, call_shared)
+    )
     return {**dict.fromkeys(names, source_digest()), **(identities or {})}

@@ -26,6 +26,7 @@ from blindsight.passes.find_attention import find_attention
 from blindsight.passes.graph import copy_graph_module, same_size
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.replace_attention import MaskForm, replace_attention_pass
+from blindsight.passes.share_layers import share_layers_pass
 from blindsight.plan import PlannedCall, plan_graph
 from blindsight.runtime import History, explicit_template, is_disabled
 from blindsight.state import BackendState
@@ -457,8 +458,11 @@ class CompiledGraph:
         """Compile for inputs like these, outside of Dynamo, which has long left the graph."""
         from torch._dynamo.convert_frame import compile_lock
 
+        gm = self._passes.run_after(gm)
+        if self._inner.takes_regions:
+            gm = share_layers_pass(gm)
         with compile_lock:
-            return self._inner(self._passes.run_after(gm), list(inputs))
+            return self._inner(gm, list(inputs))
 
 
 def _tier(call: PlannedCall, given: Mapping[str, BaseMask]) -> int:

@@ -183,12 +183,12 @@ def erase_unused(gm: fx.GraphModule, candidates: list[fx.Node]) -> None:
     """
     while candidates:
         node = candidates.pop()
-        if node.op in ("call_function", "call_method") and not node.users and not _acts(node):
+        if node.op in ("call_function", "call_method") and not node.users and not acts(node):
             candidates.extend(node.all_input_nodes)
             gm.graph.erase_node(node)
 
 
-def _acts(node: fx.Node) -> bool:
+def acts(node: fx.Node) -> bool:
     """Whether a node may have an effect other than its result."""
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")

@@ -1,0 +1,213 @@
+"""Layers that are alike become one region: exactly those, and nothing else changes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+from blindsight.passes.share_layers import call_shared, share_layers_pass
+
+
+class Layer(nn.Module):
+    """Of one kind of many, which differ as little as layers can."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.linear = nn.Linear(4, 4)
+        self.other = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = self.linear, self.other
+        if self.kind == "swapped":
+            first, second = second, first
+        elif self.kind == "tied":
+            second = first
+        hidden = first(x).relu() + table
+        scale: object = {"scaled": 2, "true": True, "float": 1.0}.get(self.kind, 1)
+        hidden = torch.mul(second(hidden), scale)
+        if self.kind == "sliced":
+            return x + hidden[:, :-1].sum(1, keepdim=True), hidden
+        return x + hidden, hidden
+
+
+class Stack(nn.Module):
+    def __init__(self, kinds: Sequence[str], read: Sequence[bool] = ()) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(map(Layer, kinds))
+        self.read = read or [False] * len(kinds)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        table, hidden = x.sin(), []
+        for layer, is_read in zip(self.layers, self.read, strict=True):
+            x, inside = layer(x, table)
+            if is_read:
+                hidden.append(inside)
+        return (x, *hidden)
+
+
+def share(model: Callable[..., Any], *inputs: Tensor) -> tuple[Any, list[int]]:
+    """Return what a model returns with its layers shared, and how many share each region."""
+    counts: list[int] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        share_layers_pass(gm)
+        calls = [node for node in gm.graph.nodes if node.target is call_shared]
+        modules = [node.args[0].target for node in calls]
+        counts.extend(modules.count(name) for name in dict.fromkeys(modules))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        outputs = torch.compile(model, backend=backend)(*inputs)
+    return outputs, counts
+
+
+KINDS = st.sampled_from(["plain", "scaled", "true", "float", "swapped", "tied", "sliced"])
+
+
+@given(st.lists(st.tuples(KINDS, st.booleans()), min_size=1, max_size=6), st.integers(0, 99))
+def test_layers_alike_share_and_nothing_changes(drawn: Any, seed: int) -> None:
+    torch.manual_seed(seed)
+    model, x = Stack([kind for kind, _ in drawn], [is_read for _, is_read in drawn]), None
+    x = torch.randn(2, 3, 4)
+    with torch.no_grad():
+        expected = model(x)
+    found, counts = share(model, x)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    # "swapped" reads its weights in another order, which is no other work to do.
+    alike = [("plain" if kind == "swapped" else kind, is_read) for kind, is_read in drawn]
+    expected_counts = [alike.count(item) for item in dict.fromkeys(alike)]
+    assert sorted(counts) == sorted(n for n in expected_counts if n > 1)
+
+
+def triple(x: Tensor) -> Tensor:
+    return 3 * x
+
+
+torch.fx.wrap("triple")
+
+
+class OwnForward(nn.Module):
+    """Three layers of a function that is given."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+
+        class One(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(4))
+                self.register_buffer("seen", torch.zeros(4))
+
+            def forward(self, x: Tensor) -> Any:
+                return function(self, x)
+
+        self.layers = nn.ModuleList(One() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Any:
+        kept = []
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(x, tuple):
+                kept.append(x[1])
+                x = x[0]
+        return x, *kept
+
+
+def in_place(self: Any, x: Tensor) -> Tensor:
+    self.seen.add_(x.sum(0))
+    return x * self.weight + self.seen
+
+
+def set_item(self: Any, x: Tensor) -> Tensor:
+    self.seen[0] = x.sum()
+    return x * self.weight + self.seen
+
+
+def into_out(self: Any, x: Tensor) -> Tensor:
+    return torch.mul(x, self.weight, out=torch.empty_like(x))
+
+
+def returns_its_input(self: Any, x: Tensor) -> Any:
+    return x * self.weight, x.view(4, -1)
+
+
+def returns_one_twice(self: Any, x: Tensor) -> Any:
+    y = x * self.weight
+    return y, y.view(4, -1)
+
+
+def switches_a_mode(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return x @ self.weight.diag()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [in_place, set_item, into_out, returns_its_input, returns_one_twice, switches_a_mode],
+)
+def test_what_a_region_cannot_do_stays_as_it_is(function: Any) -> None:
+    torch.manual_seed(0)
+    model, x = OwnForward(function), torch.randn(2, 4)
+    with torch.no_grad():
+        expected = model(x)
+        for layer in model.layers:
+            layer.seen.zero_()
+    found, counts = share(model, x)
+    assert not counts
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_functions_that_caches_do_not_know_stay_where_they_see_them() -> None:
+    torch.manual_seed(0)
+    seen = torch.compiler.allow_in_graph(triple)
+    model, x = OwnForward(lambda self, x: seen(x * self.weight)), torch.randn(2, 4)
+    found, counts = share(model, x)
+    torch.testing.assert_close(found, model(x))
+    assert not counts
+    # The control: of the same layers, without the function.
+    assert share(OwnForward(lambda self, x: 3 * (x * self.weight)), x)[1] == [3]
+
+
+def test_a_layer_that_is_read_before_its_end_stays_as_it_is() -> None:
+    class Interleaved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(layer(x).sin())  # sin is not the layer's
+            return x
+
+    torch.manual_seed(0)
+    model, x = Interleaved(), torch.randn(2, 4)
+    found, counts = share(model, x)
+    assert not counts
+    torch.testing.assert_close(found, model(x))
+
+
+def test_sizes_that_vary() -> None:
+    torch.manual_seed(0)
+    model = OwnForward(lambda self, x: x.view(1, x.shape[0], -1)[0] * self.weight + x.shape[0])
+    compiled_counts = []
+    for length in (3, 5, 6):
+        x = torch.randn(length, 4)
+        torch._dynamo.reset()
+
+        def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
+            share_layers_pass(gm)
+            compiled_counts.append(sum(node.target is call_shared for node in gm.graph.nodes))
+            return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
+
+        with torch.no_grad():
+            found = torch.compile(model, backend=backend, dynamic=True)(x)
+            torch.testing.assert_close(found, model(x))
+    assert compiled_counts == [3, 3, 3]
