@@ -131,7 +131,7 @@ def watch_forward(model: nn.Module, runtime: Runtime) -> list[RemovableHandle]:
             return
         state = reference()
         if state is not None:
-            state.forget()
+            state.end()
 
     return [
         model.register_forward_pre_hook(before, with_kwargs=True),

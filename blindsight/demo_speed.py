@@ -19,7 +19,7 @@ from blindsight.backend import blindsight_backend
 from blindsight.categories import NUM_CATEGORIES, summarize_categories
 from blindsight.cost import AttentionFlops, attention_flops
 from blindsight.demo_prompt import DemoOptions, load
-from blindsight.families import text_config
+from blindsight.families import cache_argument, cache_of, text_config
 from blindsight.profile import Profile
 from blindsight.progress import Progress
 from blindsight.reference import reference_logits
@@ -190,17 +190,19 @@ def _decode(
 ) -> tuple[Tensor, Tensor, float]:
     """Decode greedily after a prefill: tokens ``[B, n]``, logits ``[B, n - 1, V]``, seconds."""
     tokens, logits, seconds = [output.logits[:, -1:].argmax(-1)], [], 0.0
-    cache = output.past_key_values
+    cache = cache_of(output)
     for layer in getattr(cache, "layers", ()):
         # The length grows with every token: compile for any, at once.
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if isinstance(tensor, Tensor):
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
+    forward = getattr(model, "_orig_mod", model).forward
+    its_cache = {cache_argument(forward): cache}
     for _ in range(options.new_tokens - 1):
         token = tokens[-1]
         output, elapsed = progress(
             "decoding",
-            partial(model, input_ids=token, past_key_values=cache, use_cache=True),
+            partial(model, input_ids=token, use_cache=True, **its_cache),
         )
         seconds += elapsed
         logits.append(output.logits[:, -1:].cpu())

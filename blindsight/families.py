@@ -5,6 +5,8 @@ A family that is not listed works too: give its :class:`~blindsight.TemplateRule
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +52,20 @@ FAMILIES: dict[str, Family] = {
 }
 
 DECODER_ATTENTION_CLASSES = frozenset(family.attention for family in FAMILIES.values())
+
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # its name from transformers 5.24 on, and before
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """Return what a model's forward calls its cache."""
+    known = inspect.signature(forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in known), CACHE_ARGUMENTS[-1])
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache in what a model put out."""
+    return next((getattr(output, name) for name in CACHE_ARGUMENTS if hasattr(output, name)), None)
 
 
 def config_of(model_or_config: Any) -> Any:

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from blindsight.backend import blindsight_backend
 from blindsight.cost import count_visible
-from blindsight.families import config_of, text_config
+from blindsight.families import (
+    CACHE_ARGUMENTS,
+    cache_argument,
+    cache_of,
+    config_of,
+    text_config,
+)
 from blindsight.masked_model import Masks, Prompt, masked
 from blindsight.profile import Profile
 from blindsight.reference import attention_layers
@@ -128,7 +134,7 @@ class Decoder:
     def finish(self, outputs: Any) -> Output:
         """Return the last logits of what a decoder put out."""
         logits = self.head(outputs.last_hidden_state[:, -1:])[:, 0]
-        return Output(logits, outputs.past_key_values)
+        return Output(logits, cache_of(outputs))
 
     def decode(
         self,
@@ -159,8 +165,8 @@ class Decoder:
                     attention_mask=mask,
                     # A prompt ends with text, whose position is the same on every axis.
                     position_ids=None if position is None else position[..., -1:] + step,
-                    past_key_values=output.cache,
                     use_cache=True,
+                    **{cache_argument(self.decoder.forward): output.cache},
                 )
                 tokens.append(self.finish(outputs).logits.argmax(-1, keepdim=True))
                 ended = ended | torch.isin(tokens[-1], stops)
@@ -190,7 +196,7 @@ class Decoder:
             with masked(self.model, self.layers, None):
                 self.model(**inputs, use_cache=False)
         except _Recorded as recorded:
-            unwanted = ("use_cache", "past_key_values")
+            unwanted = ("use_cache", *CACHE_ARGUMENTS)
             return {name: x for name, x in recorded.inputs.items() if name not in unwanted}
         finally:
             hook.remove()
@@ -243,7 +249,7 @@ class CompiledDecoder:
         ):
             if whole:
                 found = self._compiled_model(**batch.inputs, use_cache=use_cache, logits_to_keep=1)
-                return Output(found.logits[:, -1], found.past_key_values)
+                return Output(found.logits[:, -1], cache_of(found))
             inputs = batch.decoder_inputs
             return self._decoder.finish(self._compiled(**inputs, use_cache=use_cache))
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from blindsight.categories import HeadCategory
-from blindsight.families import config_of, text_config
+from blindsight.families import CACHE_ARGUMENTS, config_of, text_config
 from blindsight.profile import Profile
 from blindsight.runtime import disabled
 from blindsight.template import Template
@@ -67,10 +67,11 @@ def reference_logits(
     """
     model = getattr(model, "_orig_mod", model)
     profile.validate(model)
-    if inputs.get("past_key_values") is not None:
-        raise ValueError(
-            "inputs must be those of a prefill, got past_key_values. Give the whole sequence."
-        )
+    for name in CACHE_ARGUMENTS:
+        if inputs.get(name) is not None:
+            raise ValueError(
+                f"inputs must be those of a prefill, got {name}. Give the whole sequence."
+            )
     if template is None:
         if not isinstance(inputs.get("input_ids"), Tensor):
             raise ValueError(

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -153,6 +153,7 @@ class _Pending:
     from_graph: bool
     served: set[int] = field(default_factory=set)
     joined: dict[int, tuple[History | None, History | None]] = field(default_factory=dict)
+    limit_hits: int = 0  # of Dynamo's, when the forward began
 
     @cached_property
     def is_text(self) -> bool:
@@ -162,6 +163,7 @@ class _Pending:
 
 class _Thread(threading.local):
     pending: _Pending | None = None
+    decoder_ran: bool = False  # in the backend's graphs, since it last ended
     explicit: tuple[Template, History] | None = None
 
 
@@ -230,12 +232,22 @@ class Runtime:
                 return
             self._check_served(pending, certain=False)
         self._thread.pending = _Pending(
-            weakref.ref(input_ids), version, self.rule.classify(input_ids), from_graph
+            weakref.ref(input_ids),
+            version,
+            self.rule.classify(input_ids),
+            from_graph,
+            limit_hits=_limit_hits(),
         )
 
-    def forget(self) -> None:
-        """Drop what is known of the forward under way in this thread."""
+    def end(self) -> None:
+        """Take note that a forward is over of which a hook told the beginning."""
+        pending = self.pending
         self._thread.pending = None
+        if pending is None or pending.from_graph or is_disabled():
+            return
+        # A model that is not compiled at all runs its hooks, too, and dense is what it shall run.
+        if _limit_hits() > pending.limit_hits:
+            self._check_served(replace(pending, from_graph=True), certain=True)
 
     def history(self, pending: _Pending, past: History | None) -> History | None:
         """Return the whole sequence: a cache's tokens (if any) and the forward's own."""
@@ -257,6 +269,7 @@ class Runtime:
     def serve(self, layers: Sequence[int]) -> None:
         """Take note that these layers of the forward under way have run."""
         pending = self._thread.pending
+        self._thread.decoder_ran = True
         if pending is not None:
             pending.served.update(layers)
             if pending.served >= self.layers:
@@ -269,10 +282,19 @@ class Runtime:
 
     def finish(self) -> None:
         """Take note that the decoder has run: what it did not serve here, ran elsewhere."""
-        pending = self.pending
-        self._thread.pending = None
-        if pending is not None and not is_disabled():
+        pending, ran = self.pending, self._thread.decoder_ran
+        self._thread.pending, self._thread.decoder_ran = None, False
+        if is_disabled():
+            return
+        if pending is not None:
             self._check_served(pending, certain=True)
+        elif not ran and _limit_hits():
+            self.warn_once(
+                "a forward ran its decoder outside of this backend's graphs, so dense, as Dynamo "
+                "gave up compiling it. Raise torch._dynamo.config.recompile_limit, or compile the "
+                "decoder alone: model.model.language_model.compile(backend=backend) with a backend "
+                "that was given the model."
+            )
 
     def _check_served(self, pending: _Pending, *, certain: bool) -> None:
         """Complain of layers that a forward ran outside of the backend's graphs.
@@ -311,6 +333,12 @@ class Runtime:
             history.restricts_queries_from(history.num_tokens - num_queries)
             for history in (alone, *known)
         )
+
+
+def _limit_hits() -> int:
+    """Return how often Dynamo has reached its recompile limit; it then runs a frame as it is."""
+    reasons = torch._dynamo.utils.counters["unimplemented"]
+    return sum(reasons[text] for text in reasons if "recompile limit exceeded" in text)
 
 
 def version_of(tensor: Tensor) -> int | None:

@@ -3,6 +3,7 @@
 Legend: B batch, T tokens of the whole prompt, Q tokens of one forward.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,6 +70,15 @@ def skip_unless_traced_whole(family: str) -> None:
 
 
 Segment = int | Image  # an int is a number of text tokens
+
+
+def recompiles_per_image(model: Any) -> bool:
+    """Whether a list of what each image became goes through every frame of a compiled forward.
+
+    So it is from transformers 5.24 on. Dynamo compiles each such frame again for another number
+    of images; it does not where the decoder is compiled alone.
+    """
+    return "mm_encoder_outputs" in inspect.signature(model.model.forward).parameters
 
 
 def tiny_model(

@@ -221,11 +221,57 @@ def test_layers_lost_to_the_recompile_limit_are_an_error_in_the_same_call() -> N
             inputs = make_inputs("qwen3_vl", [[text, Image(2, 5), 4, Image(4, 3), 7]])
             compiled(**inputs, use_cache=True)
 
+    # Which of the two depends on the frame that is lost: with the decoder's, or the embedding's.
     with (
         torch._dynamo.config.patch(recompile_limit=6),
-        pytest.raises(ValueError, match=r"layers .* did not run through.*recompile_limit"),
+        pytest.raises(
+            (ValueError, BlindsightWarning), match=r"so (it was )?dense.*recompile_limit"
+        ),
     ):
         run()
+
+
+LIMIT = "Dynamo recompile limit exceeded\n"
+
+
+@pytest.fixture
+def reasons() -> Iterator[Any]:
+    """Why Dynamo gave up on frames so far."""
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters["unimplemented"]
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_model_that_dynamo_gives_up_on_is_told_by_its_hooks(strict: bool, reasons: Any) -> None:
+    model = without_vision(tiny_model("qwen2_5_vl"))
+    backend = blindsight_backend(profile_of(model), model=model, strict=strict)
+
+    def give_up(*args: Any) -> None:
+        reasons[LIMIT] += 1
+
+    hook = model.model.language_model.register_forward_pre_hook(give_up)
+    told = pytest.raises(ValueError, match=r"[Ll]ayers .* did not run through")
+    with told if strict else pytest.warns(BlindsightWarning, match="did not run through"):
+        model(**make_inputs("qwen2_5_vl", [[5, Image(2, 5), 4, Image(4, 3), 7]]))
+    model(**make_inputs("qwen2_5_vl", [[5, Image(2, 5), 4]]))  # nothing was to be sparse
+    hook.remove()
+    # It runs as it is because that is wanted, whatever Dynamo did before.
+    model(**make_inputs("qwen2_5_vl", [[5, Image(2, 5), 4, Image(4, 3), 7]]))
+    backend.detach()
+
+
+def test_a_decoder_that_dynamo_gives_up_on_is_told_with_the_logits(reasons: Any) -> None:
+    backend = blindsight_backend(profile_of(without_vision(tiny_model("qwen2_5_vl"))))
+    runtime = backend.state.runtime
+    runtime.finish()  # a head may be compiled alone
+    reasons[LIMIT] += 1
+    runtime.serve([0])
+    runtime.finish()
+    with blindsight.disabled():
+        runtime.finish()
+    with pytest.warns(BlindsightWarning, match=r"outside of this backend's graphs.*dense"):
+        runtime.finish()
 
 
 def test_qwen3_needs_the_model() -> None:

@@ -38,6 +38,7 @@ from blindsight.base_mask import (
     facts_hold,
     is_plain_causal,
 )
+from blindsight.families import cache_argument
 from blindsight.passes.find_attention import find_attention
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import Lifted, lift_mask
@@ -246,8 +247,8 @@ def create(name: str, x: Tensor, padding: Tensor | None, cache: Any = None, **kw
         config=CONFIG,
         inputs_embeds=x,
         attention_mask=padding,
-        past_key_values=cache,
         **kwargs,
+        **{cache_argument(CREATORS[name]): cache},
     )
 
 
@@ -274,7 +275,7 @@ def vmapped(**kwargs: Any) -> Callable[..., Any]:
             config=CONFIG,
             inputs_embeds=x,
             attention_mask=padding,
-            past_key_values=None,
+            **{cache_argument(create_causal_mask): None},
             **{name: make(ids) for name, make in kwargs.items()},
         )
         return attend(mask, x.shape[1], x.shape[1])
@@ -318,7 +319,7 @@ def test_lifts_masks_of_a_vision_model(use_padding: bool, dynamic: bool) -> None
             config=CONFIG,
             inputs_embeds=x,
             attention_mask=padding,
-            past_key_values=None,
+            **{cache_argument(create_masks_for_vision_model): None},
             position_ids=None,
             block_sequence_ids=get_block_sequence_ids_for_mask(token_types, x.device),
         )
@@ -395,7 +396,7 @@ def test_lifts_masks_of_a_later_turn(
             config=CONFIG,
             inputs_embeds=x,
             attention_mask=padding,
-            past_key_values=cache,
+            **{cache_argument(create_masks_for_vision_model): cache},
             position_ids=None,
             block_sequence_ids=ids,
         )
@@ -778,7 +779,7 @@ def test_form_may_be_an_argument_of_a_node(dynamic: bool) -> None:
             config=CONFIG,
             inputs_embeds=x,
             attention_mask=padding,
-            past_key_values=None,
+            **{cache_argument(create_masks_for_vision_model): None},
             position_ids=None,
             block_sequence_ids=get_block_sequence_ids_for_mask(token_types, x.device),
         )
