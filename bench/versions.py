@@ -39,6 +39,7 @@ FILES = (
     "test_given_mask.py",
     "test_any_length.py",
     "test_regions.py",
+    "test_share_layers.py",
     "test_lowering.py",
     "test_backend.py",
     "test_block_tables.py",
