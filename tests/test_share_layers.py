@@ -1,14 +1,17 @@
 """Layers that are alike become one region: exactly those, and nothing else changes."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch._inductor.utils import fresh_cache
 
+from blindsight.inner import Inner
 from blindsight.passes.share_layers import call_shared, share_layers_pass
 
 
@@ -67,10 +70,15 @@ def share(model: Callable[..., Any], *inputs: Tensor) -> tuple[Any, list[int]]:
     return outputs, counts
 
 
-KINDS = st.sampled_from(["plain", "scaled", "true", "float", "swapped", "tied", "sliced"])
+ALL = ("plain", "scaled", "true", "float", "swapped", "tied", "sliced")
 
 
-@given(st.lists(st.tuples(KINDS, st.booleans()), min_size=1, max_size=6), st.integers(0, 99))
+@given(
+    st.lists(st.tuples(st.sampled_from(ALL), st.booleans()), min_size=1, max_size=6),
+    st.integers(0, 99),
+)
+@example([(kind, False) for kind in ALL * 2], 0)
+@example([(kind, kind == "tied") for kind in ALL * 2], 0)
 def test_layers_alike_share_and_nothing_changes(drawn: Any, seed: int) -> None:
     torch.manual_seed(seed)
     model, x = Stack([kind for kind, _ in drawn], [is_read for _, is_read in drawn]), None
@@ -194,6 +202,40 @@ def test_a_layer_that_is_read_before_its_end_stays_as_it_is() -> None:
     torch.testing.assert_close(found, model(x))
 
 
+def test_a_mode_inside_one_layer_alone() -> None:
+    def function(self: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self is model.layers[-1]):
+            return x.sin() @ self.weight.diag()
+
+    def only_the_last(self: Any, x: Tensor) -> Tensor:
+        if self is model.layers[-1]:
+            return function(self, x)
+        return x.sin() @ self.weight.diag()
+
+    torch.manual_seed(0)
+    model, x = OwnForward(only_the_last), torch.randn(2, 4)
+    with torch.no_grad():
+        expected = model(x)
+    found, counts = share(model, x)
+    assert counts == [2]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_what_the_first_layer_makes_for_all_is_no_part_of_it() -> None:
+    def function(self: Any, x: Tensor) -> Tensor:
+        if self is model.layers[0]:
+            made.append(x.new_full((4,), 2.0))
+        return (x * self.weight).sin() + made[-1]
+
+    made: list[Tensor] = []
+    torch.manual_seed(0)
+    model, x = OwnForward(function), torch.randn(2, 4)
+    found, counts = share(model, x)
+    assert counts == [3]
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(x))
+
+
 def test_sizes_that_vary() -> None:
     torch.manual_seed(0)
     model = OwnForward(lambda self, x: x.view(1, x.shape[0], -1)[0] * self.weight + x.shape[0])
@@ -211,3 +253,31 @@ def test_sizes_that_vary() -> None:
             found = torch.compile(model, backend=backend, dynamic=True)(x)
             torch.testing.assert_close(found, model(x))
     assert compiled_counts == [3, 3, 3]
+
+
+def double(self: Any, x: Tensor) -> Tensor:
+    return (x * self.weight).sin() * 2
+
+
+def treble(self: Any, x: Tensor) -> Tensor:
+    return (x * self.weight).sin() * 3
+
+
+@pytest.mark.inductor
+def test_caches_tell_layers_by_what_is_in_them(tmp_path: Path) -> None:
+    """Of two graphs that are alike but for a number in their layers, each gets its own code."""
+    inner, x = Inner("inductor", {}), torch.randn(2, 4)
+    counters = torch._dynamo.utils.counters
+    found = []
+    with fresh_cache(dir=str(tmp_path)):
+        for function in (double, treble, double):
+            torch.manual_seed(0)
+            model = OwnForward(function)
+            torch._dynamo.reset()
+            counters.clear()
+            compiled = torch.compile(model, backend=lambda gm, xs: inner(share_layers_pass(gm), xs))
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x), model(x))
+            cache = counters["aot_autograd"]
+            found.append((cache["autograd_cache_hit"], cache["autograd_cache_bypass"]))
+    assert found == [(0, 0), (0, 0), (1, 0)]
