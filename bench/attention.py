@@ -7,9 +7,9 @@
 
 Prompts of images with 16 text tokens between; heads in the shape of a model; so many of them
 sparse, a third each SINK, DOCUMENT and DOCUMENT_SINK. Times include masks, block tables and the
-moving of tokens and heads. "moves of split" is its choosing and ordering of heads alone: what could
-be saved at most if the heads of a model were ordered once. All in turn, A B C A B C, medians. The
-error is the largest difference of a few rows of each head from float64, by the definitions. The
+moving of tokens and heads. "split, heads in order" is split as it would be if the heads of a model
+had been ordered by category once: nothing is chosen or put back. All in turn, A B C A B C, medians.
+The error is the largest difference of a few rows of each head from float64, by the definitions. The
 limit is what the listed blocks would take at the speed of FlexAttention's own dense causal call. A
 baseline that does not fit in memory is a row, too. Appends a row for each measurement to
 bench/results/attention.jsonl.
@@ -37,7 +37,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from blindsight import flex
-from blindsight.attention import attend
+from blindsight.attention import _masked, attend
 from blindsight.base_mask import CAUSAL
 from blindsight.block_tables import block_size_of, runs_of_sorted
 from blindsight.categories import HeadCategory
@@ -48,6 +48,7 @@ from blindsight.masks import causal_base
 from blindsight.tune import compile_alone
 
 RESULTS = Path(__file__).parent / "results" / "attention.jsonl"
+IN_ORDER = "split, heads in order"
 SHAPES = {  # query heads, key heads, head dim
     "8 heads": (8, 2, 128),
     "qwen2.5-vl-3b": (16, 2, 128),
@@ -128,7 +129,7 @@ class Bench:
             threads = torch.get_num_threads() if self.device == "cpu" else 1
             for name, layout in (
                 ("fused", fused_layout(codes, threads)),
-                ("split", split_layout(codes, threads, is_causal=True)),
+                ("split", self.split(mix)),
             ):
                 found[mix, name] = lambda codes=codes, layout=layout: self._flex(codes, layout)
             for text in options:
@@ -136,9 +137,12 @@ class Bench:
                 found[mix, f"fused, {text}"] = lambda codes=codes, layout=layout, text=text: (
                     self._flex(codes, layout, json.loads(text))
                 )
-            layout = split_layout(codes, threads, is_causal=True)
-            found[mix, "moves of split"] = lambda layout=layout: self._moves(layout)
+            found[mix, IN_ORDER] = lambda mix=mix: self._in_order(mix)
         return found
+
+    def split(self, mix: float) -> Layout:
+        threads = torch.get_num_threads() if self.device == "cpu" else 1
+        return split_layout(head_mix(self.num_heads, mix), threads, is_causal=True)
 
     def limit(self, mix: float, dense_ms: float) -> float:
         """The dense call's time, for the listed blocks alone."""
@@ -208,15 +212,33 @@ class Bench:
             run = compile_alone(function, inputs)
         return lambda: run(*inputs)
 
-    def _moves(self, layout: Layout) -> Callable[[], object]:
-        groups = self.num_heads // self.num_key_heads
+    def _in_order(self, mix: float) -> Callable[[], object]:
+        """Split over heads that come in the order of its groups, keys and values, too."""
+        codes, layout = head_mix(self.num_heads, mix), self.split(mix)
+        size, per_key_head = self.config.num_tokens, self.num_heads // self.num_key_heads
 
-        def function(query: Tensor, key: Tensor, value: Tensor, heads: Tensor) -> Tensor:
-            moved = [query.index_select(1, heads), query.index_select(1, heads.argsort())]
-            moved += [x.index_select(1, heads // groups) for x in (key, value)]
-            return torch.cat(moved, dim=1)
+        def function(*inputs: Tensor) -> Tensor:
+            *qkv, span_id, is_sink, heads, categories = inputs
+            mask = sorted_mask(CAUSAL, span_id, is_sink, batch=1, num_queries=size, num_keys=size)
+            outputs, begin = [], 0
+            for kind, number in layout.groups:
+                of_group = [x[:, begin : begin + number] for x in qkv]
+                its_heads, its_codes = (x[begin : begin + number] for x in (heads, categories))
+                begin += number
+                if kind == "causal":
+                    outputs.append(scaled_dot_product_attention(*of_group, is_causal=True))
+                else:
+                    outputs.append(
+                        _masked(*of_group, mask, its_heads, its_codes, its_codes, scale=None)
+                    )
+            return torch.cat(outputs, dim=1)
 
-        inputs = [*self.dense, torch.tensor(layout.heads).to(self.device)]
+        order = torch.tensor(layout.heads)
+        query, *keys_values = self.dense
+        on_device = order.to(self.device)
+        qkv = [query[:, on_device], *(x[:, on_device // per_key_head] for x in keys_values)]
+        categories = torch.tensor(codes, dtype=torch.int32)[order].to(self.device)
+        inputs = [*qkv, *self.template, on_device, categories]
         run = compile_alone(function, inputs)
         return lambda: run(*inputs)
 
@@ -287,8 +309,11 @@ def measure(
             gc.collect()
         peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
         prepared[key] = run, time.perf_counter() - begin, peak, problem
-        if run is not None and not key[1].startswith(("moves", "flex, create")):
-            errors[key] = bench.error(key[0], output if isinstance(output, Tensor) else output[0])
+        if run is not None and not key[1].startswith("flex, create"):
+            output = output if isinstance(output, Tensor) else output[0]
+            if key[1] == IN_ORDER:
+                output = output[:, torch.tensor(bench.split(key[0]).heads).argsort()]
+            errors[key] = bench.error(key[0], output)
         output = None
     times: dict[tuple[float, str], list[float]] = {key: [] for key in prepared}
     for turn in range(repeats):

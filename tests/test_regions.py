@@ -79,11 +79,11 @@ def test_a_form_that_is_not_all_known_is_traced() -> None:
 
 
 def test_constants_that_are_only_equal_are_told_apart() -> None:
-    def kind_of(x: Tensor, constant: object) -> Tensor:
-        return x + (10 if constant is True else 20)
+    def kind_of(x: Tensor, constant: object) -> tuple[Tensor]:
+        return (x + (10 if constant is True else 20),)
 
     zero = torch.zeros(1)
-    found = [call_in_region(kind_of, zero, constant).item() for constant in (1, True, 1.0)]
+    found = [call_in_region("k", kind_of, zero, item)[0].item() for item in (1, True, 1.0)]
     assert found == [20, 10, 20]
 
 
