@@ -221,7 +221,8 @@ class _Planner:
         if is_distributed_tensor(fake_tensor(attention.query)):
             return (
                 f"attention at {attention.path or 'a frame of its own'} must be of local tensors, "
-                "got DTensors. Give the modules around it local outputs (to_local)"
+                "got DTensors. Give each process whole sequences (context parallelism is not "
+                "supported), and the modules around attention local outputs (to_local)"
             )
         model = None if self._state.layer_map is None else self._state.layer_map.model
         pattern = self._profile.rule.layer_pattern

@@ -17,6 +17,8 @@ from unittest import mock
 import pytest
 import torch
 from torch import distributed
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight import Profile, blindsight_backend, measure
 from blindsight.cli import main
@@ -109,6 +111,30 @@ def check_sparse(folder: Path, name: str, family: str) -> list[Any]:
     for result in found:
         assert_close_to_reference(result["logits"], *references, valid_positions(inputs))
     return found
+
+
+def test_attention_of_dtensors_is_an_error(tmp_path: Path) -> None:
+    """As of torch's context_parallel, which would give each rank a part of the sequence."""
+    model, inputs = tiny_model("qwen2_5_vl"), prompt("qwen2_5_vl")
+    model.model.visual.forward = torch._dynamo.disable(model.model.visual.forward)
+    backend = blindsight_backend(profile_of(model), inner="eager")
+
+    def with_dtensors(gm: Any, example_inputs: Any) -> Any:
+        for node in gm.graph.find_nodes(op="call_function", target=scaled_dot_product_attention):
+            query = node.args[0].meta["example_value"]
+            part = torch.zeros(query.shape)
+            node.args[0].meta["example_value"] = DTensor.from_local(part, mesh, [Shard(2)])
+        return backend(gm, example_inputs)
+
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
+    )
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        with torch.no_grad(), pytest.raises(ValueError, match=r"got DTensors.*whole sequences"):
+            torch.compile(model, backend=with_dtensors)(**inputs, use_cache=False)
+    finally:
+        distributed.destroy_process_group()
 
 
 def stop_at_third_batch(arguments: list[str]) -> None:
