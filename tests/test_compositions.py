@@ -206,6 +206,19 @@ def test_nested_compile_regions(family: str, monkeypatch: pytest.MonkeyPatch) ->
     assert runs_of(backend) == {"sparse"} | first_turn
 
 
+def test_a_region_in_a_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = model_of("qwen2_5_vl", num_layers=2), prompt("qwen2_5_vl")
+    layer = model.model.language_model.layers[0]
+    with monkeypatch.context() as patch:
+        for module in (layer, layer.mlp):
+            region = torch.compiler.nested_compile_region(type(module).forward)
+            patch.setattr(type(module), "forward", region)
+        backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused")
+        logits = torch.compile(model, backend=backend)(**inputs, use_cache=False).logits
+    check(model, logits, inputs)
+    assert runs_of(backend) == {"sparse"}
+
+
 # Caches and generate
 
 
