@@ -50,7 +50,8 @@ def share_layers_pass(gm: fx.GraphModule, example_inputs: object = None) -> fx.G
     """Call one submodule for all layers of a graph that are alike, each with its own weights.
 
     A layer is what comes from one module in a list of modules. Those stay as they are that have no
-    equal, that change a tensor in place, or that return what they are given.
+    equal, that change a tensor in place, that return what they are given, or that have weights of
+    a tensor subclass, of which regions know nothing.
 
     Args:
         gm: A graph of Dynamo's, which tells of each node what module it comes from. Edited in
@@ -216,17 +217,24 @@ def _is_pure(node: fx.Node) -> bool:
 
 
 def _are_own_tensors(outputs: tuple[fx.Node, ...], inputs: tuple[fx.Node, ...]) -> bool:
-    """Whether outputs are tensors with memory of their own, which a region has to return."""
+    """Whether all are plain tensors, and outputs have memory of their own: so a region wants it."""
     memory = set()
     for node in inputs:
         if (tensor := fake_tensor(node)) is not None:
+            if _is_subclass(tensor):
+                return False
             memory.add(_storage(tensor))
     for node in outputs:
         tensor = fake_tensor(node)
-        if tensor is None or _storage(tensor) in memory:
+        if tensor is None or _is_subclass(tensor) or _storage(tensor) in memory:
             return False
         memory.add(_storage(tensor))
     return True
+
+
+def _is_subclass(tensor: Tensor) -> bool:
+    """Whether a tensor is made of others: quantised weights, DTensors."""
+    return hasattr(tensor, "__tensor_flatten__")
 
 
 def _storage(tensor: Tensor) -> int:

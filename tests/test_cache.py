@@ -17,7 +17,7 @@ from models import tiny_model
 
 CATEGORIES = {
     name: [row, row]  # two layers, so that they share a region
-    for name, row in {"one": [0, 1, 2, 3], "other": [3, 1, 0, 2], "fewer": [1, 1, 2, 2]}.items()
+    for name, row in {"one": [0, 1, 2, 3], "other": [3, 1, 0, 2], "fewer": [0, 1, 1, 2]}.items()
 }
 
 # Compiles a decoder in each of several ways; says what the caches did, and keeps the logits.

@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._inductor.utils import fresh_cache
+from torch.testing._internal.two_tensor import TwoTensor
 
 from blindsight.inner import Inner
 from blindsight.passes.share_layers import call_shared, share_layers_pass
@@ -171,6 +172,20 @@ def test_what_a_region_cannot_do_stays_as_it_is(function: Any) -> None:
     assert not counts
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_weights_of_a_tensor_subclass_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    model, x = OwnForward(double), torch.randn(2, 4)
+    with torch.no_grad():
+        expected = model(x)
+    assert share(model, x)[1] == [3]
+    for layer in model.layers:
+        both = TwoTensor(layer.weight.detach(), layer.weight.detach())
+        layer.weight = nn.Parameter(both, requires_grad=False)
+    found, counts = share(model, x)
+    assert not counts
+    torch.testing.assert_close(found[0].a, expected[0])
 
 
 def test_functions_that_caches_do_not_know_stay_where_they_see_them() -> None:
