@@ -14,6 +14,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ logger = logging.getLogger(__name__)
 # What functions of a layer may come from. Compile caches look at the calls of the whole graph, not
 # at those inside a region: whatever they might not know has to stay where they see it.
 _KNOWN_MODULES = {"torch", "_operator", "math", "builtins", "blindsight"}
-_SWITCHES = ("_enter_", "_exit_", "_set_", "set_")  # of a mode, for the calls that follow
+# Names of functions that switch a mode for the calls that follow, or check something of them.
+_EFFECTS = ("_enter_", "_exit_", "_set_", "set_", "_check", "_assert")
 _CONSTANTS = (
     *(bool, int, float, str, type(None), type(...)),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
@@ -70,7 +72,7 @@ def share_layers_pass(gm: fx.GraphModule, example_inputs: object = None) -> fx.G
     for number, (layers, module) in enumerate(zip(shared, modules, strict=True)):
         name = f"blindsight_layer_{number}"
         gm.add_submodule(name, module)
-        digest = hashlib.sha256(layers[0].text.encode()).hexdigest()
+        digest = hashlib.sha256(f"{name}\n{layers[0].text}".encode()).hexdigest()
         for layer in layers:
             now.update(layer.replace(gm, name, digest, now))
     if shared:
@@ -129,12 +131,16 @@ class _Layer:
 def _find_layers(gm: fx.GraphModule) -> Iterator[_Layer]:
     graph = list(gm.graph.nodes)
     order = {node: number for number, node in enumerate(graph)}
+    num_effects = [0, *accumulate(not _is_pure(node) for node in graph)]  # before each node
     of_path: dict[str, list[fx.Node]] = defaultdict(list)
     paths = _layer_paths(gm)
     for node, path in paths.items():
         of_path[path].append(node)
     for path, nodes in of_path.items():
         begin, end = order[nodes[0]], order[nodes[-1]] + 1
+        effects = num_effects[begin]
+        if num_effects[end] > effects:
+            continue
         members: list[fx.Node] = []
         after = set()  # members, and what follows from them
         for node in graph[begin:end]:
@@ -145,11 +151,10 @@ def _find_layers(gm: fx.GraphModule) -> Iterator[_Layer]:
                 if follows or not of_others:
                     members.append(node)
                     after.add(node)
-            elif follows or not _is_pure(node):
-                break  # it reads what the layer has only begun, or may change what the layer reads
+            elif follows:
+                break  # it reads what the layer has only begun
         else:
             if (layer := _layer_of(tuple(members))) is not None:
-                effects = sum(not _is_pure(node) for node in graph[:begin])
                 yield replace(layer, text=f"{layer.text}\n{effects} effects before it")
 
 
@@ -182,8 +187,6 @@ def _innermost_path(node: fx.Node) -> str:
 
 def _layer_of(nodes: tuple[fx.Node, ...]) -> _Layer | None:
     """Return the layer that these nodes are, or None if they cannot be one call."""
-    if not nodes or not all(map(_is_pure, nodes)):
-        return None
     members = set(nodes)
     inputs = tuple(
         dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in members)
@@ -213,13 +216,15 @@ def _is_pure(node: fx.Node) -> bool:
         return True
     name = getattr(node.target, "__name__", "")
     module = getattr(node.target, "__module__", None) or type(node.target).__module__
-    return not name.startswith(_SWITCHES) and module.partition(".")[0] in _KNOWN_MODULES
+    return not name.startswith(_EFFECTS) and module.partition(".")[0] in _KNOWN_MODULES
 
 
 def _are_own_tensors(outputs: tuple[fx.Node, ...], inputs: tuple[fx.Node, ...]) -> bool:
     """Whether all are plain tensors, and outputs have memory of their own: so a region wants it."""
     memory = set()
     for node in inputs:
+        if node.op == "get_attr" and fake_tensor(node) is None:
+            return False  # a graph, of an operator of higher order
         if (tensor := fake_tensor(node)) is not None:
             if _is_subclass(tensor):
                 return False
