@@ -3,7 +3,6 @@
 Legend: B batch, T tokens of the whole prompt, Q tokens of one forward.
 """
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+
+from blindsight.families import cache_argument
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3")
 
@@ -73,12 +74,12 @@ Segment = int | Image  # an int is a number of text tokens
 
 
 def recompiles_per_image(model: Any) -> bool:
-    """Whether a list of what each image became goes through every frame of a compiled forward.
+    """Whether what each image became is guarded on in the frames that Dynamo cuts a forward into.
 
-    So it is from transformers 5.24 on. Dynamo compiles each such frame again for another number
-    of images; it does not where the decoder is compiled alone.
+    So it is in the transformers that call a cache ``cache``, from 5.24 on: Dynamo compiles such a
+    frame again for another number of images. It does not where the decoder is compiled alone.
     """
-    return "mm_encoder_outputs" in inspect.signature(model.model.forward).parameters
+    return cache_argument(model.model.forward) == "cache"
 
 
 def tiny_model(
