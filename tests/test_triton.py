@@ -274,7 +274,8 @@ def test_a_decoder_is_as_its_reference(in_process: Any, num_prompts: int) -> Non
     found = in_process("test_triton:run_decoder", categories, num_prompts, interpret=True)
     assert len(found["flex"]) == 1 and found["num_kernels"] > 10
     assert len(set(found["lengths"])) == num_prompts
-    assert found["runs"] == [["sparse, sorted, fused", num_prompts]] * 2
+    order = "sorted" if num_prompts > 1 else "ordered"  # which of them lists less, for one prompt
+    assert found["runs"] == [[f"sparse, {order}, fused", num_prompts]] * 2
     assert found["largest"] < max(found["lengths"]) ** 2
 
 
