@@ -92,6 +92,7 @@ class Bench:
     def __init__(self, config: Config, shape: str, dtype: torch.dtype, device: str) -> None:
         self.config, self.shape, self.dtype, self.device = config, shape, dtype, device
         self.num_heads, self.num_key_heads, head_dim = SHAPES[shape]
+        self.num_threads = torch.get_num_threads() if device == "cpu" else 1
         size = config.num_tokens
         generator = torch.Generator(device).manual_seed(0)
 
@@ -126,23 +127,19 @@ class Bench:
             found[0.0, "flex, create_block_mask"] = self._block_mask
         for mix in mixes:
             codes = head_mix(self.num_heads, mix)
-            threads = torch.get_num_threads() if self.device == "cpu" else 1
-            for name, layout in (
-                ("fused", fused_layout(codes, threads)),
-                ("split", self.split(mix)),
-            ):
+            fused = fused_layout(codes, self.num_threads)
+            for name, layout in (("fused", fused), ("split", self.split(mix))):
                 found[mix, name] = lambda codes=codes, layout=layout: self._flex(codes, layout)
             for text in options:
-                layout = fused_layout(codes, threads)
-                found[mix, f"fused, {text}"] = lambda codes=codes, layout=layout, text=text: (
+                found[mix, f"fused, {text}"] = lambda codes=codes, layout=fused, text=text: (
                     self._flex(codes, layout, json.loads(text))
                 )
             found[mix, IN_ORDER] = lambda mix=mix: self._in_order(mix)
         return found
 
     def split(self, mix: float) -> Layout:
-        threads = torch.get_num_threads() if self.device == "cpu" else 1
-        return split_layout(head_mix(self.num_heads, mix), threads, is_causal=True)
+        """How split deals out the heads of a mix."""
+        return split_layout(head_mix(self.num_heads, mix), self.num_threads, is_causal=True)
 
     def limit(self, mix: float, dense_ms: float) -> float:
         """The dense call's time, for the listed blocks alone."""

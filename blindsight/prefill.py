@@ -155,6 +155,7 @@ class Decoder:
         ended = torch.isin(tokens[0], stops)
         mask = batch.prompt.valid.long()
         position = batch.decoder_inputs.get("position_ids")
+        cache = {cache_argument(self.decoder.forward): output.cache}
         with masked(self.model, self.layers, masks):
             for step in range(1, max_new_tokens):
                 if bool(ended.all()):
@@ -166,7 +167,7 @@ class Decoder:
                     # A prompt ends with text, whose position is the same on every axis.
                     position_ids=None if position is None else position[..., -1:] + step,
                     use_cache=True,
-                    **{cache_argument(self.decoder.forward): output.cache},
+                    **cache,
                 )
                 tokens.append(self.finish(outputs).logits.argmax(-1, keepdim=True))
                 ended = ended | torch.isin(tokens[-1], stops)

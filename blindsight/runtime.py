@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -230,7 +230,8 @@ class Runtime:
                 same = torch.equal(pending.kinds, self.rule.classify(input_ids))
             if same and not pending.served:
                 return
-            self._check_served(pending, certain=False)
+            if pending.from_graph:
+                self._check_served(pending, certain=False)
         self._thread.pending = _Pending(
             weakref.ref(input_ids),
             version,
@@ -247,7 +248,7 @@ class Runtime:
             return
         # A model that is not compiled at all runs its hooks, too, and dense is what it shall run.
         if _limit_hits() > pending.limit_hits:
-            self._check_served(replace(pending, from_graph=True), certain=True)
+            self._check_served(pending, certain=True)
 
     def history(self, pending: _Pending, past: History | None) -> History | None:
         """Return the whole sequence: a cache's tokens (if any) and the forward's own."""
@@ -287,7 +288,8 @@ class Runtime:
         if is_disabled():
             return
         if pending is not None:
-            self._check_served(pending, certain=True)
+            if pending.from_graph:
+                self._check_served(pending, certain=True)
         elif not ran and _limit_hits():
             self.warn_once(
                 "a forward ran its decoder outside of this backend's graphs, so dense, as Dynamo "
@@ -304,7 +306,7 @@ class Runtime:
             certain: Whether the decoder has run; a forward may also have ended with an error.
         """
         missing = sorted(self.layers - pending.served)
-        if not missing or not pending.from_graph or not self._restricts(pending):
+        if not missing or not self._restricts(pending):
             return
         self._thread.pending = None
         never = sorted(self.layers - self.met)

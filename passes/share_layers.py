@@ -13,7 +13,7 @@ import logging
 import operator
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from blindsight.attention import attend, attend_in_region
-from blindsight.passes.graph import acts, dotted_path, fake_tensor
+from blindsight.passes.graph import acts, fake_tensor, module_of
 from blindsight.region import call_in_region
 
 logger = logging.getLogger(__name__)
@@ -154,8 +154,8 @@ def _find_layers(gm: fx.GraphModule) -> Iterator[_Layer]:
             elif follows:
                 break  # it reads what the layer has only begun
         else:
-            if (layer := _layer_of(tuple(members))) is not None:
-                yield replace(layer, text=f"{layer.text}\n{effects} effects before it")
+            if (layer := _layer_of(tuple(members), effects)) is not None:
+                yield layer
 
 
 def _layer_paths(gm: fx.GraphModule) -> dict[fx.Node, str]:
@@ -165,7 +165,7 @@ def _layer_paths(gm: fx.GraphModule) -> dict[fx.Node, str]:
     for node in gm.graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
-        parts = _innermost_path(node).split(".")
+        parts = module_of(node)[0].split(".")
         found[node] = [
             (".".join(parts[:at]), part) for at, part in enumerate(parts) if part.isdigit()
         ]
@@ -180,13 +180,8 @@ def _layer_paths(gm: fx.GraphModule) -> dict[fx.Node, str]:
     return paths
 
 
-def _innermost_path(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack")
-    return dotted_path(list(stack.values())[-1][0]) if stack else ""
-
-
-def _layer_of(nodes: tuple[fx.Node, ...]) -> _Layer | None:
-    """Return the layer that these nodes are, or None if they cannot be one call."""
+def _layer_of(nodes: tuple[fx.Node, ...], effects: int) -> _Layer | None:
+    """Return the layer that these nodes are after so many effects, or None if they are no call."""
     members = set(nodes)
     inputs = tuple(
         dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in members)
@@ -203,7 +198,8 @@ def _layer_of(nodes: tuple[fx.Node, ...]) -> _Layer | None:
         ]
     except TypeError:  # of a constant of which the text does not tell all
         return None
-    return _Layer(nodes, inputs, outputs, "\n".join((*lines, _text(outputs, numbers))))
+    lines += [_text(outputs, numbers), f"{effects} effects before it"]
+    return _Layer(nodes, inputs, outputs, "\n".join(lines))
 
 
 def _is_pure(node: fx.Node) -> bool:
@@ -223,12 +219,14 @@ def _are_own_tensors(outputs: tuple[fx.Node, ...], inputs: tuple[fx.Node, ...]) 
     """Whether all are plain tensors, and outputs have memory of their own: so a region wants it."""
     memory = set()
     for node in inputs:
-        if node.op == "get_attr" and fake_tensor(node) is None:
-            return False  # a graph, of an operator of higher order
-        if (tensor := fake_tensor(node)) is not None:
-            if _is_subclass(tensor):
-                return False
-            memory.add(_storage(tensor))
+        tensor = fake_tensor(node)
+        if tensor is None:
+            if node.op == "get_attr":
+                return False  # a graph, of an operator of higher order
+            continue
+        if _is_subclass(tensor):
+            return False
+        memory.add(_storage(tensor))
     for node in outputs:
         tensor = fake_tensor(node)
         if tensor is None or _is_subclass(tensor) or _storage(tensor) in memory:

@@ -82,7 +82,7 @@ ALL = ("plain", "scaled", "true", "float", "swapped", "tied", "sliced")
 @example([(kind, kind == "tied") for kind in ALL * 2], 0)
 def test_layers_alike_share_and_nothing_changes(drawn: Any, seed: int) -> None:
     torch.manual_seed(seed)
-    model, x = Stack([kind for kind, _ in drawn], [is_read for _, is_read in drawn]), None
+    model = Stack([kind for kind, _ in drawn], [is_read for _, is_read in drawn])
     x = torch.randn(2, 3, 4)
     with torch.no_grad():
         expected = model(x)
@@ -97,9 +97,6 @@ def test_layers_alike_share_and_nothing_changes(drawn: Any, seed: int) -> None:
 
 def triple(x: Tensor) -> Tensor:
     return 3 * x
-
-
-torch.fx.wrap("triple")
 
 
 class OwnForward(nn.Module):
