@@ -59,21 +59,20 @@ class SymbolicSizes:
         self._env = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
         self._values = values
-        self._symbols = {
-            symbol: value
-            if symbol in fixed
-            else self._env.create_symbol(
+        self._fixed = {symbol: value for symbol, value in values.items() if symbol in fixed}
+        self._renamed = {
+            symbol: self._env.create_symbol(
                 value, ConstantSource(str(symbol)), dynamic_dim=DimDynamic.DYNAMIC
             )
             for symbol, value in values.items()
+            if symbol not in fixed
         }
 
     def size(self, size: int | torch.SymInt) -> int | torch.SymInt:
         """Return one of the graph's sizes in the new symbols."""
         if isinstance(size, int):
             return size
-        expression = size.node.expr
-        return self._symint(expression.subs(self._symbols), int(expression.subs(self._values)))
+        return self._new(size.node.expr)
 
     def inputs(
         self, gm: fx.GraphModule, args: Sequence[Any], length: int | torch.SymInt
@@ -119,15 +118,19 @@ class SymbolicSizes:
         """
         env, values = self._env, self._values
         assumed = env.produce_guards_expression(
-            cast(Any, [self._symint(self._symbols[name], value) for name, value in values.items()]),
+            cast(Any, [self._new(symbol) for symbol in values]),
             ignore_static=False,
         )
         if assumed is None:
             return lambda sizes: True
         return lambda sizes: bool(env.evaluate_guards_expression(assumed, sizes))
 
-    def _symint(self, expression: Any, value: int) -> int | torch.SymInt:
-        if getattr(expression, "is_number", True):
+    def _new(self, expression: Any) -> int | torch.SymInt:
+        """Return what an expression of Dynamo's symbols is in the new ones."""
+        value = int(expression.subs(self._values))
+        # All at once: a new symbol may have the name of one of Dynamo's, and is then the same.
+        renamed = expression.subs(self._fixed).xreplace(self._renamed)
+        if renamed.is_number:
             return value
-        symint: int | torch.SymInt = self._env.create_symintnode(expression, hint=value)
+        symint: int | torch.SymInt = self._env.create_symintnode(renamed, hint=value)
         return symint

@@ -87,7 +87,15 @@ class CompiledGraph:
         # possible now. A graph of fixed sizes is compiled when first needed.
         now = not self._calls or bool(self._plan.symbols or self._plan.numbers)
         own = copy_graph_module(gm) if self._calls else gm
-        self._own = inner(self._passes.run_after(own), example_inputs) if now else None
+        self._own = None
+        if not now:
+            return
+        try:
+            self._own = inner(self._passes.run_after(own), example_inputs)
+        except Exception:
+            # Inductor asks Dynamo to trace a graph again where it wants a number to be fixed.
+            state.forget(number)
+            raise
 
     def as_callable(self) -> Callable[..., Any]:
         """Return the function that Dynamo shall call for this graph."""

@@ -245,10 +245,13 @@ def ordered_mask(
     """As :func:`sorted_mask`, in prompt order."""
     base, first_span = _lifted_base(form, span_id, batch, num_queries, num_keys)
     keep = keep_intervals(span_id, is_sink, num_queries, num_keys, first_span=first_span)
+    # Before the tables: they gather by the bounds, and where those are computed from the position
+    # alone Inductor puts a formula in place of the gather that it cannot always compile.
+    base = BaseMask(*(realize(part, span_id) for part in base))
+    keep = Keep(*(realize(part, span_id) for part in keep))
     block_size = block_size_of(span_id.device)
     tables = tables_of_prompt_order(base, keep, num_keys, block_size)
-    parts = [realize(part, span_id) for part in (*base, *keep)]
-    return OrderedMask(BaseMask(*parts[:3]), Keep(*parts[3:]), tables, block_size)
+    return OrderedMask(base, keep, tables, block_size)
 
 
 def expressed_mask(

@@ -31,3 +31,7 @@ class BackendState:
     passes: PassList = field(default_factory=lambda: PassList(()))
     layer_map: LayerMap | None = None
     verdicts: list[Verdict] = field(default_factory=list)
+
+    def forget(self, graph: int) -> None:
+        """Drop the verdicts of a graph that Dynamo does not get to run."""
+        self.verdicts = [verdict for verdict in self.verdicts if verdict.graph != graph]

@@ -86,14 +86,15 @@ def tiny_model(
     family: str,
     *,
     num_layers: int = 2,
+    num_heads: int = NUM_HEADS,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     attn_implementation: str = "sdpa",
 ) -> PreTrainedModel:
     """A random model whose attention is peaky, so that a mask changes its logits.
 
-    Two decoder layers by default (Gemma-3: sliding and full in turn), 4 query heads, 2 key heads.
-    Buffers stay float32 in every dtype, as `from_pretrained` leaves them.
+    Two decoder layers by default (Gemma-3: sliding and full in turn), 4 query heads, one key head
+    for two of them. Buffers stay float32 in every dtype, as `from_pretrained` leaves them.
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {FAMILIES}, got {family!r}.")
@@ -103,9 +104,12 @@ def tiny_model(
         "qwen3_vl": (Qwen3VLForConditionalGeneration, _qwen3_vl_config),
         "gemma3": (Gemma3ForConditionalGeneration, _gemma3_config),
     }[family]
+    made = config(num_layers)
+    text = made.get_text_config()
+    text.num_attention_heads, text.num_key_value_heads = num_heads, num_heads // 2
     with torch.random.fork_rng(devices=[]):
         model = model_class._from_config(
-            config(num_layers), attn_implementation=attn_implementation, dtype=torch.float32
+            made, attn_implementation=attn_implementation, dtype=torch.float32
         )
     _draw_weights(model, torch.Generator().manual_seed(seed))
     for parameter in model.parameters():

@@ -22,7 +22,6 @@ from blindsight.prefill import Decoder
 from models import END_ID, IMAGE_ID, START_ID, VIDEO_ID, Image, make_inputs, tiny_model
 from oracles import oracle_template
 
-CATEGORIES = [[0, 1, 2, 3], [3, 0, 1, 2]]
 # Qwen3-VL comes without a plan of its own.
 PLAN = {
     **{f"model.language_model.layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
@@ -30,9 +29,11 @@ PLAN = {
 }
 
 
-def prompt(family: str) -> dict[str, torch.Tensor]:
+def prompt(family: str, *, is_padded: bool = True) -> dict[str, torch.Tensor]:
     small = Image()
-    rows = [[5, small, 4, small, small, 7], [6, small, 4, small, 0, small, 3]]
+    rows: list[list[Any]] = [[5, small, 4, small, small, 7]]
+    if is_padded:
+        rows.append([6, small, 4, small, 0, small, 3])
     return make_inputs(family, rows, pad_side="left")
 
 
@@ -40,10 +41,20 @@ def template_of(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Te
     return oracle_template(inputs["input_ids"], (IMAGE_ID, VIDEO_ID), (START_ID,), (END_ID,))
 
 
+def num_heads_of(size: int) -> int:
+    """How many heads a model has for so many ranks: each gets a key head of two."""
+    return 2 * max(size, 2)
+
+
+def model_of(family: str, size: int) -> Any:
+    return tiny_model(family, num_heads=num_heads_of(size))
+
+
 def load(family: str, folder: Path) -> Any:
+    size = dist.get_world_size()
     model_class: Any = type(tiny_model(family))
     plan: dict[str, Any] = {"tp_plan": PLAN} if family == "qwen3_vl" else {}
-    config = DistributedConfig(tp_size=dist.get_world_size(), **plan)
+    config = DistributedConfig(tp_size=size, **plan)
     path = folder / family
     model = model_class.from_pretrained(path, distributed_config=config, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
@@ -68,24 +79,37 @@ def split_by_hand(model: Any) -> None:
         attention.o_proj.register_forward_hook(add_up)
 
 
-def profile_of(model: Any) -> Profile:
-    return Profile.for_model(model, CATEGORIES)
+def categories_of(size: int) -> list[list[int]]:
+    """Of a model for so many ranks, no two of which have the same."""
+    num_heads = num_heads_of(size)
+    return [[(head + head // 4 + 3 * layer) % 4 for head in range(num_heads)] for layer in (0, 1)]
+
+
+def profile_of(model: Any, size: int = 2) -> Profile:
+    return Profile.for_model(model, categories_of(size))
 
 
 def run_backend(
-    family: str, folder: Path, *, how: str, inner: str = "eager", only_text: bool = False
+    family: str,
+    folder: Path,
+    *,
+    how: str,
+    inner: str = "eager",
+    lowering: str = "fused",
+    only_text: bool = False,
+    is_padded: bool = True,
 ) -> dict[str, Any]:
     """One prompt, sparse, in one of several ways to say whose heads they are.
 
     With ``only_text`` the text model alone is compiled, which is faster.
     """
+    rank, size = dist.get_rank(), dist.get_world_size()
     if how.startswith("by hand"):
-        model = tiny_model(family)
+        model = model_of(family, size)
         split_by_hand(model)
     else:
         model = load(family, folder)
-    inputs, profile = prompt(family), profile_of(model)
-    rank, size = dist.get_rank(), dist.get_world_size()
+    inputs, profile = prompt(family, is_padded=is_padded), profile_of(model, size)
     given = profile
     if how in ("shard", "by hand, shard", "by hand, shard and model"):
         given = profile.shard(rank, size)
@@ -94,7 +118,7 @@ def run_backend(
     backend = blindsight_backend(
         given,
         inner=inner,
-        lowering="fused",
+        lowering=lowering,
         model=model if "model" in how or how == "layers" else None,
     )
     if "unknown class" in how:
@@ -125,13 +149,46 @@ def run_backend(
             logits = model(**inputs, use_cache=False).logits
     except ValueError as error:
         return {"error": str(error)}
+    categories = [v.categories for v in backend.state.verdicts if v.rewritten]
+    return {"logits": logits, "runs": runs_of(backend), "categories": categories}
+
+
+def runs_of(backend: Any) -> dict[str, int]:
+    """How often the decoder's attention ran in which way."""
     runs: dict[str, int] = {}
     for verdict in backend.state.verdicts:
         if verdict.rewritten:
             for run, count in verdict.runs.items():
                 runs[run] = runs.get(run, 0) + count
-    categories = [v.categories for v in backend.state.verdicts if v.rewritten]
-    return {"logits": logits, "runs": runs, "categories": categories}
+    return runs
+
+
+def generation(cache: str) -> dict[str, Any]:
+    """Options: a few tokens, of which none is said to be of an image."""
+    options: dict[str, Any] = {"cache_implementation": cache} if cache != "dynamic" else {}
+    words = [START_ID, END_ID, IMAGE_ID, VIDEO_ID]
+    return {
+        **options,
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "suppress_tokens": words,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+
+
+def run_generate(family: str, folder: Path, *, cache: str) -> dict[str, Any]:
+    """``generate`` of a model that is split, its prefill sparse."""
+    model, inputs = load(family, folder), prompt(family)
+    backend = blindsight_backend(
+        profile_of(model, dist.get_world_size()),
+        inner="eager",
+        lowering="fused",
+        model=model if family == "qwen3_vl" else None,
+    )
+    model.compile(backend=backend)
+    found = model.generate(**inputs, **generation(cache))
+    return {"tokens": found.sequences, "scores": found.scores, "runs": runs_of(backend)}
 
 
 def run_command(folder: Path, *, arguments: list[str], fail_at: int = 0) -> dict[str, Any]:

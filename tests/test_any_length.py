@@ -1,16 +1,20 @@
 """Prompts of many lengths in one compiled graph."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.nn.functional import scaled_dot_product_attention
 
 import blindsight
 from blindsight import Profile, blindsight_backend
-from blindsight.any_length import capacity_of
+from blindsight.any_length import SymbolicSizes, capacity_of
 from blindsight.intervals import allowed_sorted, sorted_bounds, stretched
 from blindsight.masks import causal_base
 from models import (
@@ -108,6 +112,26 @@ def test_the_second_length_is_the_last_to_be_compiled(
     assert {how for row in backend.report().rows for how in row.runs if "dense" in how} == set()
 
 
+def test_a_graph_that_dynamo_traces_again_is_reported_once() -> None:
+    model = tiny_model("qwen2_5_vl", num_layers=2)
+    profile = Profile.for_model(model, [MIXED] * 2)
+    tries = []
+
+    def inner(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        tries.append(gm)
+        if len(tries) == 1:  # as Inductor does to have a number fixed
+            raise TensorifyScalarRestartAnalysis(restart_reason="the test's")
+        return gm.forward
+
+    backend = blindsight_backend(profile, inner=inner, model=model, lowering="fused")
+    model.model.language_model.compile(backend=backend, dynamic=True)
+    inputs = prompts("qwen2_5_vl")[0]
+    logits = model(**inputs, use_cache=False).logits
+    check(tiny_model("qwen2_5_vl", num_layers=2), profile, inputs, logits)
+    assert len(tries) == 3  # the last is sparse
+    assert [row.layer for row in backend.report().rows] == [0, 1]
+
+
 @pytest.mark.inductor
 def test_one_kernel_for_many_lengths() -> None:
     model = tiny_model("qwen2_5_vl", num_layers=2)
@@ -179,6 +203,30 @@ def test_what_is_beyond_the_last_token_sees_and_shows_nothing(length: int) -> No
     assert torch.equal(wide_order.query[:, :length], order.query)
     assert wide_order.query.shape == wide_order.key.shape == (1, 100)
     assert wide_order.query.max() < length
+
+
+def test_new_symbols_are_not_mistaken_for_those_of_dynamo() -> None:
+    """Both are named by numbers that are drawn from a hundred."""
+    env, values = ShapeEnv(), range(10, 50)
+    sources = [ConstantSource(f"size{value}") for value in values]
+    symbols = [
+        env.create_symbol(value, source, dynamic_dim=DimDynamic.DYNAMIC)
+        for value, source in zip(values, sources, strict=True)
+    ]
+    traced = [
+        env.create_symintnode(symbol, hint=value)
+        for symbol, value in zip(symbols, values, strict=True)
+    ]
+    new = SymbolicSizes(dict(zip(symbols, values, strict=True)), fixed={symbols[0]})
+    fixed, *found = map(new.size, traced)
+    assert fixed == values[0]
+    assert len({size.node.expr for size in found}) == len(found)
+    by_name = dict(zip(map(str, symbols), values, strict=True))
+    clashes = [size for size in found if by_name.get(str(size.node.expr), size) != size]
+    assert clashes, "no name is shared, so this shows nothing"
+    for first, second in itertools.pairwise(range(len(found))):
+        product = new.size(traced[1:][first] * traced[1:][second] + 1)
+        assert product.node.expr == (found[first] * found[second] + 1).node.expr
 
 
 def test_capacities_are_few() -> None:

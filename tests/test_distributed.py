@@ -26,8 +26,13 @@ from blindsight.outcomes import Checkpoint, Outcome
 from blindsight.prefill import Decoder
 from blindsight.ranks import Ranks, _ranks, check_is_alone
 from models import tiny_model, valid_positions
-from on_ranks import CATEGORIES, profile_of, prompt, template_of
-from oracles import assert_close_to_reference, reference_copy, run_reference
+from on_ranks import categories_of, generation, model_of, profile_of, prompt, template_of
+from oracles import (
+    assert_close_to_reference,
+    generate_reference,
+    reference_copy,
+    run_reference,
+)
 from processors import tiny_processor
 from questions import rows, samples
 
@@ -44,11 +49,11 @@ needs_accelerate = pytest.mark.skipif(
 )
 
 
-def launch(folder: Path, cases: list[dict[str, Any]]) -> None:
+def launch(folder: Path, cases: list[dict[str, Any]], size: int = NUM_RANKS) -> None:
     """Run cases on all ranks; each leaves ``<name>.<rank>.pt`` in the folder."""
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(NUM_RANKS), str(TESTS / "on_ranks.py"), str(folder)]
+    command += ["--nproc-per-node", str(size), str(TESTS / "on_ranks.py"), str(folder)]
     done = subprocess.run(
         [*command, json.dumps(cases)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
@@ -60,8 +65,8 @@ def launch(folder: Path, cases: list[dict[str, Any]]) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
-def results(folder: Path, name: str) -> list[Any]:
-    return [torch.load(folder / f"{name}.{rank}.pt") for rank in range(NUM_RANKS)]
+def results(folder: Path, name: str, size: int = NUM_RANKS) -> list[Any]:
+    return [torch.load(folder / f"{name}.{rank}.pt") for rank in range(size)]
 
 
 # Tensor parallel.
@@ -86,28 +91,48 @@ NIGHTLY = [
     {"name": "by hand, model", "family": "qwen2_5_vl", "how": "by hand, shard and model"},
     {"name": "inductor", "family": "qwen2_5_vl", "how": "graph", "inner": "inductor"},
     {"name": "gemma3 inductor", "family": "gemma3", "how": "graph", "inner": "inductor"},
+    {
+        "name": "split",
+        "family": "qwen2_5_vl",
+        "how": "graph",
+        "inner": "inductor",
+        "lowering": "split",
+        "is_padded": False,
+    },
+    {"name": "generate", "family": "qwen2_5_vl", "what": "run_generate", "cache": "dynamic"},
+    {"name": "generate, gemma3", "family": "gemma3", "what": "run_generate", "cache": "static"},
+    {"name": "generate, qwen3_vl", "family": "qwen3_vl", "what": "run_generate", "cache": "static"},
+]
+FOUR_RANKS = [
+    {"name": "gemma3 graph", "family": "gemma3", "how": "graph"},
+    {"name": "qwen3_vl model", "family": "qwen3_vl", "how": "model"},
+    {"name": "by hand, shard", "family": "gemma3", "how": "by hand, shard", "only_text": True},
 ]
 
 
 def launch_tensor_parallel(
-    folder: Path, cases: list[dict[str, Any]], others: Sequence[dict[str, Any]] = ()
+    folder: Path,
+    cases: list[dict[str, Any]],
+    others: Sequence[dict[str, Any]] = (),
+    size: int = NUM_RANKS,
 ) -> Path:
     for family in {case["family"] for case in cases}:
-        tiny_model(family).save_pretrained(folder / family)
-    launch(folder, [*({"what": "run_backend", **case} for case in cases), *others])
+        model_of(family, size).save_pretrained(folder / family)
+    launch(folder, [*({"what": "run_backend", **case} for case in cases), *others], size)
     return folder
 
 
-def check_sparse(folder: Path, name: str, family: str) -> list[Any]:
+def check_sparse(
+    folder: Path, name: str, family: str, *, size: int = NUM_RANKS, is_padded: bool = True
+) -> list[Any]:
     """Check that every rank has the logits of one process, by the reference of the whole model."""
-    model, inputs = tiny_model(family), prompt(family)
+    model, inputs = model_of(family, size), prompt(family, is_padded=is_padded)
+    categories = torch.tensor(categories_of(size))
     references = [
-        run_reference(
-            m, torch.tensor(CATEGORIES), *template_of(inputs), inputs, use_cache=False
-        ).logits
+        run_reference(m, categories, *template_of(inputs), inputs, use_cache=False).logits
         for m in (model, reference_copy(model))
     ]
-    found = results(folder, name)
+    found = results(folder, name, size)
     for result in found:
         assert_close_to_reference(result["logits"], *references, valid_positions(inputs))
     return found
@@ -217,16 +242,59 @@ def more_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_accelerate
 @pytest.mark.nightly
 @pytest.mark.inductor
-@pytest.mark.parametrize("case", NIGHTLY, ids=lambda case: case["name"])
+@pytest.mark.parametrize(
+    "case",
+    [case for case in NIGHTLY if "lowering" not in case and "what" not in case],
+    ids=lambda case: case["name"],
+)
 def test_other_ways_to_say_whose_heads_they_are(more_ranks: Path, case: Any) -> None:
     for result in check_sparse(more_ranks, case["name"], case["family"]):
         if case["how"] != "pass":
             assert result["runs"] == {"sparse, ordered, fused": 2}
 
 
+@needs_accelerate
+@pytest.mark.nightly
+@pytest.mark.inductor
+def test_each_rank_puts_its_own_dense_heads_apart(more_ranks: Path) -> None:
+    first, second = check_sparse(more_ranks, "split", "qwen2_5_vl", is_padded=False)
+    assert first["runs"] == {"sparse, ordered, split": 2}
+    assert second["runs"] == {"sparse, ordered, fused": 2}  # it has none
+
+
+@needs_accelerate
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "case", [case for case in NIGHTLY if "what" in case], ids=lambda case: case["name"]
+)
+def test_ranks_generate_together(more_ranks: Path, case: Any) -> None:
+    model, inputs = tiny_model(case["family"]), prompt(case["family"])
+    categories = torch.tensor(categories_of(NUM_RANKS))
+    template, options = template_of(inputs), generation(case["cache"])
+    expected = generate_reference(model, categories, *template, inputs, **options)
+    for result in results(more_ranks, case["name"]):
+        assert torch.equal(result["tokens"], expected.sequences)
+        for one, other in zip(result["scores"], expected.scores, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        assert result["runs"]["sparse, ordered, fused"] == 2
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch_tensor_parallel(tmp_path_factory.mktemp("four_ranks"), FOUR_RANKS, size=4)
+
+
+@needs_accelerate
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", FOUR_RANKS, ids=lambda case: case["name"])
+def test_four_ranks(four_ranks: Path, case: Any) -> None:
+    found = check_sparse(four_ranks, case["name"], case["family"], size=4)
+    assert all(result["runs"] == {"sparse, ordered, fused": 2} for result in found)
+
+
 def test_layers_renumbered_by_a_pipeline_are_noticed() -> None:
     whole = tiny_model("gemma3", num_layers=4)
-    profile = Profile.for_model(whole, CATEGORIES * 2)
+    profile = Profile.for_model(whole, categories_of(2) * 2)
     text = whole.model.language_model
     text.layers = text.layers[2:]
     with pytest.raises(ValueError, match=r"parameters in 4 layers .* found 2"):

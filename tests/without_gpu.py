@@ -251,6 +251,7 @@ def pretend_gpu() -> Iterator[None]:
         stack.callback(forget)
         stack.enter_context(config.patch(options))
         stack.enter_context(_fast_interpreter())
+        stack.enter_context(_bfloat16_interpreter())
         yield
 
 
@@ -362,6 +363,40 @@ def _fast_interpreter() -> Iterator[None]:
         _patch(interpreter, {"_patch_lang": patch_once}),
         _patch(CachingAutotuner, {"run": run_wide}),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def _bfloat16_interpreter() -> Iterator[None]:
+    """Let Triton's interpreter compute with bfloat16, which it holds as bits.
+
+    Left to itself it multiplies the bits as if they were integers, and cuts numbers off where a GPU
+    rounds to the nearest.
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def as_float(x: Any) -> np.ndarray:
+        bits: np.ndarray = x.data
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def widened(x: Any) -> Any:
+        is_bits = x.dtype.scalar == tl.bfloat16
+        return TensorHandle(as_float(x), tl.float32) if is_bits else x
+
+    def cast_exactly(builder: Any, source: Any, target: Any) -> Any:
+        source = widened(source)
+        if target.scalar != tl.bfloat16:
+            return cast(builder, source, target)
+        rounded = torch.from_numpy(np.array(source.data, dtype=np.float32)).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+
+    def dot_of_numbers(builder: Any, a: Any, b: Any, *args: Any) -> Any:
+        return dot(builder, widened(a), widened(b), *args)
+
+    with _patch(InterpreterBuilder, {"cast_impl": cast_exactly, "create_dot": dot_of_numbers}):
         yield
 
 
