@@ -2,7 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -23,6 +25,14 @@ settings.register_profile(
     "nightly", max_examples=1000, deadline=None, print_blob=True, suppress_health_check=_SLOW
 )
 settings.load_profile(os.environ.get("BLINDSIGHT_HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session")
+def in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Of :mod:`without_gpu`; what all processes need is built once."""
+    import without_gpu
+
+    return partial(without_gpu.in_process, folder=tmp_path_factory.mktemp("without_gpu"))
 
 
 @pytest.fixture(autouse=True)

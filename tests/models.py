@@ -413,6 +413,20 @@ def _choose_images(
     }
 
 
+def generation_options(cache: str) -> dict[str, Any]:
+    """Return what `generate` is given for a few tokens, on a "dynamic" or a "static" cache."""
+    options: dict[str, Any] = {} if cache == "dynamic" else {"cache_implementation": cache}
+    return {
+        **options,
+        "max_new_tokens": 4,
+        "do_sample": False,
+        # random weights may say "image"; a decoded image token is one of a span, not text
+        "suppress_tokens": [START_ID, END_ID, IMAGE_ID, VIDEO_ID],
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+
+
 def append_text(inputs: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     """A whole prompt followed by text tokens [B, n], after the padding where there is any.
 

@@ -19,7 +19,16 @@ from blindsight.measure import Prober
 from blindsight.passes import sparse_attention_pass
 from blindsight.passes.graph import copy_graph_module
 from blindsight.prefill import Decoder
-from models import END_ID, IMAGE_ID, START_ID, VIDEO_ID, Image, make_inputs, tiny_model
+from models import (
+    END_ID,
+    IMAGE_ID,
+    START_ID,
+    VIDEO_ID,
+    Image,
+    generation_options,
+    make_inputs,
+    tiny_model,
+)
 from oracles import oracle_template
 
 # Qwen3-VL comes without a plan of its own.
@@ -51,10 +60,9 @@ def model_of(family: str, size: int) -> Any:
 
 
 def load(family: str, folder: Path) -> Any:
-    size = dist.get_world_size()
     model_class: Any = type(tiny_model(family))
     plan: dict[str, Any] = {"tp_plan": PLAN} if family == "qwen3_vl" else {}
-    config = DistributedConfig(tp_size=size, **plan)
+    config = DistributedConfig(tp_size=dist.get_world_size(), **plan)
     path = folder / family
     model = model_class.from_pretrained(path, distributed_config=config, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
@@ -163,20 +171,6 @@ def runs_of(backend: Any) -> dict[str, int]:
     return runs
 
 
-def generation(cache: str) -> dict[str, Any]:
-    """Options: a few tokens, of which none is said to be of an image."""
-    options: dict[str, Any] = {"cache_implementation": cache} if cache != "dynamic" else {}
-    words = [START_ID, END_ID, IMAGE_ID, VIDEO_ID]
-    return {
-        **options,
-        "max_new_tokens": 4,
-        "do_sample": False,
-        "suppress_tokens": words,
-        "return_dict_in_generate": True,
-        "output_scores": True,
-    }
-
-
 def run_generate(family: str, folder: Path, *, cache: str) -> dict[str, Any]:
     """``generate`` of a model that is split, its prefill sparse."""
     model, inputs = load(family, folder), prompt(family)
@@ -187,7 +181,7 @@ def run_generate(family: str, folder: Path, *, cache: str) -> dict[str, Any]:
         model=model if family == "qwen3_vl" else None,
     )
     model.compile(backend=backend)
-    found = model.generate(**inputs, **generation(cache))
+    found = model.generate(**inputs, **generation_options(cache))
     return {"tokens": found.sequences, "scores": found.scores, "runs": runs_of(backend)}
 
 

@@ -224,9 +224,9 @@ def test_new_symbols_are_not_mistaken_for_those_of_dynamo() -> None:
     by_name = dict(zip(map(str, symbols), values, strict=True))
     clashes = [size for size in found if by_name.get(str(size.node.expr), size) != size]
     assert clashes, "no name is shared, so this shows nothing"
-    for first, second in itertools.pairwise(range(len(found))):
-        product = new.size(traced[1:][first] * traced[1:][second] + 1)
-        assert product.node.expr == (found[first] * found[second] + 1).node.expr
+    pairs = itertools.pairwise(zip(traced[1:], found, strict=True))
+    for (size, its_new), (other, others_new) in pairs:
+        assert new.size(size * other + 1).node.expr == (its_new * others_new + 1).node.expr
 
 
 def test_capacities_are_few() -> None:

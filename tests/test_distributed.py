@@ -25,8 +25,8 @@ from blindsight.cli import main
 from blindsight.outcomes import Checkpoint, Outcome
 from blindsight.prefill import Decoder
 from blindsight.ranks import Ranks, _ranks, check_is_alone
-from models import tiny_model, valid_positions
-from on_ranks import categories_of, generation, model_of, profile_of, prompt, template_of
+from models import generation_options, tiny_model, valid_positions
+from on_ranks import categories_of, model_of, profile_of, prompt, template_of
 from oracles import (
     assert_close_to_reference,
     generate_reference,
@@ -91,14 +91,16 @@ NIGHTLY = [
     {"name": "by hand, model", "family": "qwen2_5_vl", "how": "by hand, shard and model"},
     {"name": "inductor", "family": "qwen2_5_vl", "how": "graph", "inner": "inductor"},
     {"name": "gemma3 inductor", "family": "gemma3", "how": "graph", "inner": "inductor"},
-    {
-        "name": "split",
-        "family": "qwen2_5_vl",
-        "how": "graph",
-        "inner": "inductor",
-        "lowering": "split",
-        "is_padded": False,
-    },
+]
+APART = {
+    "name": "split",
+    "family": "qwen2_5_vl",
+    "how": "graph",
+    "inner": "inductor",
+    "lowering": "split",
+    "is_padded": False,
+}
+GENERATE = [
     {"name": "generate", "family": "qwen2_5_vl", "what": "run_generate", "cache": "dynamic"},
     {"name": "generate, gemma3", "family": "gemma3", "what": "run_generate", "cache": "static"},
     {"name": "generate, qwen3_vl", "family": "qwen3_vl", "what": "run_generate", "cache": "static"},
@@ -236,17 +238,15 @@ def test_a_frame_of_unknown_origin_is_not_left_dense_silently(ranks: Path) -> No
 
 @pytest.fixture(scope="module")
 def more_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launch_tensor_parallel(tmp_path_factory.mktemp("more_ranks"), NIGHTLY)
+    return launch_tensor_parallel(
+        tmp_path_factory.mktemp("more_ranks"), [*NIGHTLY, APART], GENERATE
+    )
 
 
 @needs_accelerate
 @pytest.mark.nightly
 @pytest.mark.inductor
-@pytest.mark.parametrize(
-    "case",
-    [case for case in NIGHTLY if "lowering" not in case and "what" not in case],
-    ids=lambda case: case["name"],
-)
+@pytest.mark.parametrize("case", NIGHTLY, ids=lambda case: case["name"])
 def test_other_ways_to_say_whose_heads_they_are(more_ranks: Path, case: Any) -> None:
     for result in check_sparse(more_ranks, case["name"], case["family"]):
         if case["how"] != "pass":
@@ -264,13 +264,11 @@ def test_each_rank_puts_its_own_dense_heads_apart(more_ranks: Path) -> None:
 
 @needs_accelerate
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    "case", [case for case in NIGHTLY if "what" in case], ids=lambda case: case["name"]
-)
+@pytest.mark.parametrize("case", GENERATE, ids=lambda case: case["name"])
 def test_ranks_generate_together(more_ranks: Path, case: Any) -> None:
     model, inputs = tiny_model(case["family"]), prompt(case["family"])
     categories = torch.tensor(categories_of(NUM_RANKS))
-    template, options = template_of(inputs), generation(case["cache"])
+    template, options = template_of(inputs), generation_options(case["cache"])
     expected = generate_reference(model, categories, *template, inputs, **options)
     for result in results(more_ranks, case["name"]):
         assert torch.equal(result["tokens"], expected.sequences)

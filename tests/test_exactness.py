@@ -27,6 +27,7 @@ from models import (
     VIDEO_ID,
     Image,
     append_text,
+    generation_options,
     make_inputs,
     split_turns,
     tiny_model,
@@ -104,7 +105,12 @@ class Case:
         return run_reference(model, *args, use_cache=False).logits
 
     def compile(
-        self, inner: Any = "eager", *, with_vision: bool = False, **options: Any
+        self,
+        inner: Any = "eager",
+        *,
+        with_vision: bool = False,
+        dynamic: bool | None = None,
+        **options: Any,
     ) -> tuple[Any, Any]:
         """Return the compiled model and its backend.
 
@@ -119,7 +125,7 @@ class Case:
             model=self.model_if_needed,
             **{"lowering": "fused", **options},
         )
-        return torch.compile(self.model, backend=backend), backend
+        return torch.compile(self.model, backend=backend, dynamic=dynamic), backend
 
     @property
     def model_if_needed(self) -> Any:
@@ -416,12 +422,7 @@ def embeddings_of(case: Case) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_gives_the_tokens_of_the_reference(family: str, cache: str) -> None:
     case = case_of(family, torch.float32, "left_padding")
-    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
-    options |= {"output_scores": True, "cache_implementation": cache}
-    # random weights may say "image"; a decoded image token is one of a span, not text
-    options["suppress_tokens"] = [START_ID, END_ID, IMAGE_ID, VIDEO_ID]
-    if cache == "dynamic":
-        del options["cache_implementation"]
+    options = generation_options(cache)
     expected = generate_reference(
         case.model, case.categories, case.span_id, case.is_sink, case.inputs, **options
     )

@@ -541,10 +541,14 @@ class LargestTensor(TorchDispatchMode):
 def inductor_for_gpu() -> Iterator[LargestTensor]:
     """Inside, Inductor compiles rewritten graphs for the GPU, though their inputs are the CPU's.
 
-    What is noted of tensors is for all programs that were compiled here.
+    Masks are traced as there, and short prompts are as long ones. What is noted of tensors is for
+    all programs that were compiled here.
     """
     from torch._inductor import compile_fx as inductor
     from torch.fx.node import map_aggregate
+
+    from blindsight import compiled_graph
+    from blindsight.passes import replace_attention
 
     compile_fx = inductor.compile_fx
     is_inside = False
@@ -579,7 +583,11 @@ def inductor_for_gpu() -> Iterator[LargestTensor]:
         return run
 
     largest = LargestTensor()
-    with _patch(inductor, {"compile_fx": compile_moved}):
+    with (
+        _patch(inductor, {"compile_fx": compile_moved}),
+        mock.patch.dict(replace_attention._BY_OPERATOR, replace_attention._MAKE_MASK),
+        _patch(compiled_graph, {"capacity_of": _always(None)}),
+    ):
         yield largest
 
 
