@@ -6,7 +6,7 @@ assumes of them is checked before every call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,16 +17,15 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from blindsight.passes.graph import placeholders
-from blindsight.passes.replace_attention import TOKEN_INPUTS
 
 _MIN_CAPACITY = 1024  # tokens; shorter prompts share one
 
 
 def capacity_of(num_tokens: int, device: torch.device) -> int | None:
-    """Return for up to how many tokens attention over so many is compiled; None: for any number.
+    """Return up to how many queries, or keys, attention with so many is compiled for; None: any.
 
-    The next power of two. The rows beyond a prompt's last token list no block: they cost moving
-    the tokens that fill them, and no attention. Kernels of Triton take any number; but what is
+    The next power of two. The rows beyond the last token list no block: they cost moving the
+    tokens that fill them, and no attention. Kernels of Triton take any number; but what is
     compiled for a few tokens (one block) does not do for more, so the shortest prompts share one.
     """
     if device.type == "cuda" and num_tokens > _MIN_CAPACITY:
@@ -40,11 +39,12 @@ class CompiledForLengths:
 
     Attributes:
         run: The compiled graph.
-        fits: Whether it is right for these values of the graph's symbols, in their order.
+        fits: Whether it is right for these values of the graph's symbols, in their order, and this
+            number of tokens of the whole sequence.
     """
 
     run: Callable[..., Any]
-    fits: Callable[[Sequence[int]], bool]
+    fits: Callable[[Sequence[int], int], bool]
 
 
 class SymbolicSizes:
@@ -53,9 +53,13 @@ class SymbolicSizes:
     Args:
         values: What the sizes are now, by Dynamo's symbols.
         fixed: Those that shall stay what they are.
+        num_tokens: T, of the whole sequence: that size of the graph which it is, or, where it is
+            none of them, what it is now.
     """
 
-    def __init__(self, values: dict[Any, int], fixed: set[Any]) -> None:
+    def __init__(
+        self, values: dict[Any, int], fixed: set[Any], num_tokens: int | torch.SymInt
+    ) -> None:
         self._env = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
         self._values = values
@@ -67,6 +71,12 @@ class SymbolicSizes:
             for symbol, value in values.items()
             if symbol not in fixed
         }
+        self.num_tokens = self.size(num_tokens)
+        self._is_own = isinstance(num_tokens, int)
+        if isinstance(num_tokens, int):
+            source = ConstantSource("num_tokens")
+            symbol = self._env.create_symbol(num_tokens, source, dynamic_dim=DimDynamic.DYNAMIC)
+            self.num_tokens = self._env.create_symintnode(symbol, hint=num_tokens)
 
     def size(self, size: int | torch.SymInt) -> int | torch.SymInt:
         """Return one of the graph's sizes in the new symbols."""
@@ -75,21 +85,25 @@ class SymbolicSizes:
         return self._new(size.node.expr)
 
     def inputs(
-        self, gm: fx.GraphModule, args: Sequence[Any], length: int | torch.SymInt
+        self,
+        gm: fx.GraphModule,
+        args: Sequence[Any],
+        appended: Mapping[str, int | torch.SymInt],
     ) -> list[Any]:
         """Return what to compile a graph with: its inputs, of symbolic sizes.
 
         Args:
             gm: The graph, as Dynamo traced it but for the inputs that were appended.
             args: The inputs of a call.
-            length: The graph's size that the second dimension ``[B, T]`` of what has been appended
-                is, the number of tokens.
+            appended: What the second size of ``[B, L]`` is in the new symbols, by the name of the
+                input. Others that were appended keep their sizes.
         """
         return [
-            self._input(node, arg, length) for node, arg in zip(placeholders(gm), args, strict=True)
+            self._input(node, arg, appended.get(node.name))
+            for node, arg in zip(placeholders(gm), args, strict=True)
         ]
 
-    def _input(self, node: fx.Node, arg: Any, length: int | torch.SymInt) -> Any:
+    def _input(self, node: fx.Node, arg: Any, length: int | torch.SymInt | None) -> Any:
         traced = node.meta.get("example_value")
         if isinstance(traced, torch.SymInt):
             return self.size(traced)
@@ -98,32 +112,33 @@ class SymbolicSizes:
         shape: Sequence[int | torch.SymInt] = arg.shape
         stride: Sequence[int | torch.SymInt] = arg.stride()
         if isinstance(traced, Tensor):
-            shape, stride = traced.shape, traced.stride()
-        elif node.name in TOKEN_INPUTS:
+            shape = [self.size(size) for size in traced.shape]
+            stride = [self.size(step) for step in traced.stride()]
+        elif length is not None:
             shape, stride = (arg.shape[0], length), (length, 1)
         if all(isinstance(size, int) for size in (*shape, *stride)):
             return self._mode.from_tensor(arg, static_shapes=True)
         with self._mode, torch.no_grad():
             return torch.empty_strided(
-                cast(Any, [self.size(size) for size in shape]),
-                cast(Any, [self.size(step) for step in stride]),
-                dtype=arg.dtype,
-                device=arg.device,
+                cast(Any, shape), cast(Any, stride), dtype=arg.dtype, device=arg.device
             )
 
-    def check(self) -> Callable[[Sequence[int]], bool]:
-        """Return the function that tells whether what was assumed holds for sizes, in order.
+    def check(self) -> Callable[[Sequence[int], int], bool]:
+        """Return the function that tells whether what was assumed holds: ``fits``.
 
         To be called when everything is compiled.
         """
-        env, values = self._env, self._values
-        assumed = env.produce_guards_expression(
-            cast(Any, [self._new(symbol) for symbol in values]),
-            ignore_static=False,
-        )
-        if assumed is None:
-            return lambda sizes: True
-        return lambda sizes: bool(env.evaluate_guards_expression(assumed, sizes))
+        env, is_own = self._env, self._is_own
+        symbols = [self._new(symbol) for symbol in self._values]
+        if is_own:
+            symbols.append(self.num_tokens)
+        assumed = env.produce_guards_expression(cast(Any, symbols), ignore_static=False)
+
+        def fits(sizes: Sequence[int], num_tokens: int) -> bool:
+            values = [*sizes, num_tokens] if is_own else sizes
+            return assumed is None or bool(env.evaluate_guards_expression(assumed, values))
+
+        return fits
 
     def _new(self, expression: Any) -> int | torch.SymInt:
         """Return what an expression of Dynamo's symbols is in the new ones."""

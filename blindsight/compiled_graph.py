@@ -6,7 +6,7 @@ Shapes: B batch, H query heads, Q and K lengths in tokens, T tokens of the whole
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,14 +18,19 @@ from blindsight.block_tables import block_size_of
 from blindsight.choose import ChoosableCall, best_form, choose_layouts
 from blindsight.cost_model import CallSize, costs_of
 from blindsight.data_check import DataCheck
-from blindsight.given_mask import GivenMasks, add_given_inputs, lifted_of_given
+from blindsight.given_mask import GivenMasks, add_given_inputs, given_inputs, lifted_of_given
 from blindsight.inner import Inner
 from blindsight.lowering import Layout
 from blindsight.masks import BaseMask
-from blindsight.passes.find_attention import find_attention
-from blindsight.passes.graph import copy_graph_module, same_size
+from blindsight.passes.find_attention import Attention, find_attention
+from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_mask
-from blindsight.passes.replace_attention import MaskForm, replace_attention_pass
+from blindsight.passes.replace_attention import (
+    TOKEN_INPUTS,
+    Capacity,
+    MaskForm,
+    replace_attention_pass,
+)
 from blindsight.passes.share_layers import share_layers_pass
 from blindsight.plan import PlannedCall, plan_graph
 from blindsight.runtime import History, explicit_template, is_disabled
@@ -47,16 +52,14 @@ class _Choice:
         layouts: Of each of them.
         form: Of the masks that are known as intervals.
         given: Intervals of the masks that are inputs of the graph, by their names.
-        any_length: Whether for other lengths, too, than the one at hand.
-        capacity: Of those, the largest; None: there is none.
+        capacities: Of the calls that are replaced, if other lengths than those at hand shall do.
     """
 
     calls: tuple[int, ...]
     layouts: tuple[Layout, ...]
     form: MaskForm
     given: dict[str, BaseMask]
-    any_length: bool
-    capacity: int | None
+    capacities: tuple[Capacity, ...] | None
 
 
 class CompiledGraph:
@@ -265,15 +268,15 @@ class CompiledGraph:
             for at, call in enumerate(self._calls)
             if call.layer is None or any(categories[at]) or _tier(call, given) == 1
         )
-        any_length = self._fits_any_length(args, history, replaced)
+        any_length = self._fits_any_length(given, replaced)
         form = self._form(args, history, [layers[at] for at in replaced], given, any_length)
-        any_length = any_length and form is MaskForm.SORTED
         # Only dense heads can do with less than FlexAttention.
         has_dense_heads = any(0 in categories[at] for at in replaced)
         is_causal = (
             self._data.plain_causal(args, given) if has_dense_heads else [False] * len(self._calls)
         )
         size_of = self._plan.size_of(args)
+        device = self._plan.device
         calls = []
         for at in replaced:
             call, attention = self._calls[at], self._calls[at].attention
@@ -287,7 +290,6 @@ class CompiledGraph:
             )
             its_form = form.of(_tier(call, given))
             calls.append(ChoosableCall(categories[at], its_form, is_causal[at], size))
-        device = self._plan.device
         choice = choose_layouts(
             calls,
             history,
@@ -300,8 +302,10 @@ class CompiledGraph:
             self._calls[at].verdict.estimate = reason
         if choice.layouts is None:
             return None
-        capacity = capacity_of(history.num_tokens, device) if any_length else None
-        return _Choice(replaced, choice.layouts, form, given, any_length, capacity)
+        capacities = None
+        if any_length and form is MaskForm.SORTED:
+            capacities = tuple(self._capacity(self._calls[at].attention, args) for at in replaced)
+        return _Choice(replaced, choice.layouts, form, given, capacities)
 
     def _run_rewritten(
         self, args: Sequence[Any], layers: tuple[int, ...], history: History, choice: _Choice
@@ -324,13 +328,15 @@ class CompiledGraph:
         sizes = tuple(args[at] for at in self._plan.symbols.values())
         numbers = {name: args[at].item() for name, at in self._plan.numbers.items()}
         key = (choice.form, choice.calls, groups, tuple(choice.given), tuple(numbers.values()))
+        num_tokens = template.num_tokens
         variant = None
-        if choice.any_length:
-            batch = template.span_id.shape[0]
-            variant = self._variant((key, batch, choice.capacity), choice, inputs, numbers)
-        if variant is None or not variant.fits(sizes):
-            exactly = replace(choice, any_length=False, capacity=None)
-            variant = self._variant((key, sizes, template.num_tokens), exactly, inputs, numbers)
+        if choice.capacities is not None:
+            its_sizes = (history.batch, str(self._size_of_tokens(args, num_tokens)))
+            of_lengths = (key, its_sizes, choice.capacities)
+            variant = self._variant(of_lengths, choice, inputs, num_tokens, numbers)
+        if variant is None or not variant.fits(sizes, num_tokens):
+            exactly = replace(choice, capacities=None)
+            variant = self._variant((key, sizes, num_tokens), exactly, inputs, num_tokens, numbers)
         runs = [f"dense: {_DENSE_HEADS}"] * len(self._calls)
         for at, layout in zip(choice.calls, choice.layouts, strict=True):
             if self._profile.categories[layers[at]].any():
@@ -343,30 +349,59 @@ class CompiledGraph:
         key: object,
         choice: _Choice,
         inputs: Sequence[Any],
+        num_tokens: int,
         numbers: Mapping[str, float],
     ) -> CompiledForLengths:
         """Return the rewritten graph of a key, compiled with these inputs if it is new."""
         if key not in self._variants:
             size_of = self._plan.size_of(inputs)
             gm = self._rewrite(choice, size_of, numbers)
-            if choice.any_length:
-                variant = self._compile_for_lengths(gm, inputs)
+            if choice.capacities is not None:
+                variant = self._compile_for_lengths(gm, inputs, choice.given, num_tokens)
             else:
-                variant = CompiledForLengths(self._compile(gm, inputs), lambda sizes: True)
+                variant = CompiledForLengths(self._compile(gm, inputs), lambda *sizes: True)
             self._variants[key] = variant
             while len(self._variants) > _MAX_VARIANTS:
                 self._variants.popitem(last=False)
         self._variants.move_to_end(key)
         return self._variants[key]
 
-    def _compile_for_lengths(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> CompiledForLengths:
-        batch, length = self._plan.query_sizes
+    def _compile_for_lengths(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        given: Iterable[str],
+        num_tokens: int,
+    ) -> CompiledForLengths:
+        batch, _ = self._plan.query_sizes
         fixed = set() if isinstance(batch, int) else batch.node.expr.free_symbols
         values = {symbol: inputs[at] for symbol, at in self._plan.symbols.items()}
         fixed |= {symbol for symbol, value in values.items() if value < 2}
-        sizes = SymbolicSizes(values, fixed)
-        run = self._compile(gm, sizes.inputs(gm, inputs, length))
+        sizes = SymbolicSizes(values, fixed, self._size_of_tokens(inputs, num_tokens) or num_tokens)
+        appended = dict.fromkeys(TOKEN_INPUTS, sizes.num_tokens)
+        for name in given:
+            lower, upper, valid = given_inputs(name)
+            appended[lower], appended[valid] = map(sizes.size, self._given.sizes_of(name))
+            appended[upper] = appended[lower]
+        run = self._compile(gm, sizes.inputs(gm, inputs, appended))
         return CompiledForLengths(run, sizes.check())
+
+    def _size_of_tokens(self, args: Sequence[Any], num_tokens: int) -> torch.SymInt | None:
+        """Return which symbolic size of the graph the number of tokens is, if it is one of them."""
+        size_of = self._plan.size_of(args)
+        for call in self._calls:
+            for size in call.attention.lengths:
+                if isinstance(size, torch.SymInt) and size_of(size) == num_tokens:
+                    return size
+        return None
+
+    def _capacity(self, attention: Attention, args: Sequence[Any]) -> Capacity:
+        size_of, device = self._plan.size_of(args), self._plan.device
+        queries, keys = (
+            None if isinstance(size, int) else capacity_of(size_of(size), device)
+            for size in attention.lengths
+        )
+        return queries, keys
 
     def _rows_of(self, layers: Sequence[int], layouts: Sequence[Layout]) -> tuple[Tensor, Tensor]:
         """Return the heads of layers in the order of their layouts, and their categories."""
@@ -378,19 +413,12 @@ class CompiledGraph:
             self._rows[key] = heads.to(device), categories.to(device, torch.int32)
         return self._rows[key]
 
-    def _fits_any_length(
-        self, args: Sequence[Any], history: History, replaced: Sequence[int]
-    ) -> bool:
+    def _fits_any_length(self, given: Mapping[str, BaseMask], replaced: Sequence[int]) -> bool:
         """Whether a graph with these calls replaced can be compiled for many lengths."""
         calls = [self._calls[at] for at in replaced]
-        length = self._plan.query_sizes[1]
         sizes = [size for call in calls for size in call.attention.lengths]
-        return (
-            not isinstance(length, int)
-            and all(call.lifted.tier == 1 for call in calls)
-            and all(same_size(length, size) for size in sizes)
-            and self._plan.sizes(args)[1] == history.num_tokens
-        )
+        is_fixed = all(isinstance(size, int) for size in sizes)
+        return not is_fixed and all(_tier(call, given) == 1 for call in calls)
 
     def _form(
         self,
@@ -456,8 +484,7 @@ class CompiledGraph:
             form=choice.form,
             groups=[layout.groups for layout in choice.layouts],
             size_of=size_of,
-            any_length=choice.any_length,
-            capacity=choice.capacity,
+            capacities=choice.capacities,
             in_region=self._inner.takes_regions and len(attention) > 1,
             by_operator=self._inner.takes_regions and self._plan.device.type == "cpu",
         )

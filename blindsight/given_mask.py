@@ -60,6 +60,10 @@ class GivenMasks:
                 found[name] = mask
         return found
 
+    def sizes_of(self, name: str) -> tuple[int | torch.SymInt, int | torch.SymInt]:
+        """Return Q and K of the mask of this name, as the graph knows them."""
+        return next(attention.lengths for _, known, attention in self._inputs if known == name)
+
     def _look_at(
         self, mask: Tensor, *, batch: int, num_queries: int, num_keys: int
     ) -> BaseMask | None:
@@ -113,9 +117,14 @@ def intervals_of_elements(
     return BaseMask(lower, upper, valid)
 
 
+def given_inputs(name: str) -> tuple[str, ...]:
+    """Return the names of the inputs that hold the intervals of a mask: those of BaseMask."""
+    return tuple(f"{name}_{part}" for part in BaseMask._fields)
+
+
 def add_given_inputs(gm: fx.GraphModule, name: str) -> tuple[fx.Node, ...]:
-    """Append the inputs that hold the intervals of the mask of this name: those of BaseMask."""
-    return tuple(add_placeholder(gm, f"{name}_{part}") for part in BaseMask._fields)
+    """Append the inputs that hold the intervals of the mask of this name."""
+    return tuple(add_placeholder(gm, each) for each in given_inputs(name))
 
 
 def lifted_of_given(inputs: Sequence[fx.Node], before: fx.Node) -> Lifted:

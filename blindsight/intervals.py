@@ -131,19 +131,21 @@ def sorted_bounds(
 
 
 def stretched(
-    bounds: SortedBounds, order: TokenOrder, capacity: int
+    bounds: SortedBounds, order: TokenOrder, num_queries: int | None, num_keys: int | None
 ) -> tuple[SortedBounds, TokenOrder]:
-    """Return both for ``capacity`` sorted positions, of as many queries as keys.
+    """Return both for so many sorted positions of queries and keys; None: as many as there are.
 
     A position beyond the last has a token all the same, so that a gather fills it: the last one.
     Its row is empty, and no interval reaches its column.
     """
-    num_tokens = order.query.shape[1]
-    position = torch.arange(capacity, device=order.query.device)
-    inside, nearest = position < num_tokens, position.clamp(max=num_tokens - 1)
-    lower, upper = (torch.where(inside, side[..., nearest], 0) for side in bounds)
-    query, key = (tokens[:, nearest] for tokens in order[:2])
-    return SortedBounds(lower, upper), TokenOrder(query, key, order.inverse_query)
+    query, key, inverse_query = order
+    if num_queries is not None:
+        inside, nearest = _positions(query, num_queries)
+        bounds = SortedBounds(*(torch.where(inside, side[..., nearest], 0) for side in bounds))
+        query = query[:, nearest]
+    if num_keys is not None:
+        key = key[:, _positions(key, num_keys)[1]]
+    return bounds, TokenOrder(query, key, inverse_query)
 
 
 def allowed_sorted(
@@ -172,6 +174,13 @@ def allowed_sorted(
         | ((lower[b, sink, q] <= k) & (k < upper[b, sink, q]))
         | ((lower[b, span, q] <= k) & (k < upper[b, span, q]))
     )
+
+
+def _positions(tokens: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Return for positions ``[number]`` whether ``tokens [B, L]`` has them, and the nearest."""
+    length = tokens.shape[1]
+    position = torch.arange(number, device=tokens.device)
+    return position < length, position.clamp(max=length - 1)
 
 
 def _groups(span_id: Tensor, is_sink: Tensor, valid: Tensor) -> Tensor:

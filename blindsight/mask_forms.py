@@ -204,29 +204,28 @@ def sorted_mask(
     is_sink: Tensor,
     *,
     batch: int,
-    num_queries: int | None,
-    num_keys: int | None,
-    capacity: int | None = None,
+    num_queries: int,
+    num_keys: int,
+    query_capacity: int | None = None,
+    key_capacity: int | None = None,
 ) -> SortedMask:
     """Intersect a base mask in interval form with what each category keeps, tokens sorted.
 
     Args:
         form: The model's own mask, see :mod:`blindsight.base_mask`.
         span_id, is_sink: ``[B, T]``, the template.
-        batch, num_queries, num_keys: B, Q, K; None: T, whatever that is when a graph runs.
-        capacity: If given, of so many sorted positions the mask is, whatever T is: those beyond
-            hold a token that is already there, and see and show nothing. Then FlexAttention
-            computes on fixed sizes (its C++ kernel cannot do with symbolic ones) inside a graph
-            that does not.
+        batch, num_queries, num_keys: B, Q, K.
+        query_capacity, key_capacity: If given, of so many sorted positions the mask is, whatever
+            Q and K are when a graph runs: those beyond hold a token that is already there, and see
+            and show nothing. Then FlexAttention computes on fixed sizes (its C++ kernel cannot do
+            with symbolic ones) inside a graph that does not.
     """
-    num_queries = span_id.shape[1] if num_queries is None else num_queries
-    num_keys = span_id.shape[1] if num_keys is None else num_keys
     base, first_span = _lifted_base(form, span_id, batch, num_queries, num_keys)
     bounds, order = sorted_bounds(
         base, span_id, is_sink, num_queries, num_keys, first_span=first_span
     )
-    if capacity is not None:
-        bounds, order, num_keys = *stretched(bounds, order, capacity), capacity
+    bounds, order = stretched(bounds, order, query_capacity, key_capacity)
+    num_keys = order.key.shape[1]
     lower, upper = (realize(rows, span_id) for rows in bounds.rows())
     block_size = block_size_of(span_id.device)
     tables = tables_of_sorted(bounds, num_keys, block_size)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from blindsight.base_mask import Form
 from blindsight.block_tables import BlockTables, block_size_of
@@ -25,7 +25,7 @@ from blindsight.intervals import NUM_PARTS, TokenOrder
 from blindsight.mask_forms import OrderedMask, SortedMask, ordered_mask, sorted_mask
 from blindsight.masks import BaseMask, Keep
 
-_TENSOR = "tensor"  # stands for one in a form that is written as text
+_TENSOR, _NUMBER = "tensor", "number"  # stand for one in a form that is written as text
 
 
 def sorted_mask_by_operator(
@@ -34,9 +34,10 @@ def sorted_mask_by_operator(
     is_sink: Tensor,
     *,
     batch: int,
-    num_queries: int | None,
-    num_keys: int | None,
-    capacity: int | None = None,
+    num_queries: int,
+    num_keys: int,
+    query_capacity: int | None = None,
+    key_capacity: int | None = None,
 ) -> SortedMask:
     """As :func:`~blindsight.mask_forms.sorted_mask`."""
     if (written := _write(form)) is None:
@@ -47,11 +48,12 @@ def sorted_mask_by_operator(
             batch=batch,
             num_queries=num_queries,
             num_keys=num_keys,
-            capacity=capacity,
+            query_capacity=query_capacity,
+            key_capacity=key_capacity,
         )
-    text, tensors = written
+    sizes = (batch, num_queries, num_keys, query_capacity, key_capacity)
     query, key, inverse_query, lower, upper, *tables = _sorted_mask(
-        text, tensors, span_id, is_sink, batch, num_queries, num_keys, capacity
+        *written, span_id, is_sink, *sizes
     )
     order = TokenOrder(query, key, inverse_query)
     block_size = block_size_of(span_id.device)
@@ -72,8 +74,7 @@ def ordered_mask_by_operator(
         return ordered_mask(
             form, span_id, is_sink, batch=batch, num_queries=num_queries, num_keys=num_keys
         )
-    text, tensors = written
-    made = _ordered_mask(text, tensors, span_id, is_sink, batch, num_queries, num_keys)
+    made = _ordered_mask(*written, span_id, is_sink, batch, num_queries, num_keys)
     block_size = block_size_of(span_id.device)
     return OrderedMask(BaseMask(*made[:3]), Keep(*made[3:6]), BlockTables(*made[6:]), block_size)
 
@@ -82,21 +83,24 @@ def ordered_mask_by_operator(
 def _sorted_mask(
     form: str,
     tensors: Sequence[Tensor],
+    numbers: Sequence[int],
     span_id: Tensor,
     is_sink: Tensor,
     batch: int,
-    num_queries: int | None,
-    num_keys: int | None,
-    capacity: int | None,
+    num_queries: int,
+    num_keys: int,
+    query_capacity: int | None,
+    key_capacity: int | None,
 ) -> list[Tensor]:
     mask = sorted_mask(
-        _read(form, tensors),
+        _read(form, tensors, numbers),
         span_id,
         is_sink,
         batch=batch,
         num_queries=num_queries,
         num_keys=num_keys,
-        capacity=capacity,
+        query_capacity=query_capacity,
+        key_capacity=key_capacity,
     )
     return _own(*mask.order, mask.lower, mask.upper, *mask.tables)
 
@@ -105,17 +109,18 @@ def _sorted_mask(
 def _(
     form: str,
     tensors: Sequence[Tensor],
+    numbers: Sequence[int],
     span_id: Tensor,
     is_sink: Tensor,
     batch: int,
-    num_queries: int | None,
-    num_keys: int | None,
-    capacity: int | None,
+    num_queries: int,
+    num_keys: int,
+    query_capacity: int | None,
+    key_capacity: int | None,
 ) -> list[Tensor]:
-    tokens = span_id.shape[1] if num_queries is None else num_queries
-    queries = capacity or tokens
-    keys = capacity or (span_id.shape[1] if num_keys is None else num_keys)
-    positions = [(batch, size) for size in (queries, keys, tokens)]
+    queries = num_queries if query_capacity is None else query_capacity
+    keys = num_keys if key_capacity is None else key_capacity
+    positions = [(batch, size) for size in (queries, keys, num_queries)]
     return [
         *_empty(span_id, torch.int64, *positions),
         *_empty(span_id, torch.int32, *[(batch, NUM_CATEGORIES * NUM_PARTS, queries)] * 2),
@@ -127,6 +132,7 @@ def _(
 def _ordered_mask(
     form: str,
     tensors: Sequence[Tensor],
+    numbers: Sequence[int],
     span_id: Tensor,
     is_sink: Tensor,
     batch: int,
@@ -134,7 +140,7 @@ def _ordered_mask(
     num_keys: int,
 ) -> list[Tensor]:
     mask = ordered_mask(
-        _read(form, tensors),
+        _read(form, tensors, numbers),
         span_id,
         is_sink,
         batch=batch,
@@ -148,6 +154,7 @@ def _ordered_mask(
 def _(
     form: str,
     tensors: Sequence[Tensor],
+    numbers: Sequence[int],
     span_id: Tensor,
     is_sink: Tensor,
     batch: int,
@@ -181,30 +188,36 @@ def _empty_tables(like: Tensor, batch: int, num_queries: int, num_keys: int) -> 
     return _empty(like, torch.int32, num, blocks, num, blocks)
 
 
-def _write(form: Form) -> tuple[str, list[Tensor]] | None:
-    """Return a form as text, in which a number stands for each of its tensors, and those.
+def _write(form: Form) -> tuple[str, list[Tensor], list[int]] | None:
+    """Return a form as text, with places for its tensors and symbolic numbers, and those.
 
-    None if it holds a number that is not known yet.
+    None if it holds what a text cannot.
     """
     tensors: list[Tensor] = []
+    numbers: list[Any] = []
 
     def place(node: Any) -> Any:
-        if not isinstance(node, Tensor):
-            return node
-        tensors.append(node)
-        return _TENSOR, len(tensors) - 1
+        if isinstance(node, Tensor):
+            tensors.append(node)
+            return _TENSOR, len(tensors) - 1
+        if isinstance(node, SymInt):
+            numbers.append(node)
+            return _NUMBER, len(numbers) - 1
+        return node
 
     tree = _map(form, place)
     try:
-        return (repr(tree), tensors) if ast.literal_eval(repr(tree)) == tree else None
+        fits = ast.literal_eval(repr(tree)) == tree
     except (SyntaxError, ValueError):
         return None
+    return (repr(tree), tensors, numbers) if fits else None
 
 
-def _read(text: str, tensors: Sequence[Tensor]) -> Form:
+def _read(text: str, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Form:
     def fetch(node: Any) -> Any:
-        is_place = isinstance(node, tuple) and node[:1] == (_TENSOR,)
-        return tensors[node[1]] if is_place else node
+        if not isinstance(node, tuple) or node[:1] not in ((_TENSOR,), (_NUMBER,)):
+            return node
+        return (tensors if node[0] == _TENSOR else numbers)[node[1]]
 
     form: Form = _map(ast.literal_eval(text), fetch)
     return form

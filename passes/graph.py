@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 # Names in the operator module that write into their first argument.
 IN_PLACE_OPERATORS = {
@@ -203,6 +205,24 @@ def same_size(a: object, b: object) -> bool:
     if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
         return str(a) == str(b)
     return a == b
+
+
+def node_of_size(gm: fx.GraphModule, size: int | torch.SymInt) -> fx.Node | int:
+    """Return what computes a size of the graph from its symbolic inputs, where nodes are inserted.
+
+    Args:
+        gm: A graph of Dynamo's.
+        size: As a fake tensor of the graph has it.
+    """
+    if isinstance(size, int):
+        return size
+    symbols = {
+        node.meta["example_value"].node.expr: fx.Proxy(node)
+        for node in placeholders(gm)
+        if isinstance(node.meta.get("example_value"), torch.SymInt)
+    }
+    found = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr)
+    return found.node if isinstance(found, fx.Proxy) else int(found)
 
 
 def ancestors(node: fx.Node) -> Iterator[fx.Node]:

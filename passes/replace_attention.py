@@ -14,7 +14,7 @@ from blindsight.flex import constant_rows
 from blindsight.mask_forms import expressed_mask, materialised_mask, ordered_mask, sorted_mask
 from blindsight.mask_operator import ordered_mask_by_operator, sorted_mask_by_operator
 from blindsight.passes.find_attention import Attention
-from blindsight.passes.graph import add_placeholder, erase_unused, fake_tensor
+from blindsight.passes.graph import add_placeholder, erase_unused, fake_tensor, node_of_size
 from blindsight.passes.lift_mask import Lifted
 from blindsight.template import template_of_ids
 
@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 # The inputs that the pass appends, in this order.
 TOKEN_INPUTS = ("blindsight_span_id", "blindsight_is_sink")
 HEAD_INPUTS = ("blindsight_heads", "blindsight_categories")
+
+# Up to how many queries and keys attention is compiled for, the sizes being symbolic; None: for
+# any number of them, or for that of the graph, which is fixed.
+Capacity = tuple[int | None, int | None]
 
 
 class MaskForm(Enum):
@@ -72,8 +76,7 @@ def replace_attention_pass(
     form: MaskForm = MaskForm.SORTED,
     groups: Sequence[Sequence[Group]] | None = None,
     size_of: Callable[[int | torch.SymInt], int] = int,
-    any_length: bool = False,
-    capacity: int | None = None,
+    capacities: Sequence[Capacity] | None = None,
     inputs: Sequence[fx.Node] | None = None,
     in_region: bool = False,
     by_operator: bool = False,
@@ -97,9 +100,8 @@ def replace_attention_pass(
         groups: Of the heads of each call, see :mod:`blindsight.attention`; by default one call of
             FlexAttention for all heads.
         size_of: The value of a symbolic size; the graph is then for these sizes alone.
-        any_length: The graph is for every length: all masks must be lifted, to be sorted, and
-            over as many queries as keys as tokens.
-        capacity: With ``any_length``, the largest; None: there is none.
+        capacities: The graph is for every length: up to how many queries and keys each call may
+            have. All masks must be lifted, to be sorted. None: the graph is for the sizes at hand.
         inputs: Nodes that stand for the four inputs, before all others but the placeholders.
         in_region: Make of the attention one region that all layers alike share, which a compiler
             then compiles once.
@@ -118,12 +120,12 @@ def replace_attention_pass(
         proof = None if lifted is None else lifted[row]
         its_form = form.of(3 if proof is None else proof.tier)
         sizes = call.sizes(size_of)
+        num_queries, num_keys = call.lengths
         # Layers with the same base mask and number of keys share one mask and its tables.
-        shared = (call.attn_mask, call.is_causal, sizes["num_keys"])
+        number = sizes["num_keys"] if capacities is None else str(num_keys)
+        shared = (call.attn_mask, call.is_causal, number)
         if shared not in masks:
             options: dict[str, object] = {**sizes}
-            if any_length:
-                options |= {"num_queries": None, "num_keys": None, "capacity": capacity}
             if proof is None or its_form is MaskForm.MATERIALISED:
                 base: object = call.attn_mask
                 before = call.node
@@ -132,6 +134,10 @@ def replace_attention_pass(
                 base = proof.expression if its_form is MaskForm.EXPRESSED else proof.form
                 before = proof.before
             with gm.graph.inserting_before(before):
+                if capacities is not None:
+                    options["num_queries"] = node_of_size(gm, num_queries)
+                    options["num_keys"] = node_of_size(gm, num_keys)
+                    options["query_capacity"], options["key_capacity"] = capacities[row]
                 template = (base, span_id, is_sink)
                 masks[shared] = _call(gm, call, make_mask[its_form], template, options)
         of_call = (("all", call.num_heads),) if groups is None else tuple(groups[row])

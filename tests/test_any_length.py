@@ -191,7 +191,7 @@ def test_what_is_beyond_the_last_token_sees_and_shows_nothing(length: int) -> No
     is_sink = torch.zeros_like(span_id, dtype=torch.bool)
     base = causal_base(1, length, length, length)
     bounds, order = sorted_bounds(base, span_id, is_sink, length, length)
-    wide, wide_order = stretched(bounds, order, 100)
+    wide, wide_order = stretched(bounds, order, 100, 100)
     q, k = torch.arange(100)[:, None], torch.arange(100)
     codes, b = torch.arange(4, dtype=torch.int32), torch.zeros((), dtype=torch.int64)
     for head in range(4):
@@ -217,7 +217,7 @@ def test_new_symbols_are_not_mistaken_for_those_of_dynamo() -> None:
         env.create_symintnode(symbol, hint=value)
         for symbol, value in zip(symbols, values, strict=True)
     ]
-    new = SymbolicSizes(dict(zip(symbols, values, strict=True)), fixed={symbols[0]})
+    new = SymbolicSizes(dict(zip(symbols, values, strict=True)), fixed={symbols[0]}, num_tokens=7)
     fixed, *found = map(new.size, traced)
     assert fixed == values[0]
     assert len({size.node.expr for size in found}) == len(found)
