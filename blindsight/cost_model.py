@@ -156,9 +156,12 @@ class CallSize:
 
 def time_of_own(costs: Costs, size: CallSize) -> float:
     """Return the nanoseconds of a call as the model makes it."""
-    pairs = size.batch * size.num_heads * size.num_queries * size.num_keys
+    rows = size.batch * size.num_heads * size.num_queries
     scale = size.head_dim / HEAD_DIM
-    return scale * (pairs * costs.masked if size.is_masked else pairs / 2 * costs.causal)
+    if size.is_masked:
+        return scale * rows * size.num_keys * costs.masked
+    # Causal: keys beyond the queries (of a static cache) are cut off.
+    return scale * rows * min(size.num_queries, size.num_keys) / 2 * costs.causal
 
 
 def time_of_groups(

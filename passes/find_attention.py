@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,14 +146,18 @@ def find_attention(gm: fx.GraphModule, *, layer_pattern: str) -> list[Attention]
         if not _is_attention(node):
             continue
         call = {**_DEFAULTS, **dict(zip(_PARAMETERS, node.args, strict=False)), **node.kwargs}
+        key, value = (
+            _before_repeat(_before_cut(call[name], call), call["query"])
+            for name in ("key", "value")
+        )
         path, module_class = module_of(node)
         matched = re.search(layer_pattern, path)
         found.append(
             Attention(
                 node=node,
                 query=call["query"],
-                key=_before_repeat(call["key"], call["query"]),
-                value=_before_repeat(call["value"], call["query"]),
+                key=key,
+                value=value,
                 attn_mask=call["attn_mask"],
                 is_causal=bool(call["is_causal"]),
                 dropout_p=float(call["dropout_p"]),
@@ -280,6 +284,30 @@ def _same_heads(node: fx.Node, key: fx.Node) -> bool:
 
 def _is_view(node: fx.Node) -> bool:
     return node.target is operator.getitem or node.target in ("contiguous", "clone", "narrow")
+
+
+def _before_cut(cut: fx.Node, call: Mapping[str, Any]) -> fx.Node:
+    """Return ``[B, H, K, D]`` of which ``cut`` has the first Q keys, or itself.
+
+    Row i of a call with ``is_causal`` sees keys 0..i, which there are without the cut. It is what
+    transformers does to a static cache that a prompt fills.
+    """
+    if not call["is_causal"] or call["attn_mask"] is not None or cut.target is not operator.getitem:
+        return cut
+    whole, index = cut.args
+    query, before, after = map(fake_tensor, (call["query"], whole, cut))
+    everything = slice(None, None, None)
+    if not isinstance(whole, fx.Node) or not isinstance(index, tuple) or len(index) < 3:
+        return cut
+    if query is None or before is None or after is None or (before.dim(), after.dim()) != (4, 4):
+        return cut
+    is_of_keys = (
+        isinstance(index[2], slice)
+        and index[2].start in (None, 0)
+        and index[2].step in (None, 1)
+        and all(part == everything for part in (*index[:2], *index[3:]))
+    )
+    return whole if is_of_keys and same_size(after.shape[2], query.shape[2]) else cut
 
 
 def _before_repeat(repeated: fx.Node, query: fx.Node) -> fx.Node:

@@ -82,6 +82,12 @@ def recompiles_per_image(model: Any) -> bool:
     return cache_argument(model.model.forward) == "cache"
 
 
+def leave_vision_tower(model: Any) -> None:
+    """Have Dynamo leave the vision tower alone: tracing it would be most of a test's time."""
+    tower = getattr(model.model, "visual", None) or model.model.vision_tower
+    tower.forward = torch._dynamo.disable(tower.forward)
+
+
 def tiny_model(
     family: str,
     *,

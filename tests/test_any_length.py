@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import StaticCache
 
 import blindsight
 from blindsight import Profile, blindsight_backend
@@ -23,12 +25,16 @@ from models import (
     START_ID,
     VIDEO_ID,
     Image,
+    leave_vision_tower,
     make_inputs,
     recompiles_per_image,
+    split_turns,
     tiny_model,
 )
 from oracles import assert_close_to_reference, oracle_template, reference_copy, run_reference
+from test_exactness import case_of, run_in_chunks
 
+NIGHTLY = [pytest.mark.nightly, pytest.mark.inductor]
 CPU = torch.device("cpu")
 MIXED = [0, 1, 2, 3]
 
@@ -71,13 +77,20 @@ def prompts(family: str) -> list[dict[str, Tensor]]:
     ]
 
 
-def check(model: Any, profile: Profile, inputs: dict[str, Tensor], logits: Tensor) -> None:
+@cache
+def references(family: str) -> tuple[Any, Any]:
+    """A model that nobody compiles, and one in float64."""
+    model = tiny_model(family, num_layers=2)
+    return model, reference_copy(model)
+
+
+def check(family: str, profile: Profile, inputs: dict[str, Tensor], logits: Tensor) -> None:
     template = oracle_template(inputs["input_ids"], (IMAGE_ID, VIDEO_ID), (START_ID,), (END_ID,))
-    references = [
-        run_reference(m, profile.categories, *template, inputs, use_cache=False).logits
-        for m in (model, reference_copy(model))
+    expected = [
+        run_reference(model, profile.categories, *template, inputs, use_cache=False).logits
+        for model in references(family)
     ]
-    assert_close_to_reference(logits, *references, torch.ones_like(inputs["input_ids"]).bool())
+    assert_close_to_reference(logits, *expected, torch.ones_like(inputs["input_ids"]).bool())
 
 
 def skip_where_each_number_of_images_compiles(model: Any) -> None:
@@ -97,19 +110,106 @@ def test_the_second_length_is_the_last_to_be_compiled(
     family: str, inner: str, lowering: str
 ) -> None:
     model = tiny_model(family, num_layers=2)
-    if family != "gemma3":  # tracing this tower is most of a test's time
+    if family != "gemma3":
         skip_where_each_number_of_images_compiles(model)
-        model.model.visual.forward = torch._dynamo.disable(model.model.visual.forward)
+    leave_vision_tower(model)
     profile = Profile.for_model(model, [MIXED] * 2)
     counting = Counting(inner)
     backend = blindsight_backend(profile, inner=counting, lowering=lowering)
     compiled = torch.compile(model, backend=backend)
     counts = []
     for inputs in prompts(family):
-        check(model, profile, inputs, compiled(**inputs, use_cache=False).logits)
+        check(family, profile, inputs, compiled(**inputs, use_cache=False).logits)
         counts.append(counting.sparse)
     assert counts == [1, 2, 2, 2, 2, 2]
     assert {how for row in backend.report().rows for how in row.runs if "dense" in how} == set()
+
+
+def test_masks_that_come_ready_made_are_for_any_length() -> None:
+    """Qwen3-VL's layers are compiled one by one, and are handed the mask of the model."""
+    model = tiny_model("qwen3_vl", num_layers=2)
+    leave_vision_tower(model)
+    profile = Profile.for_model(model, [MIXED] * 2)
+    counting = Counting("aot_eager")
+    backend = blindsight_backend(profile, inner=counting, lowering="fused", model=model)
+    compiled = torch.compile(model, backend=backend)
+    counts = []
+    for inputs in prompts("qwen3_vl")[:4]:
+        check("qwen3_vl", profile, inputs, compiled(**inputs, use_cache=False).logits)
+        counts.append(counting.sparse)
+    assert counts == [1, 2, 2, 2]
+    rows = [row for row in backend.report().rows if row.runs]
+    assert {row.tier for row in rows} == {3}
+    assert {how for row in rows for how in row.runs} == {
+        "sparse, ordered, fused",  # the first, of a fixed length
+        "sparse, sorted, fused",
+    }
+
+
+def conversations(family: str) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """Prompts, and where their second turns begin, with an image in either."""
+    for extra in (0, 3, 11):
+        images = [Image(2, 5), Image(4, 3), Image(2, 2 + 2 * extra)]
+        if family == "gemma3":
+            images = [Image()] * 3
+        row: list[Any] = [5 + extra, images[0], 4, images[1], 7, images[2], 3 + 2 * extra]
+        inputs = make_inputs(family, [row], seed=extra, attention_mask=family != "qwen2_5_vl")
+        yield inputs, inputs["input_ids"].shape[1] - images[2].num_tokens - row[-1] - 4
+
+
+@pytest.mark.parametrize(
+    ("family", "cache", "inner", "counts"),
+    [
+        ("qwen2_5_vl", "dynamic", "aot_eager", [2, 4, 4]),
+        ("gemma3", "dynamic", "eager", [2, 4, 4]),  # one layer slides
+        # of a static cache the second turn is not compiled again: past tokens are no size of it
+        ("qwen2_5_vl", "static", "eager", [2, 3, 3]),
+        ("gemma3", "static", "eager", [2, 3, 3]),
+        # each layer for itself
+        pytest.param("qwen3_vl", "dynamic", "eager", [4, 8, 8], marks=pytest.mark.nightly),
+        pytest.param("qwen2_5_vl", "dynamic", "inductor", [2, 4, 4], marks=NIGHTLY),
+        pytest.param("gemma3", "dynamic", "inductor", [2, 4, 4], marks=NIGHTLY),
+        pytest.param("gemma3", "static", "inductor", [2, 3, 3], marks=NIGHTLY),
+    ],
+)
+def test_the_second_conversation_is_the_last_to_be_compiled(
+    family: str, cache: str, inner: str, counts: list[int]
+) -> None:
+    model = tiny_model(family, num_layers=2)
+    if family != "gemma3":
+        skip_where_each_number_of_images_compiles(model)
+    leave_vision_tower(model)
+    profile = Profile.for_model(model, [MIXED] * 2)
+    counting = Counting(inner)
+    backend = blindsight_backend(
+        profile, inner=counting, lowering="fused", model=model if family == "qwen3_vl" else None
+    )
+    compiled = torch.compile(model, backend=backend)
+    config = model.config.get_text_config()
+    found = []
+    for inputs, split in conversations(family):
+        made = StaticCache(config=config, max_cache_len=256) if cache == "static" else None
+        first, second = split_turns(model, inputs, split)
+        output = compiled(**first, past_key_values=made, use_cache=True)
+        logits = [output.logits]
+        output = compiled(**second, past_key_values=output.past_key_values, use_cache=True)
+        check(family, profile, inputs, torch.cat([*logits, output.logits], dim=1))
+        found.append(counting.sparse)
+    assert found == counts
+    assert "dense" not in str([row.runs for row in backend.report().rows])
+
+
+def test_chunks_of_one_length_share_a_graph() -> None:
+    """As servers cut long prompts: the queries are fixed, and the keys grow."""
+    case = case_of("qwen2_5_vl", torch.float32, "long")
+    counting = Counting("aot_eager")
+    backend = blindsight_backend(case.profile, inner=counting, lowering="fused")
+    logits, counts = [], []
+    for chunk in run_in_chunks(case, backend, [*range(0, case.num_tokens, 12), case.num_tokens]):
+        logits.append(chunk)
+        counts.append(counting.sparse)
+    case.check(torch.cat(logits, dim=1))
+    assert set(counts) == {0, 1}  # nothing of the first image's chunks is sparse
 
 
 def test_a_graph_that_dynamo_traces_again_is_reported_once() -> None:
@@ -127,7 +227,7 @@ def test_a_graph_that_dynamo_traces_again_is_reported_once() -> None:
     model.model.language_model.compile(backend=backend, dynamic=True)
     inputs = prompts("qwen2_5_vl")[0]
     logits = model(**inputs, use_cache=False).logits
-    check(tiny_model("qwen2_5_vl", num_layers=2), profile, inputs, logits)
+    check("qwen2_5_vl", profile, inputs, logits)
     assert len(tries) == 3  # the last is sparse
     assert [row.layer for row in backend.report().rows] == [0, 1]
 
@@ -141,15 +241,14 @@ def test_one_kernel_for_many_lengths() -> None:
     model.model.language_model.compile(backend=backend, dynamic=True)
     for inputs in prompts("qwen2_5_vl"):
         logits = model(**inputs, use_cache=False).logits
-        eager = tiny_model("qwen2_5_vl", num_layers=2)
-        check(eager, profile, inputs, logits)
+        check("qwen2_5_vl", profile, inputs, logits)
     assert counting.sparse == 1
 
 
 def test_after_a_warmup_no_attention_is_compiled() -> None:
     model = tiny_model("qwen2_5_vl", num_layers=2)
     skip_where_each_number_of_images_compiles(model)
-    model.model.visual.forward = torch._dynamo.disable(model.model.visual.forward)
+    leave_vision_tower(model)
     profile = Profile.for_model(model, [MIXED] * 2)
     counting = Counting("eager")
     backend = blindsight_backend(profile, inner=counting, lowering="fused")
@@ -158,7 +257,7 @@ def test_after_a_warmup_no_attention_is_compiled() -> None:
     backend.warmup(compiled, {**several[0], "use_cache": False}, [60, 64, 70])
     assert (counting.sparse, counting.dense) == (2, 2)  # for the first length, and for all
     for inputs in several[1:]:
-        check(model, profile, inputs, compiled(**inputs, use_cache=False).logits)
+        check("qwen2_5_vl", profile, inputs, compiled(**inputs, use_cache=False).logits)
         with blindsight.disabled():
             compiled(**inputs, use_cache=False)
     assert (counting.sparse, counting.dense) == (2, 2)

@@ -27,6 +27,7 @@ from models import (
     VIDEO_ID,
     Image,
     append_text,
+    full_position_ids,
     generation_options,
     make_inputs,
     split_turns,
@@ -378,21 +379,19 @@ def test_a_changed_cache_is_an_unknown_one(change: str) -> None:
 def test_chunks_that_cut_images_agree_with_the_whole(family: str) -> None:
     """No row depends on what comes after it, so a prompt may be cut anywhere."""
     case = case_of(family, torch.float32, "one_row")
+    backend = blindsight_backend(case.profile, inner="eager", lowering="fused")
+    chunks = run_in_chunks(case, backend, [0, 9, 10, 23, 31, case.num_tokens])
+    case.check(torch.cat(list(chunks), dim=1))
+
+
+def run_in_chunks(case: Case, backend: Any, edges: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Yield the logits of one part of a prompt after the other, of a Qwen."""
+    embeds, positions = embeddings_of(case), full_position_ids(case.model, case.inputs)
     text, head = case.model.model.language_model, case.model.lm_head
-    embeds = embeddings_of(case)
-    positions = case.model.model.get_rope_index(
-        case.inputs["input_ids"],
-        mm_token_type_ids=case.inputs["mm_token_type_ids"],
-        image_grid_thw=case.inputs["image_grid_thw"],
-        attention_mask=case.inputs["attention_mask"],
-    )[0]
     torch._dynamo.reset()
-    compiled = torch.compile(
-        text, backend=blindsight_backend(case.profile, inner="eager", lowering="fused")
-    )
+    compiled = torch.compile(text, backend=backend)
     cache = DynamicCache(config=text.config)
-    logits = []
-    for start, stop in itertools.pairwise([0, 9, 10, 23, 31, case.num_tokens]):
+    for start, stop in itertools.pairwise(edges):
         with use_template(case.span_id[:, :stop], case.is_sink[:, :stop]):
             output = compiled(
                 inputs_embeds=embeds[:, start:stop],
@@ -401,8 +400,7 @@ def test_chunks_that_cut_images_agree_with_the_whole(family: str) -> None:
                 past_key_values=cache,
                 use_cache=True,
             )
-        logits.append(head(output.last_hidden_state))
-    case.check(torch.cat(logits, dim=1))
+        yield head(output.last_hidden_state)
 
 
 def embeddings_of(case: Case) -> torch.Tensor:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_manager import PassManager
+from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight import Profile, blindsight_backend
 from blindsight.passes import GraphPass, SparseAttention, sparse_attention_pass
-from blindsight.passes.find_attention import count_attention
+from blindsight.passes.find_attention import count_attention, find_attention
 from blindsight.passes.graph import copy_graph_module
 from decoders import (
     OTHER_PROMPT,
@@ -363,6 +364,40 @@ def test_what_is_left_alone(qwen: Any) -> None:
     torch._dynamo.reset()
     compile_with(torch.sin, note(SparseAttention(profile_of(qwen))))(torch.ones(2))
     assert modified == [False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("kept", "is_causal", "is_undone"),
+    [
+        (slice(7), True, True),
+        (slice(0, 7), True, True),
+        (slice(7), False, False),  # then the keys beyond would be seen
+        (slice(6), True, False),  # then the last query would see one more
+        (slice(1, 8), True, False),
+        (slice(0, 14, 2), True, False),
+    ],
+)
+def test_keys_are_known_as_they_are_in_a_static_cache(
+    kept: slice, is_causal: bool, is_undone: bool
+) -> None:
+    """transformers repeats the keys, and cuts off those that the cache has no token for yet."""
+    graphs: list[fx.GraphModule] = []
+
+    def prefill(query: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        repeated = cache[:, :, None].expand(-1, -1, 2, -1, -1).reshape(1, 4, 20, 8)
+        keys = repeated[:, :, kept, :]
+        return scaled_dot_product_attention(query, keys, keys, is_causal=is_causal)
+
+    def note(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(prefill, backend=note)(torch.ones(1, 4, 7, 8), torch.ones(1, 2, 20, 8))
+    (call,) = find_attention(graphs[0], layer_pattern=r"(\d+)")
+    assert (call.key.op == "placeholder") == is_undone
+    assert call.key is call.value
+    assert call.lengths == (7, 20 if is_undone else len(range(20)[kept]))
 
 
 def test_auto_is_the_backends(qwen: Any) -> None:

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from blindsight import HeadCategory, Profile, blindsight_backend
 from blindsight.base_mask import CAUSAL, Form
@@ -14,6 +16,7 @@ from blindsight.inner import Inner
 from blindsight.mask_forms import ordered_mask, sorted_mask
 from blindsight.mask_operator import (
     _ordered_mask,
+    _read,
     _sorted_mask,
     _write,
     ordered_mask_by_operator,
@@ -51,7 +54,7 @@ def test_the_operator_makes_the_same_mask(template: Any, is_windowed: bool, is_s
     sizes = {"batch": span_id.shape[0], "num_queries": length, "num_keys": length}
     pairs = [(ordered_mask, ordered_mask_by_operator, sizes)]
     if is_stretched:
-        sizes = {**sizes, "num_queries": None, "num_keys": None, "capacity": length + 70}
+        sizes = {**sizes, "query_capacity": length + 70, "key_capacity": length + 9}
     pairs.append((sorted_mask, sorted_mask_by_operator, sizes))
     for traced, by_operator, its_sizes in pairs:
         expected, found = (tensors_of(make(*given_, **its_sizes)) for make in (traced, by_operator))
@@ -66,11 +69,23 @@ def test_what_a_compiler_is_told_of_the_operator_is_so(template: Any) -> None:
     span_id, is_sink = template.span_id, template.is_sink
     length = span_id.shape[1]
     checks = ("test_schema", "test_faketensor")
-    text, tensors = _write(windowed(span_id))
-    args = (text, tensors, span_id, is_sink, span_id.shape[0])
-    torch.library.opcheck(_ordered_mask, (*args, length, length), test_utils=checks)
-    for sizes in ((length, length, None), (None, None, length + 70)):
-        torch.library.opcheck(_sorted_mask, (*args, *sizes), test_utils=checks)
+    args = (*_write(windowed(span_id)), span_id, is_sink, span_id.shape[0], length, length)
+    torch.library.opcheck(_ordered_mask, args, test_utils=checks)
+    for capacities in ((None, None), (length + 70, length + 9), (None, length)):
+        torch.library.opcheck(_sorted_mask, (*args, *capacities), test_utils=checks)
+
+
+def test_numbers_that_are_not_known_yet_are_arguments_of_the_operator() -> None:
+    env = ShapeEnv()
+    symbol = env.create_symbol(7, ConstantSource("past"), dynamic_dim=DimDynamic.DYNAMIC)
+    past = env.create_symintnode(symbol, hint=7)
+    valid = torch.ones(3)
+    row = ("add", ("index", "q"), past)
+    text, tensors, numbers = _write(("and", ("upper", row), ("valid", valid), ("lower", row)))
+    assert tensors == [valid] and numbers == [past, past] and not env.guards
+    read = _read(text, tensors, [7, 8])
+    assert read[1][1] == ("add", ("index", "q"), 7) and read[3][1][2] == 8
+    assert read[2][1] is valid
 
 
 def test_a_form_that_is_not_all_known_is_traced() -> None:

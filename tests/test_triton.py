@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import without_gpu
 from blindsight import Profile, blindsight_backend
@@ -18,6 +19,7 @@ from blindsight.attention import attend
 from blindsight.base_mask import CAUSAL
 from blindsight.flex import kernel_options_of
 from blindsight.mask_forms import expressed_mask, materialised_mask, ordered_mask, sorted_mask
+from blindsight.passes.replace_attention import Capacity
 from blindsight.template import find_sinks
 from decoders import DecoderWithHead, check_decoder, decoder_prompt
 from models import Image, tiny_model
@@ -129,20 +131,22 @@ def attention(
     base: str,
     order: str,
     batch: int,
-    length: int | None,
-    capacity: int | None = None,
-    *,
-    past: int = 0,
+    capacity: Capacity = (None, None),
 ) -> Callable[..., Tensor]:
-    """One fused call; without a length, for all up to the capacity, if there is one."""
+    """One fused call; whatever is symbolic of its sizes up to the capacity, if there is one."""
 
     def mask_of(
-        span_id: Tensor, is_sink: Tensor, valid: Tensor, ids: Tensor, allowed: Tensor
+        num_queries: int,
+        num_keys: int,
+        span_id: Tensor,
+        is_sink: Tensor,
+        valid: Tensor,
+        ids: Tensor,
+        allowed: Tensor,
     ) -> Any:
         template: Any = (span_id, is_sink)
-        sizes: dict[str, Any] = {"batch": batch, "num_queries": length, "num_keys": length}
-        if length is not None:
-            sizes["num_queries"] -= past
+        past = span_id.shape[1] - num_queries
+        sizes = {"batch": batch, "num_queries": num_queries, "num_keys": num_keys}
         if order == "materialised":
             return materialised_mask(allowed, *template, **sizes)
         if order == "expressed":
@@ -150,7 +154,9 @@ def attention(
         form = form_of(base, valid, ids, past)
         if order == "ordered":
             return ordered_mask(form, *template, **sizes)
-        return sorted_mask(form, *template, **sizes, capacity=capacity)
+        return sorted_mask(
+            form, *template, **sizes, query_capacity=capacity[0], key_capacity=capacity[1]
+        )
 
     def call(
         query: Tensor,
@@ -163,7 +169,7 @@ def attention(
         ids: Tensor,
         allowed: Tensor,
     ) -> Tensor:
-        mask = mask_of(span_id, is_sink, valid, ids, allowed)
+        mask = mask_of(query.shape[2], key.shape[2], span_id, is_sink, valid, ids, allowed)
         heads = torch.arange(4, device=query.device)
         return attend(query, key, value, mask, heads, codes, (("all", 4),))
 
@@ -217,7 +223,7 @@ def run_one(
     base: str, order: str, batch: int, length: int, mix: str, past: int, dtype: str
 ) -> tuple[float, float]:
     inputs = inputs_of(batch, length, 32, getattr(torch, dtype), mix, base, past)
-    function = attention(base, order, batch, length, past=past)
+    function = attention(base, order, batch)
     (found,) = without_gpu.compile_for_gpu(function, inputs)(*inputs)
     return errors_of(found, base, inputs)
 
@@ -233,16 +239,23 @@ def run_all() -> list[Any]:
     return results
 
 
-def run_many(base: str, batch: int, lengths: list[int], capacity: int | None) -> list[float]:
-    """One program at several lengths."""
-    inputs = inputs_of(batch, lengths[0], 32, torch.float32, "each", base)
-    function = attention(base, "sorted", batch, None, capacity)
-    run = without_gpu.compile_for_gpu(function, inputs, any_length=lengths[0])
-    errors = []
-    for length in lengths:
-        inputs = inputs_of(batch, length, 32, torch.float32, "each", base)
-        (found,) = run(*inputs)
-        errors.append(errors_of(found, base, inputs)[0])
+def run_many(
+    prompts: list[tuple[int, int]], num_keys: int | None, capacity: Capacity
+) -> list[float]:
+    """One program at several lengths, after several numbers of tokens in a cache."""
+    run, errors = None, []
+    for length, past in prompts:
+        inputs = inputs_of(1, length, 32, torch.float32, "each", past=past)
+        given = inputs
+        if num_keys is not None:  # of a static cache; what is not filled must not be seen
+            kept = (pad(x, (0, 0, 0, num_keys - length), value=1e4) for x in inputs[1:3])
+            given = [inputs[0], *kept, *inputs[3:]]
+        if run is None:
+            function = attention("causal", "sorted", 1, capacity)
+            sizes = {length, length - past}
+            run = without_gpu.compile_for_gpu(function, given, symbolic=sorted(sizes))
+        (found,) = run(*given)
+        errors.append(errors_of(found, "causal", inputs)[0])
     return errors
 
 
@@ -262,17 +275,22 @@ def test_the_kernels_compute_what_the_masks_mean(in_process: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "capacity"),
+    ("lengths", "pasts", "num_keys", "capacity"),
     [
-        ([203, 131, 129, 290, 384], None),
-        pytest.param([203, 131, 64, 290, 17], 512, marks=pytest.mark.nightly),
+        ([203, 131, 129, 290, 384], [0] * 5, None, (None, None)),
+        # what comes after a cache that has grown, and after one of fixed length
+        ([290, 203, 384], [101, 60, 205], None, (None, None)),
+        pytest.param([203, 131, 64, 290, 17], [0] * 5, None, (512, 512), marks=pytest.mark.nightly),
+        pytest.param([290, 300, 203], [101, 11, 60], 384, (None, None), marks=pytest.mark.nightly),
+        pytest.param([290, 203, 384], [101, 200, 5], 512, (512, None), marks=pytest.mark.nightly),
     ],
 )
-def test_one_kernel_at_five_lengths(
-    in_process: Any, lengths: list[int], capacity: int | None
+def test_one_kernel_at_many_lengths(
+    in_process: Any, lengths: list[int], pasts: list[int], num_keys: int | None, capacity: Any
 ) -> None:
-    errors = in_process("test_triton:run_many", "causal", 1, lengths, capacity, interpret=True)
-    assert len(errors) == 5 and max(errors) < 5e-6
+    prompts = list(zip(lengths, pasts, strict=True))
+    errors = in_process("test_triton:run_many", prompts, num_keys, capacity, interpret=True)
+    assert len(errors) == len(lengths) and max(errors) < 5e-6
 
 
 def run_with_a_fault() -> float:
@@ -366,9 +384,8 @@ LENGTH = 2000  # more than 4 heads of 256 have: no buffer of a call is as large 
 
 def assemble_one(order: str, head_dim: int, any_length: bool) -> dict[str, Any]:
     inputs = inputs_of(1, LENGTH, head_dim, torch.bfloat16, "each")
-    length = None if any_length else LENGTH
-    function = attention("causal", order, 1, length)
-    return _found(without_gpu.lower(function, inputs, any_length=LENGTH if any_length else None))
+    symbolic = [LENGTH] if any_length else []
+    return _found(without_gpu.lower(attention("causal", order, 1), inputs, symbolic=symbolic))
 
 
 def assemble_eager(head_dim: int) -> dict[str, Any]:

@@ -415,35 +415,36 @@ def on_gpu(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
 
 
 def compile_for_gpu(
-    function: Callable[..., Any], inputs: Sequence[Tensor], *, any_length: int | None = None
+    function: Callable[..., Any], inputs: Sequence[Tensor], *, symbolic: Sequence[int] = ()
 ) -> Callable[..., Any]:
     """Compile a function of tensors; the result takes CPU tensors.
 
     Args:
         function: Returns a tensor, or several.
         inputs: Like those that it will be called with.
-        any_length: A size that is to be symbolic wherever it occurs; the others are fixed.
+        symbolic: Sizes that are to be symbolic wherever they occur; the others are fixed.
     """
     graph = fx.Graph()
     names = [graph.placeholder(f"x{at}") for at in range(len(inputs))]
     graph.output((graph.call_function(function, tuple(names)),))
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    if any_length is None:
-        fake = [on_gpu(x, mode) for x in inputs]
-    else:
-        fake = _of_any_length(inputs, any_length, mode)
+    fake = _with_symbols(inputs, symbolic, mode) if symbolic else [on_gpu(x, mode) for x in inputs]
     with torch.no_grad(), tracing(TracingContext(mode)):
         return _compile_fx(fx.GraphModule({}, graph), fake)
 
 
-def _of_any_length(inputs: Sequence[Tensor], length: int, mode: FakeTensorMode) -> list[Tensor]:
+def _with_symbols(
+    inputs: Sequence[Tensor], symbolic: Sequence[int], mode: FakeTensorMode
+) -> list[Tensor]:
     env = mode.shape_env
-    source = ConstantSource("length")
-    symbol = env.create_symbol(length, source, dynamic_dim=DimDynamic.DYNAMIC)
-    size = env.create_symintnode(symbol, hint=length, source=source)
+    sizes: dict[int, Any] = {}
+    for size in symbolic:
+        source = ConstantSource(f"size_{size}")
+        symbol = env.create_symbol(size, source, dynamic_dim=DimDynamic.DYNAMIC)
+        sizes[size] = env.create_symintnode(symbol, hint=size, source=source)
     with mode:
         return [
-            torch.empty([size if n == length else n for n in x.shape], dtype=x.dtype, device="cuda")
+            torch.empty([sizes.get(n, n) for n in x.shape], dtype=x.dtype, device="cuda")
             for x in inputs
         ]
 
@@ -514,11 +515,11 @@ class _Written(BaseException):
 
 
 def lower(
-    function: Callable[..., Any], inputs: Sequence[Tensor], *, any_length: int | None = None
+    function: Callable[..., Any], inputs: Sequence[Tensor], *, symbolic: Sequence[int] = ()
 ) -> Program:
     """Return the program of a function, see :func:`compile_for_gpu`."""
     with written(only=True) as programs:
-        compile_for_gpu(function, inputs, any_length=any_length)
+        compile_for_gpu(function, inputs, symbolic=symbolic)
     (program,) = programs
     return program
 
