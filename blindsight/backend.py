@@ -20,7 +20,7 @@ from blindsight.passes.contract import PassList
 from blindsight.passes.find_attention import is_token_ids
 from blindsight.profile import Profile
 from blindsight.report import Report
-from blindsight.runtime import Runtime
+from blindsight.runtime import Runtime, compact
 from blindsight.state import BackendState
 from blindsight.warmup import warm_up
 
@@ -41,7 +41,7 @@ class BlindsightBackend:
     ) -> None:
         self.__name__ = "blindsight"
         self.inner = Inner(inner, inner_options, passes.identities)
-        runtime = Runtime(profile.rule, range(profile.num_layers), strict=strict)
+        runtime = Runtime(profile.rule, profile.layers, strict=strict)
         self.state = BackendState(profile, strict, lowering, runtime, passes)
         self._lock = threading.Lock()
         self._num_graphs = 0
@@ -64,7 +64,7 @@ class BlindsightBackend:
     def report(self) -> Report:
         """Return what became of every attention call that was compiled so far."""
         state = self.state
-        missing = sorted(set(range(state.profile.num_layers)) - state.runtime.met)
+        missing = sorted(state.runtime.layers - state.runtime.met)
         return Report(tuple(state.verdicts), tuple(missing))
 
     def warmup(
@@ -99,13 +99,15 @@ class BlindsightBackend:
     def _attach(self, model: nn.Module) -> None:
         model = getattr(model, "_orig_mod", model)
         profile = self.state.profile
-        profile.validate(model, shard_is_fine=True)
+        profile.validate(model, part_is_fine=True)
         layer_map = LayerMap(model, profile.rule.layer_pattern)
-        if len(layer_map) != profile.num_layers:
+        if layer_map.layers != set(profile.layers):
             raise ValueError(
-                f"model must have attention parameters in {profile.num_layers} layers at "
-                f"{profile.rule.layer_pattern!r}, found {len(layer_map)}. Give the whole model, or "
-                "a rule whose layer_pattern matches its parameter names."
+                f"model must have attention parameters in layers {compact(profile.layers)} at "
+                f"{profile.rule.layer_pattern!r}, found "
+                f"{compact(sorted(layer_map.layers)) or 'none'}. "
+                "Give the whole model, or a rule whose layer_pattern matches its parameter names; "
+                "of a pipeline stage, profile.stage(first, stop, keeps_numbers=...)."
             )
         self.state.layer_map = layer_map
         self._hooks = watch_forward(model, self.state.runtime)

@@ -33,7 +33,7 @@ from blindsight.passes.replace_attention import (
 )
 from blindsight.passes.share_layers import share_layers_pass
 from blindsight.plan import PlannedCall, plan_graph
-from blindsight.runtime import History, explicit_template, is_disabled
+from blindsight.runtime import History, is_disabled
 from blindsight.state import BackendState
 
 _MAX_VARIANTS = 64  # compiled forms of one graph; the least recently used are dropped
@@ -157,9 +157,8 @@ class CompiledGraph:
         batch, num_queries, num_keys = self._plan.sizes(args)
         past, past_is_known = self._past(args, num_queries, num_keys)
         pending = self._runtime.pending
-        history: History | None
-        if (template := explicit_template()) is not None:
-            history = self._runtime.explicit_history(template)
+        history = explicit = self._runtime.explicit_history()
+        if history is not None:
             expected = self._num_tokens(args, past, past_is_known, num_queries, num_keys)
             if expected is not None and (batch, expected) != (history.batch, history.num_tokens):
                 raise ValueError(
@@ -179,7 +178,7 @@ class CompiledGraph:
                 )
             history = self._runtime.history(pending, past) if past_is_known else None
             unknown = "the tokens already in the cache are not known"
-        is_text = template is None and pending is not None and pending.is_text
+        is_text = explicit is None and pending is not None and pending.is_text
         if is_disabled():
             return history, "disabled"
         if is_text:
@@ -204,7 +203,7 @@ class CompiledGraph:
         pending = self._runtime.pending
         # Reading a counter on a device waits for it: not for a decoded token.
         decodes = pending is not None and pending.is_text and num_queries == 1
-        matters = explicit_template() is not None or not decodes
+        matters = self._runtime.explicit_history() is not None or not decodes
         length = int(args[cache.length]) if cache.length is not None and matters else None
         if cache.before is None:
             return None, length == 0 or (length is None and num_keys == num_queries)

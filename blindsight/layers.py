@@ -27,8 +27,10 @@ class LayerMap:
         self._layers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self._refresh()
 
-    def __len__(self) -> int:
-        return len({layer for _, layer in self._layers.values()})
+    @property
+    def layers(self) -> set[int]:
+        """The numbers of all layers."""
+        return {layer for _, layer in self._layers.values()}
 
     @property
     def model(self) -> nn.Module | None:

@@ -34,6 +34,7 @@ from blindsight.passes.graph import (
 from blindsight.passes.lift_mask import Lifted, lift_mask
 from blindsight.profile import Profile
 from blindsight.report import Verdict
+from blindsight.runtime import compact
 from blindsight.shards import is_distributed_tensor, shard_of_call, sharded_weights
 from blindsight.state import BackendState
 
@@ -196,10 +197,11 @@ class _Planner:
                 "begins inside the decoder and may serve several layers. Give the model: "
                 "blindsight_backend(profile, model=model)"
             )
-        if layer is not None and layer >= self._profile.num_layers:
+        if layer is not None and layer not in self._profile.layers:
             return None, self._refuse(
-                f"attention at {where} is layer {layer}, but the profile has "
-                f"{self._profile.num_layers} layers. Use the profile of this model"
+                f"attention at {where} is layer {layer}, but the profile is of layers "
+                f"{compact(self._profile.layers)}. Use the profile of this model, or of this stage "
+                "of a pipeline: profile.stage(first, stop, keeps_numbers=...)"
             )
         head_dim = int(self._profile.fingerprint["head_dim"])
         if attention.head_dim is not None and attention.head_dim != head_dim:

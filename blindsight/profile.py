@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -174,22 +175,78 @@ class Profile:
             model=self.model,
         )
 
-    def validate(self, model_or_config: Any, *, shard_is_fine: bool = False) -> None:
+    def stage(self, first: int, stop: int, *, keeps_numbers: bool) -> Profile:
+        """Return the profile of the layers ``first <= layer < stop``: those of a pipeline stage.
+
+        Args:
+            first, stop: Numbers of layers.
+            keeps_numbers: Whether the layers of the stage are still numbered as in the whole model
+                (``layers.8`` is the ninth). If not, they are numbered from 0.
+
+        Raises:
+            ValueError: There are no such layers, or the profile is of a stage already.
+        """
+        if "stage" in self.fingerprint:
+            raise ValueError(
+                f"profile must be of all layers, got stage {self.fingerprint['stage']}. Take the "
+                "stage of the whole profile."
+            )
+        if not 0 <= first < stop <= self.num_layers:
+            raise ValueError(
+                f"first < stop must be in 0..{self.num_layers}, got {first} and {stop}."
+            )
+        if (first, stop) == (0, self.num_layers):
+            return self
+        own = {**self.fingerprint, "stage": f"{first}:{stop}/{self.num_layers}"}
+        if keeps_numbers:
+            categories = torch.zeros_like(self.categories)
+            categories[first:stop] = self.categories[first:stop]
+            evidence = self.evidence
+        else:
+            types = own["layer_types"].split(",")[first:stop]
+            own |= {"num_layers": str(stop - first), "layer_types": ",".join(types)}
+            categories = self.categories[first:stop]
+            evidence = {name: values[first:stop] for name, values in self.evidence.items()}
+        return Profile(
+            categories,
+            rule=self.rule,
+            fingerprint=own,
+            evidence=evidence,
+            calibration=self.calibration,
+            model=self.model,
+        )
+
+    @property
+    def layers(self) -> range:
+        """The numbers of the layers that it is of, as the model numbers them."""
+        stage = _stage_of(self.fingerprint)
+        if stage is None or stage.num_layers != self.num_layers:
+            return range(self.num_layers)
+        return range(stage.first, stage.stop)
+
+    def validate(self, model_or_config: Any, *, part_is_fine: bool = False) -> None:
         """Check that the profile was made for this model.
 
         Args:
             model_or_config: A transformers model, its config, or anything with ``.config``.
-            shard_is_fine: Whether the profile may be of a part of the model's heads, from
-                :meth:`shard`.
+            part_is_fine: Whether the profile may be of a part of the model's heads and layers,
+                from :meth:`shard` and :meth:`stage`.
 
         Raises:
             ValueError: It was not; the message names every field that differs.
         """
         found = _fingerprint_of(model_or_config)
         ours = dict(self.fingerprint)
-        if shard_is_fine and (shard := ours.pop("shard", None)) is not None:
+        if part_is_fine and (shard := ours.pop("shard", None)) is not None:
             for name in ("num_heads", "num_kv_heads"):
                 ours[name] = str(int(ours[name]) * int(shard.partition("/")[2]))
+        if part_is_fine and (stage := _stage_of(ours)) is not None:
+            del ours["stage"]
+            types = found["layer_types"].split(",")
+            # A stage may have the config of the whole model, or one of its own.
+            if len(types) == stage.num_layers != self.num_layers:
+                own_types = types[stage.first : stage.stop]
+                found |= {"num_layers": str(len(own_types)), "layer_types": ",".join(own_types)}
         different = [
             f"profile has {name}={ours.get(name)}, model has {name}={found.get(name)}"
             for name in dict.fromkeys([*FINGERPRINT, *found, *ours])
@@ -355,6 +412,18 @@ def _check_format(metadata: Mapping[str, str]) -> None:
 def _check_keys(name: str, mapping: Mapping[str, str], keys: tuple[str, ...]) -> None:
     if missing := [key for key in keys if key not in mapping]:
         raise ValueError(f"{name} must have {', '.join(keys)}, got no {', '.join(missing)}.")
+
+
+class _Stage(NamedTuple):
+    first: int
+    stop: int
+    num_layers: int  # of the whole model
+
+
+def _stage_of(fingerprint: Mapping[str, str]) -> _Stage | None:
+    if "stage" not in fingerprint:
+        return None
+    return _Stage(*map(int, re.split("[:/]", fingerprint["stage"])))
 
 
 def _fingerprint_of(model_or_config: Any) -> dict[str, str]:

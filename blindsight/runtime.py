@@ -27,7 +27,7 @@ from blindsight.template import Template, TemplateRule, find_runs_problem
 
 T = TypeVar("T")
 
-_template: ContextVar[Template | None] = ContextVar("blindsight_template", default=None)
+_given: ContextVar[_Given | None] = ContextVar("blindsight_template", default=None)
 _disabled: ContextVar[bool] = ContextVar("blindsight_disabled", default=False)
 
 
@@ -45,14 +45,17 @@ def use_template(span_id: Tensor, is_sink: Tensor) -> Iterator[None]:
         is_sink: ``[B, T]`` bool, the tokens kept visible across images.
 
     Raises:
-        ValueError: The tensors do not describe spans; the message says where.
+        ValueError: The tensors do not describe spans; the message says where. Or, at the end, a
+            strict backend has run some layers of its profile under this template, and not all.
     """
-    template = _checked_template(span_id, is_sink)
-    token = _template.set(template)
+    given = _Given(_checked_template(span_id, is_sink))
+    token = _given.set(given)
     try:
         yield
     finally:
-        _template.reset(token)
+        _given.reset(token)
+    for runtime, forward in given.forwards.items():
+        runtime.check_explicit(forward)
 
 
 @contextmanager
@@ -144,6 +147,22 @@ class History:
 
 
 @dataclass
+class _Forward:
+    """What a backend did under a template given by hand."""
+
+    history: History
+    served: set[int] = field(default_factory=set)
+
+
+@dataclass
+class _Given:
+    """A template given by hand."""
+
+    template: Template
+    forwards: dict[Runtime, _Forward] = field(default_factory=dict)
+
+
+@dataclass
 class _Pending:
     """The tokens of the forward under way in one thread."""
 
@@ -164,7 +183,6 @@ class _Pending:
 class _Thread(threading.local):
     pending: _Pending | None = None
     decoder_ran: bool = False  # in the backend's graphs, since it last ended
-    explicit: tuple[Template, History] | None = None
 
 
 class TensorNotes(Generic[T]):
@@ -260,17 +278,36 @@ class Runtime:
             pending.joined[id(past)] = (past, joined)
         return pending.joined[id(past)][1]
 
-    def explicit_history(self, template: Template) -> History:
-        """Return the history of a template given by hand, one for all graphs of a call."""
-        known = self._thread.explicit
-        if known is None or known[0] is not template:
-            known = self._thread.explicit = (template, History(self.rule, template=template))
-        return known[1]
+    def explicit_history(self) -> History | None:
+        """Return the history of the template given by hand, one for all graphs; None: none is."""
+        given = _given.get()
+        if given is None:
+            return None
+        if self not in given.forwards:
+            given.forwards[self] = _Forward(History(self.rule, template=given.template))
+        return given.forwards[self].history
+
+    def check_explicit(self, forward: _Forward) -> None:
+        """Complain of layers that did not run here under a template given by hand."""
+        missing = sorted(self.layers - forward.served)
+        if not missing or is_disabled() or not forward.history.restricts_queries_from(0):
+            return
+        message = (
+            f"the attention of layers {compact(missing)} of the profile did not run through this "
+            f"backend under the template, layers {compact(sorted(forward.served)) or 'none'} did. "
+            "If this is a stage of a pipeline, give its backend the stage's profile: "
+            "profile.stage(first, stop, keeps_numbers=...)."
+        )
+        if self.strict:
+            raise ValueError(message[0].upper() + message[1:])
+        self.warn_once(message)
 
     def serve(self, layers: Sequence[int]) -> None:
         """Take note that these layers of the forward under way have run."""
-        pending = self._thread.pending
+        pending, given = self._thread.pending, _given.get()
         self._thread.decoder_ran = True
+        if given is not None and self in given.forwards:
+            given.forwards[self].served.update(layers)
         if pending is not None:
             pending.served.update(layers)
             if pending.served >= self.layers:
@@ -350,10 +387,6 @@ def version_of(tensor: Tensor) -> int | None:
 
 def is_disabled() -> bool:
     return _disabled.get()
-
-
-def explicit_template() -> Template | None:
-    return _template.get()
 
 
 def compact(numbers: Sequence[int]) -> str:

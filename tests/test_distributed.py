@@ -339,7 +339,7 @@ def test_a_shard_has_the_rows_of_its_heads() -> None:
     assert profile.shard(0, 1) is profile
     with pytest.raises(ValueError, match=r"profile has num_heads=2, model has num_heads=4"):
         shards[0].validate(tiny_model("qwen2_5_vl"))
-    shards[0].validate(tiny_model("qwen2_5_vl"), shard_is_fine=True)
+    shards[0].validate(tiny_model("qwen2_5_vl"), part_is_fine=True)
     for arguments, message in (
         ((2, 2), r"rank must be in 0\.\.1, got 2"),
         ((-1, 2), r"rank must be in 0\.\.1, got -1"),

@@ -101,7 +101,7 @@ def test_a_model_whose_dense_heads_are_apart(
     assert found["runs"] == ["sparse, sorted, split"]
 
 
-def run_turns(family: str) -> dict[str, Any]:
+def run_turns(family: str, any_length: bool) -> dict[str, Any]:
     """On a static cache: Dynamo does not trace a dynamic one's first tensor on this device."""
     case = Case(family, torch.float32, "two_turns")
     split = case.num_tokens - Image().num_tokens - 3
@@ -109,7 +109,7 @@ def run_turns(family: str) -> dict[str, Any]:
     made = StaticCache(config=config, max_cache_len=case.num_tokens + 9)
     first, second = split_turns(case.model, case.inputs, split)
     with as_on_gpu("SORTED"):
-        model, backend = case.compile("inductor")
+        model, backend = case.compile("inductor", dynamic=any_length)
         output = model(**first, past_key_values=made, use_cache=True)
         case.check(output.logits, slice(0, split))
         output = model(**second, past_key_values=output.past_key_values, use_cache=True)
@@ -118,8 +118,9 @@ def run_turns(family: str) -> dict[str, Any]:
 
 
 @NIGHTLY
+@pytest.mark.parametrize("any_length", [False, True])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
-def test_a_second_turn(in_process: Any, family: str) -> None:
-    found = in_process("test_triton_models:run_turns", family, interpret=True)
+def test_a_second_turn(in_process: Any, family: str, any_length: bool) -> None:
+    found = in_process("test_triton_models:run_turns", family, any_length, interpret=True)
     assert found["sparse"]
     assert found["runs"] == ["sparse, sorted, fused"]

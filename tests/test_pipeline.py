@@ -1,0 +1,129 @@
+"""Stages of a pipeline: each has the profile of its own layers."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+
+from blindsight import Profile, blindsight_backend, use_template
+from decoders import PROMPT, check_decoder, decoder_prompt, template_of
+from models import tiny_model
+from stages import CATEGORIES, NUM_LAYERS, Stage, compile_stages
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Any:
+    return tiny_model("qwen2_5_vl", num_layers=NUM_LAYERS)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, torch.Tensor]:
+    return decoder_prompt([PROMPT])
+
+
+@pytest.mark.parametrize("keeps_numbers", [False, True])
+def test_stages_are_as_the_whole_model(qwen: Any, inputs: Any, keeps_numbers: bool) -> None:
+    first, middle, last = compile_stages(qwen, [0, 1, 3, 4], keeps_numbers=keeps_numbers)
+    hidden = first(inputs["input_ids"])  # which tells where the images are
+    with use_template(*template_of(inputs["input_ids"])):
+        logits = last(middle(hidden))
+    check_decoder(qwen, Profile.for_model(qwen, CATEGORIES), inputs, logits)
+
+
+@pytest.mark.parametrize("keeps_numbers", [False, True])
+def test_a_stage_with_the_profile_of_all_layers(
+    qwen: Any, inputs: Any, keeps_numbers: bool
+) -> None:
+    """Layers that are numbered anew would be taken for the first ones."""
+    profile = Profile.for_model(qwen, CATEGORIES)
+    stage = Stage(qwen, 1, 3, keeps_numbers=keeps_numbers)
+    compiled = torch.compile(stage, backend=blindsight_backend(profile, inner="eager"))
+    hidden = torch.randn(*inputs["input_ids"].shape, 64)
+    missing = "0, 3" if keeps_numbers else "2-3"
+    template = template_of(inputs["input_ids"])
+    with (
+        pytest.raises(ValueError, match=f"layers {missing} of the profile did not run.*stage"),
+        use_template(*template),
+    ):
+        compiled(hidden)
+    backend = blindsight_backend(profile, inner="eager", strict=False)
+    compiled = torch.compile(stage, backend=backend)
+    with pytest.warns(match=f"layers {missing} of the profile"), use_template(*template):
+        compiled(hidden)
+
+
+@pytest.mark.parametrize("keeps_numbers", [False, True])
+def test_a_stage_that_is_numbered_otherwise(qwen: Any, inputs: Any, keeps_numbers: bool) -> None:
+    own = Profile.for_model(qwen, CATEGORIES).stage(2, 4, keeps_numbers=keeps_numbers)
+    stage = Stage(qwen, 2, 4, keeps_numbers=not keeps_numbers)
+    compiled = torch.compile(stage, backend=blindsight_backend(own, inner="eager"))
+    number, ours = ("1", "2-3") if keeps_numbers else ("3", "0-1")
+    with (
+        pytest.raises(ValueError, match=f"is layer {number}, but.*of layers {ours}"),
+        use_template(*template_of(inputs["input_ids"])),
+    ):
+        compiled(torch.randn(*inputs["input_ids"].shape, 64))
+
+
+def test_the_profile_of_a_stage(qwen: Any, tmp_path: Path) -> None:
+    whole = Profile.for_model(qwen, CATEGORIES)
+    anew, kept = (whole.stage(1, 3, keeps_numbers=keeps) for keeps in (False, True))
+    assert anew.categories.tolist() == CATEGORIES[1:3] and anew.layers == range(2)
+    assert kept.categories.tolist() == [[0] * 4, *CATEGORIES[1:3], [0] * 4]
+    assert kept.layers == range(1, 3) and whole.layers == range(4)
+    assert len({profile.digest for profile in (whole, anew, kept)}) == 3
+    assert whole.stage(0, 4, keeps_numbers=False) is whole
+    for profile in (anew, kept):
+        profile.save(tmp_path / "stage.safetensors")
+        assert Profile.load(tmp_path / "stage.safetensors").layers == profile.layers
+        part = profile.shard(1, 2)
+        assert part.categories.equal(profile.categories[:, 2:]) and part.layers == profile.layers
+        for valid in (profile, part):
+            valid.validate(qwen, part_is_fine=True)
+            with pytest.raises(ValueError, match="stage"):
+                valid.validate(qwen)
+    of_a_shard = whole.shard(1, 2).stage(1, 3, keeps_numbers=False)
+    assert of_a_shard.digest == anew.shard(1, 2).digest
+    anew.validate(tiny_model("qwen2_5_vl", num_layers=2), part_is_fine=True)  # a config of its own
+    with pytest.raises(ValueError, match="num_layers=4"):
+        kept.validate(tiny_model("qwen2_5_vl", num_layers=2), part_is_fine=True)
+    with pytest.raises(ValueError, match="got stage 1:3/4"):
+        anew.stage(0, 1, keeps_numbers=False)
+    for first, stop in ((2, 2), (-1, 2), (2, 5)):
+        with pytest.raises(ValueError, match=f"0..4, got {first} and {stop}"):
+            whole.stage(first, stop, keeps_numbers=True)
+
+
+@pytest.mark.skipif(
+    not distributed.is_available() or not distributed.is_gloo_available(),
+    reason="needs torch.distributed with gloo",
+)
+def test_pipelining_of_torch(qwen: Any, inputs: Any, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2", str(TESTS / "stages.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    logits = torch.load(tmp_path / "logits.pt")
+    check_decoder(qwen, Profile.for_model(qwen, CATEGORIES), inputs, logits)
