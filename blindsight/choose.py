@@ -59,12 +59,14 @@ class Choice:
     """How to compute the calls of a graph.
 
     Attributes:
-        layouts: One per call, or None: the model's own graph is estimated to be faster.
+        layouts: One per call.
         reasons: What was estimated of each call, for the report; "" where nothing was.
+        dense_is_faster: Whether the model's own graph is estimated to be.
     """
 
-    layouts: tuple[Layout, ...] | None
+    layouts: tuple[Layout, ...]
     reasons: tuple[str, ...]
+    dense_is_faster: bool
 
 
 def best_form(
@@ -152,7 +154,7 @@ def choose_layouts(
         reasons.append(f"{told}, {dense / 1e6:.3g} ms dense")
     too_little = _MIN_CALLS_SAVED * costs.call * len(calls)
     is_slower = lowering is Lowering.AUTO and max(time * _MIN_GAIN, time + too_little) > own
-    return Choice(None if is_slower else tuple(layouts), tuple(reasons))
+    return Choice(tuple(layouts), tuple(reasons), is_slower)
 
 
 def _table_bytes(layout: Layout, size: CallSize, block_size: int) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from blindsight.any_length import CompiledForLengths, SymbolicSizes, capacity_of
 from blindsight.block_tables import block_size_of
-from blindsight.choose import ChoosableCall, best_form, choose_layouts
+from blindsight.choose import Choice, ChoosableCall, best_form, choose_layouts
 from blindsight.cost_model import CallSize, costs_of
 from blindsight.data_check import DataCheck
 from blindsight.given_mask import GivenMasks, add_given_inputs, given_inputs, lifted_of_given
@@ -33,6 +33,7 @@ from blindsight.passes.replace_attention import (
 )
 from blindsight.passes.share_layers import share_layers_pass
 from blindsight.plan import PlannedCall, plan_graph
+from blindsight.profile import Profile
 from blindsight.runtime import History, is_disabled
 from blindsight.state import BackendState
 
@@ -260,46 +261,54 @@ class CompiledGraph:
     ) -> _Choice | None:
         """Return how to run a prompt sparse; None where dense is estimated to be faster."""
         given = self._given.read(args)
-        categories = [tuple(self._profile.categories[layer].tolist()) for layer in layers]
+        # The ranks of a tensor-parallel model decide alike, as one process with all heads would:
+        # dense on one and sparse on another would be neither.
+        whole = self._state.profile.categories[list(layers)]
         # Dense layers are replaced, too, where their mask is known: it need not be built.
         replaced = tuple(
             at
             for at, call in enumerate(self._calls)
-            if call.layer is None or any(categories[at]) or _tier(call, given) == 1
+            if call.layer is None or whole[at].any() or _tier(call, given) == 1
         )
         any_length = self._fits_any_length(given, replaced)
-        form = self._form(args, history, [layers[at] for at in replaced], given, any_length)
+        form = self._form(args, history, whole[list(replaced)], given, any_length)
         # Only dense heads can do with less than FlexAttention.
-        has_dense_heads = any(0 in categories[at] for at in replaced)
+        has_dense_heads = bool((whole[list(replaced)] == 0).any())
         is_causal = (
             self._data.plain_causal(args, given) if has_dense_heads else [False] * len(self._calls)
         )
-        size_of = self._plan.size_of(args)
-        device = self._plan.device
-        calls = []
-        for at in replaced:
-            call, attention = self._calls[at], self._calls[at].attention
-            num_heads, num_key_heads, head_dim = attention.head_sizes
-            size = CallSize(
-                num_heads=num_heads,
-                num_key_heads=num_key_heads,
-                head_dim=head_dim,
-                is_masked=attention.attn_mask is not None,
-                **attention.sizes(size_of),
+        size_of, device = self._plan.size_of(args), self._plan.device
+
+        def choose(profile: Profile) -> Choice:
+            parts = profile.num_heads // self._profile.num_heads
+            calls = []
+            for at in replaced:
+                call, attention = self._calls[at], self._calls[at].attention
+                num_heads, num_key_heads, head_dim = attention.head_sizes
+                size = CallSize(
+                    num_heads=num_heads * parts,
+                    num_key_heads=num_key_heads * parts,
+                    head_dim=head_dim,
+                    is_masked=attention.attn_mask is not None,
+                    **attention.sizes(size_of),
+                )
+                categories = tuple(profile.categories[layers[at]].tolist())
+                its_form = form.of(_tier(call, given))
+                calls.append(ChoosableCall(categories, its_form, is_causal[at], size))
+            return choose_layouts(
+                calls,
+                history,
+                lowering=self._state.lowering,
+                costs=costs_of(device, self._plan.dtype),
+                block_size=block_size_of(device),
+                num_threads=torch.get_num_threads() if device.type == "cpu" else 1,
             )
-            its_form = form.of(_tier(call, given))
-            calls.append(ChoosableCall(categories[at], its_form, is_causal[at], size))
-        choice = choose_layouts(
-            calls,
-            history,
-            lowering=self._state.lowering,
-            costs=costs_of(device, self._plan.dtype),
-            block_size=block_size_of(device),
-            num_threads=torch.get_num_threads() if device.type == "cpu" else 1,
-        )
+
+        choice = choose(self._profile)
         for at, reason in zip(replaced, choice.reasons, strict=True):
             self._calls[at].verdict.estimate = reason
-        if choice.layouts is None:
+        is_whole = self._profile is self._state.profile
+        if (choice if is_whole else choose(self._state.profile)).dense_is_faster:
             return None
         capacities = None
         if any_length and form is MaskForm.SORTED:
@@ -423,11 +432,14 @@ class CompiledGraph:
         self,
         args: Sequence[Any],
         history: History,
-        layers: Sequence[int],
+        categories: Tensor,
         given: Mapping[str, BaseMask],
         any_length: bool,
     ) -> MaskForm:
-        """Choose the form of this prompt's masks that are known as intervals."""
+        """Choose the form of this prompt's masks that are known as intervals.
+
+        ``categories [N, H]`` are those of the calls that are replaced.
+        """
         for call in self._calls:
             if (tier := _tier(call, given)) != 1:
                 how = "evaluated" if tier == 2 else "read"
@@ -447,7 +459,7 @@ class CompiledGraph:
         return best_form(
             history,
             num_queries,
-            self._profile.categories[list(layers)],
+            categories,
             costs=costs_of(self._plan.device, self._plan.dtype),
             block_size=block_size_of(self._plan.device),
         )

@@ -4,16 +4,20 @@ import io
 import json
 import sys
 import warnings
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import all_reduce
 from transformers.distributed import DistributedConfig
 
-from blindsight import Profile, blindsight_backend, use_template
+from blindsight import Profile, blindsight_backend, compiled_graph, use_template
+from blindsight.choose import choose_layouts
 from blindsight.cli import main as command_line
 from blindsight.measure import Prober
 from blindsight.passes import sparse_attention_pass
@@ -106,10 +110,12 @@ def run_backend(
     lowering: str = "fused",
     only_text: bool = False,
     is_padded: bool = True,
+    gains_from: float | None = None,
 ) -> dict[str, Any]:
     """One prompt, sparse, in one of several ways to say whose heads they are.
 
-    With ``only_text`` the text model alone is compiled, which is faster.
+    With ``only_text`` the text model alone is compiled, which is faster. With ``gains_from``
+    sparse attention is said to be faster from that share of sparse heads on.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     if how.startswith("by hand"):
@@ -153,12 +159,26 @@ def run_backend(
     elif "unknown class" not in how:
         model.compile(backend=backend)
     try:
-        with use_template(*template_of(inputs)) if only_text else nullcontext():
+        with (
+            use_template(*template_of(inputs)) if only_text else nullcontext(),
+            nullcontext() if gains_from is None else estimates(gains_from),
+        ):
             logits = model(**inputs, use_cache=False).logits
     except ValueError as error:
         return {"error": str(error)}
     categories = [v.categories for v in backend.state.verdicts if v.rewritten]
     return {"logits": logits, "runs": runs_of(backend), "categories": categories}
+
+
+@contextmanager
+def estimates(gains_from: float) -> Iterator[None]:
+    def choose(calls: Any, *args: Any, **options: Any) -> Any:
+        is_sparse = [code > 0 for call in calls for code in call.categories]
+        slower = sum(is_sparse) < gains_from * len(is_sparse)
+        return replace(choose_layouts(calls, *args, **options), dense_is_faster=slower)
+
+    with mock.patch.object(compiled_graph, "choose_layouts", choose):
+        yield
 
 
 def runs_of(backend: Any) -> dict[str, int]:

@@ -71,9 +71,13 @@ def results(folder: Path, name: str, size: int = NUM_RANKS) -> list[Any]:
 
 # Tensor parallel.
 
+# Of all heads 3 in 4 are sparse; half of rank 0's, and all of rank 1's.
+AUTO = {"family": "qwen2_5_vl", "how": "graph", "lowering": "auto", "only_text": True}
 SPLIT = [
     {"name": "qwen2_5_vl graph", "family": "qwen2_5_vl", "how": "graph"},
     {"name": "gemma3 graph", "family": "gemma3", "how": "graph"},
+    {**AUTO, "name": "auto", "gains_from": 0.6},
+    {**AUTO, "name": "auto, dense", "gains_from": 0.8},
     {"name": "wrong shard", "family": "qwen2_5_vl", "how": "wrong shard", "only_text": True},
 ]
 BY_HAND = [
@@ -214,6 +218,14 @@ def test_each_rank_takes_its_own_heads(ranks: Path, family: str) -> None:
 
 
 @needs_accelerate
+def test_ranks_decide_alike_whether_sparse_is_faster(ranks: Path) -> None:
+    """As one process would, not each by the heads that it has."""
+    for result in check_sparse(ranks, "auto", "qwen2_5_vl"):
+        assert all(how.startswith("sparse") for how in result["runs"])
+    for result in results(ranks, "auto, dense"):
+        assert result["runs"] == {"dense: estimated to be faster than sparse": 2}
+
+
 def test_another_ranks_shard_is_an_error(ranks: Path) -> None:
     for rank, result in enumerate(results(ranks, "wrong shard")):
         assert f"must be shard {rank} of 2 for the weights of attention" in result["error"]

@@ -1,0 +1,184 @@
+"""On a GPU: real kernels, CUDA graphs, and what copies by CUDA streams.
+
+Skipped without one. ``BLINDSIGHT_GPU_TESTS=cpu`` rehearses them on a CPU, but for what needs CUDA.
+"""
+
+import copy
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, StaticCache
+
+from blindsight import Profile, blindsight_backend
+from models import FAMILIES, Image, generation_options, make_inputs, split_turns, tiny_model
+from oracles import (
+    assert_close_to_reference,
+    generate_reference,
+    reference_copy,
+    run_reference,
+)
+from test_any_length import Counting
+from test_exactness import Case, case_of, model_of, template_of
+
+DEVICE = os.environ.get("BLINDSIGHT_GPU_TESTS", "cuda")
+pytestmark = [
+    pytest.mark.inductor,
+    pytest.mark.skipif(
+        DEVICE == "cuda" and not torch.cuda.is_available(),
+        reason="needs a GPU that CUDA sees",
+    ),
+]
+needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs and streams are CUDA's own")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    # Qwen3-VL's layers are compiled one by one, and again for every shape.
+    with torch._dynamo.config.patch(recompile_limit=64), torch.no_grad():
+        yield
+
+
+def to_device(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+
+
+def compiled(case: Case, **options: Any) -> tuple[Any, Any]:
+    """Return a case's model, compiled on the device, and its backend."""
+    model = copy.deepcopy(case.model).to(DEVICE)
+    backend = blindsight_backend(
+        case.profile,
+        model=model if case.family == "qwen3_vl" else None,
+        **{"lowering": "fused", **options},
+    )
+    return torch.compile(model, backend=backend), backend
+
+
+def how_it_ran(backend: Any) -> set[str]:
+    return {how for row in backend.report().rows for how in row.runs}
+
+
+@pytest.mark.parametrize("lowering", ["fused", "split"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill(family: str, dtype: torch.dtype, lowering: str) -> None:
+    """One length, another one (from which on the graph is for any), and a batch with padding."""
+    cases = [case_of(family, dtype, name) for name in ("one_row", "long", "left_padding")]
+    model, backend = compiled(cases[0], lowering=lowering)
+    for case in cases:
+        case.check(model(**to_device(case.inputs), use_cache=False).logits.cpu())
+        assert case.differs_from_dense()
+    assert all(how.startswith("sparse") for how in how_it_ran(backend))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_turns(family: str, cache: str) -> None:
+    case = case_of(family, torch.float32, "two_turns")
+    config = case.model.config.get_text_config()
+    made: Any = DynamicCache(config=config)
+    if cache == "static":
+        made = StaticCache(config=config, max_cache_len=case.num_tokens + 9)
+    model, backend = compiled(case)
+    split = case.num_tokens - Image().num_tokens - 3
+    for turn, tokens in zip(
+        split_turns(case.model, case.inputs, split),
+        (slice(0, split), slice(split, None)),
+        strict=True,
+    ):
+        output = model(**to_device(turn), past_key_values=made, use_cache=True)
+        case.check(output.logits.cpu(), tokens)
+    assert all(how.startswith("sparse") for how in how_it_ran(backend))
+
+
+def test_thirty_prompts_compile_attention_no_more_than_their_sizes_ask() -> None:
+    """Short ones share a graph, and so do long ones; nothing after the third of either."""
+    model = tiny_model("qwen2_5_vl", num_layers=2)
+    profile = Profile.for_model(model, [[0, 1, 2, 3]] * 2)
+    counting = Counting("inductor")
+    backend = blindsight_backend(profile, inner=counting, lowering="fused", model=model)
+    references = model, reference_copy(model)
+    on_device = copy.deepcopy(model).to(DEVICE)
+    on_device.model.language_model.compile(backend=backend)
+    counts = []
+    for number in range(30):
+        num_images = 2 + number % 7 + (30 if number % 2 else 0)
+        row = [piece for image in range(num_images) for piece in (3 + image % 5, Image(4, 8))]
+        inputs = make_inputs("qwen2_5_vl", [[*row, 5 + number]], seed=number)
+        logits = on_device(**to_device(inputs), use_cache=False).logits.cpu()
+        if number % 5 == 0:
+            template = template_of(inputs)
+            expected = [
+                run_reference(m, profile.categories, *template, inputs, use_cache=False).logits
+                for m in references
+            ]
+            valid = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+            assert_close_to_reference(logits, *expected, valid)
+        counts.append(counting.sparse)
+    assert counts[-1] == counts[5] <= 4
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        "dynamic",
+        "static",
+        pytest.param("offloaded", marks=needs_cuda),
+        pytest.param("offloaded_static", marks=needs_cuda),
+    ],
+)
+def test_generate(cache: str) -> None:
+    case = case_of("qwen2_5_vl", torch.float32, "left_padding")
+    options = generation_options(cache)
+    plain = {name: value for name, value in options.items() if name != "cache_implementation"}
+    args = case.model, case.categories, case.span_id, case.is_sink, case.inputs
+    expected = generate_reference(*args, **plain)
+    model = copy.deepcopy(case.model).to(DEVICE)
+    backend = blindsight_backend(case.profile, lowering="fused", model=model)
+    model.compile(backend=backend)
+    found = model.generate(**to_device(case.inputs), **options)
+    assert torch.equal(found.sequences.cpu(), expected.sequences)
+    for one, other in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(one.cpu(), other, atol=1e-3, rtol=1e-3)
+    assert any(how.startswith("sparse") for how in how_it_ran(backend))
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param("reduce-overhead", marks=needs_cuda), "max-autotune-no-cudagraphs"]
+)
+def test_modes(mode: str) -> None:
+    """Run often enough for CUDA graphs to be recorded and replayed, prompts in turn."""
+    cases = [case_of("qwen2_5_vl", torch.bfloat16, name) for name in ("one_row", "long")]
+    model, backend = compiled(cases[0], mode=mode)
+    inputs = [to_device(case.inputs) for case in cases]
+    for _ in range(4):
+        for case, its in zip(cases, inputs, strict=True):
+            case.check(model(**its, use_cache=False).logits.cpu())
+    assert all(how.startswith("sparse") for how in how_it_ran(backend))
+    assert not counters["inductor"]["cudagraph_skips"]
+
+
+@needs_cuda
+def test_float8_weights() -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="of the extra 'compose'")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU with float8")
+    case = case_of("qwen2_5_vl", torch.bfloat16, "left_padding")
+    model = copy.deepcopy(model_of("qwen2_5_vl", torch.bfloat16)).to(DEVICE)
+    config = quantization.Float8WeightOnlyConfig()
+    quantization.quantize_(model.model.language_model, config)
+    args = case.categories, case.span_id.to(DEVICE), case.is_sink.to(DEVICE)
+    inputs = to_device(case.inputs)
+    expected = run_reference(model, *args, inputs, use_cache=False).logits.cpu()
+    backend = blindsight_backend(case.profile, lowering="fused", model=model)
+    found = torch.compile(model, backend=backend)(**inputs, use_cache=False).logits.cpu()
+    # As close as the quantised model is to itself without quantisation.
+    scale = (expected - case.reference)[case.valid].abs().max()
+    assert (found - expected)[case.valid].abs().max() < scale
+    assert how_it_ran(backend) == {"sparse, sorted, fused"} or how_it_ran(backend)
