@@ -192,6 +192,8 @@ def erase_unused(gm: fx.GraphModule, candidates: list[fx.Node]) -> None:
 
 def acts(node: fx.Node) -> bool:
     """Whether a node may have an effect other than its result."""
+    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
+        return True
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     name = getattr(node.target, "__name__", "")

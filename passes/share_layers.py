@@ -206,7 +206,7 @@ def _is_pure(node: fx.Node) -> bool:
     """Whether a call does nothing but return what follows from its arguments."""
     if node.op not in ("call_function", "call_method"):
         return True
-    if acts(node) or node.kwargs.get("inplace") or "out" in node.kwargs:
+    if acts(node):
         return False
     if node.op == "call_method":
         return True
