@@ -1,7 +1,7 @@
 """What sparse attention costs besides attention: masks, moves, compiling, and compiling again.
 
     python bench/overhead.py [--device cuda] [--dtype bfloat16] [--tokens 4096 16384]
-                             [--parts work compile recompile]
+                             [--parts work compile recompile turns]
 
 work: bounds and block tables of four categories (once per prompt), moving tokens into their order
 and back (once per layer), and one decoder layer, beside each other.
@@ -9,6 +9,7 @@ compile: the first call of a plain torch.compile and of each lowering, less a la
 caches are off.
 recompile: 30 prompts of random lengths and numbers of images; which of them compile attention
 again, and how long they take.
+turns: the same of 30 conversations, the last third of the images in a second turn on a cache.
 
 A Qwen2.5-VL decoder of a real model's widths and random weights. Appends a row for each measurement
 to bench/results/overhead.jsonl.
@@ -33,8 +34,9 @@ from prefill import SHAPES, decoder, forward, inputs_of, prompt_of
 from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
+from transformers import DynamicCache
 
-from blindsight import Profile, TemplateRule, blindsight_backend
+from blindsight import Profile, TemplateRule, blindsight_backend, use_template
 from blindsight.attention import _take_tokens
 from blindsight.base_mask import CAUSAL
 from blindsight.inner import Inner
@@ -152,24 +154,24 @@ def measure_compile(bench: Bench, size: int) -> list[dict[str, Any]]:
     return found[1:]
 
 
-def measure_recompiles(bench: Bench, number: int, longest: int) -> list[dict[str, Any]]:
+def measure_recompiles(bench: Bench, part: str, number: int, longest: int) -> list[dict[str, Any]]:
     torch._dynamo.reset()
     draw = random.Random(0)
     counted = Counting()
     backend = blindsight_backend(bench.profile, lowering="fused", inner=counted)
     compiled = torch.compile(bench.model, backend=backend)
     found = []
-    for at in tqdm(range(number), desc="recompile"):
+    for at in tqdm(range(number), desc=part):
         image = draw.choice((64, 128, 256))
         images = draw.randint(2, max(2, longest // (image + 2 + 16)))
         config = Config(images, image, draw.randint(1, 16))
         inputs, template = inputs_of(bench.model, config)
+        run = partial(forward if part == "recompile" else converse, compiled, inputs, template)
         before = counted.number
-        seconds = bench.seconds(partial(forward, compiled, inputs, template))
-        again = bench.seconds(partial(forward, compiled, inputs, template))
+        seconds, again = bench.seconds(run), bench.seconds(run)
         found.append(
             {
-                "part": "recompile",
+                "part": part,
                 "prompt": at,
                 "tokens": config.num_tokens,
                 "num_images": images,
@@ -179,6 +181,22 @@ def measure_recompiles(bench: Bench, number: int, longest: int) -> list[dict[str
             }
         )
     return found
+
+
+def converse(module: Any, inputs: dict[str, Any], template: Sequence[Tensor]) -> None:
+    """Run a prompt in two turns."""
+    cache = DynamicCache(config=module.config)
+    span_id = template[0][0]
+    begin = int((span_id == 1 + int(span_id.max()) * 2 // 3).nonzero()[0])
+    for past, stop in ((0, begin), (begin, len(span_id))):
+        with use_template(*(x[:, :stop] for x in template)):
+            module(
+                inputs_embeds=inputs["inputs_embeds"][:, past:stop],
+                attention_mask=inputs["attention_mask"][:, :stop],
+                position_ids=inputs["position_ids"][..., past:stop],
+                past_key_values=cache,
+                use_cache=True,
+            )
 
 
 class Counting:
@@ -206,7 +224,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=30)
     parser.add_argument("--longest", type=int, default=4000)
     parser.add_argument("--repeats", type=int, default=5)
-    parts = ("work", "compile", "recompile")
+    parts = ("work", "compile", "recompile", "turns")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     arguments = parser.parse_args()
     told = {**conditions(), "device": arguments.device}
@@ -216,8 +234,9 @@ def main() -> None:
         rows += measure_work(bench, arguments.tokens)
     if "compile" in arguments.parts:
         rows += measure_compile(bench, arguments.compile_tokens)
-    if "recompile" in arguments.parts:
-        rows += measure_recompiles(bench, arguments.prompts, arguments.longest)
+    for part in ("recompile", "turns"):
+        if part in arguments.parts:
+            rows += measure_recompiles(bench, part, arguments.prompts, arguments.longest)
     RESULTS.parent.mkdir(exist_ok=True)
     shape = {"shape": arguments.shape, "dtype": arguments.dtype}
     with RESULTS.open("a") as file:
