@@ -82,10 +82,11 @@ def recompiles_per_image(model: Any) -> bool:
     return cache_argument(model.model.forward) == "cache"
 
 
-def leave_vision_tower(model: Any) -> None:
-    """Have Dynamo leave the vision tower alone: tracing it would be most of a test's time."""
+def without_vision(model: Any) -> Any:
+    """Return the model; its vision tower runs uncompiled: tracing it is most of a test's time."""
     tower = getattr(model.model, "visual", None) or model.model.vision_tower
     tower.forward = torch._dynamo.disable(tower.forward)
+    return model
 
 
 def tiny_model(

@@ -20,6 +20,7 @@ from models import (
     make_inputs,
     tiny_model,
     valid_positions,
+    without_vision,
 )
 from oracles import assert_close_to_reference, oracle_template, reference_copy, run_reference
 
@@ -43,13 +44,6 @@ def qwen() -> Any:
 @pytest.fixture(scope="module")
 def inputs() -> dict[str, torch.Tensor]:
     return make_inputs("qwen2_5_vl", [[5, Image(2, 5), 4, Image(4, 3), Image(), 7]])
-
-
-def without_vision(model: Any) -> Any:
-    """Let the vision tower run uncompiled: tracing it is most of a test's time."""
-    tower = getattr(model.model, "visual", None) or model.model.vision_tower
-    tower.forward = torch._dynamo.disable(tower.forward)
-    return model
 
 
 def profile_of(model: Any, categories: Any = None) -> Profile:
@@ -186,7 +180,7 @@ def test_a_family_that_is_not_listed_works_through_its_rule(qwen: Any, inputs: A
 # Frames that serve several layers
 
 
-@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("use_cache", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_qwen3_with_12_layers(use_cache: bool) -> None:
     model = without_vision(tiny_model("qwen3_vl", num_layers=12))
     inputs = make_inputs("qwen3_vl", [[5, Image(2, 5), 4, Image(4, 3), Image(), 7]])

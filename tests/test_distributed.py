@@ -25,7 +25,7 @@ from blindsight.cli import main
 from blindsight.outcomes import Checkpoint, Outcome
 from blindsight.prefill import Decoder
 from blindsight.ranks import Ranks, _ranks, check_is_alone
-from models import generation_options, leave_vision_tower, tiny_model, valid_positions
+from models import generation_options, tiny_model, valid_positions, without_vision
 from on_ranks import categories_of, model_of, profile_of, prompt, template_of
 from oracles import (
     assert_close_to_reference,
@@ -147,7 +147,7 @@ def check_sparse(
 def test_attention_of_dtensors_is_an_error(tmp_path: Path) -> None:
     """As of torch's context_parallel, which would give each rank a part of the sequence."""
     model, inputs = tiny_model("qwen2_5_vl"), prompt("qwen2_5_vl")
-    leave_vision_tower(model)
+    without_vision(model)
     backend = blindsight_backend(profile_of(model), inner="eager")
 
     def with_dtensors(gm: Any, example_inputs: Any) -> Any:

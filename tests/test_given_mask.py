@@ -17,10 +17,10 @@ from models import (
     START_ID,
     VIDEO_ID,
     Image,
-    leave_vision_tower,
     make_inputs,
     tiny_model,
     valid_positions,
+    without_vision,
 )
 from oracles import (
     assert_close_to_reference,
@@ -117,7 +117,7 @@ def test_one_mask_for_all_batch_rows_and_more_columns_than_keys() -> None:
 @pytest.fixture(name="qwen", scope="module")
 def _qwen() -> Any:
     model = tiny_model("qwen2_5_vl", num_layers=3)
-    leave_vision_tower(model)
+    without_vision(model)
     return model
 
 

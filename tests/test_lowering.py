@@ -30,7 +30,7 @@ from blindsight.masks import BaseMask, causal_base
 from blindsight.passes.replace_attention import MaskForm
 from blindsight.runtime import History
 from blindsight.template import Template
-from models import Image, leave_vision_tower, make_inputs, tiny_model
+from models import Image, make_inputs, tiny_model, without_vision
 from oracles import oracle_attention, oracle_keep
 
 CPU = torch.device("cpu")
@@ -248,7 +248,7 @@ def test_estimates_follow_from_what_is_computed() -> None:
 
 def test_the_report_says_that_dense_was_faster() -> None:
     model = tiny_model("qwen2_5_vl")
-    leave_vision_tower(model)
+    without_vision(model)
     inputs = make_inputs("qwen2_5_vl", [[5, Image(2, 5), 4, Image(4, 3), 7]])
     backend = blindsight_backend(Profile.for_model(model, "sink"), inner="eager")
     with torch.no_grad():
