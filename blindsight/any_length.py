@@ -21,14 +21,27 @@ from blindsight.passes.graph import placeholders
 _MIN_CAPACITY = 1024  # tokens; shorter prompts share one
 
 
-def capacity_of(num_tokens: int, device: torch.device) -> int | None:
+def is_symbol(size: int | torch.SymInt) -> bool:
+    """Whether a size is a symbol, and no expression of several."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.is_symbol)
+
+
+def capacity_of(num_tokens: int, device: torch.device, size: int | torch.SymInt) -> int | None:
     """Return up to how many queries, or keys, attention with so many is compiled for; None: any.
 
     The next power of two. The rows beyond the last token list no block: they cost moving the
     tokens that fill them, and no attention. Kernels of Triton take any number; but what is
     compiled for a few tokens (one block) does not do for more, so the shortest prompts share one.
+    And Inductor cannot hand masks of a composed size (past and new tokens) to a region.
+
+    Args:
+        num_tokens: How many there are now.
+        device: Where.
+        size: The graph's own.
     """
-    if device.type == "cuda" and num_tokens > _MIN_CAPACITY:
+    if isinstance(size, int):
+        return None
+    if device.type == "cuda" and num_tokens > _MIN_CAPACITY and is_symbol(size):
         return None
     return max(_MIN_CAPACITY, 1 << (num_tokens - 1).bit_length())
 
@@ -71,12 +84,13 @@ class SymbolicSizes:
             for symbol, value in values.items()
             if symbol not in fixed
         }
-        self.num_tokens = self.size(num_tokens)
-        self._is_own = isinstance(num_tokens, int)
+        self._tokens_have_a_symbol = isinstance(num_tokens, int)
         if isinstance(num_tokens, int):
             source = ConstantSource("num_tokens")
             symbol = self._env.create_symbol(num_tokens, source, dynamic_dim=DimDynamic.DYNAMIC)
             self.num_tokens = self._env.create_symintnode(symbol, hint=num_tokens)
+        else:
+            self.num_tokens = self.size(num_tokens)
 
     def size(self, size: int | torch.SymInt) -> int | torch.SymInt:
         """Return one of the graph's sizes in the new symbols."""
@@ -128,14 +142,14 @@ class SymbolicSizes:
 
         To be called when everything is compiled.
         """
-        env, is_own = self._env, self._is_own
+        env, has_symbol = self._env, self._tokens_have_a_symbol
         symbols = [self._new(symbol) for symbol in self._values]
-        if is_own:
+        if has_symbol:
             symbols.append(self.num_tokens)
         assumed = env.produce_guards_expression(cast(Any, symbols), ignore_static=False)
 
         def fits(sizes: Sequence[int], num_tokens: int) -> bool:
-            values = [*sizes, num_tokens] if is_own else sizes
+            values = [*sizes, num_tokens] if has_symbol else sizes
             return assumed is None or bool(env.evaluate_guards_expression(assumed, values))
 
         return fits

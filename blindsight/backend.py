@@ -41,7 +41,8 @@ class BlindsightBackend:
     ) -> None:
         self.__name__ = "blindsight"
         self.inner = Inner(inner, inner_options, passes.identities)
-        runtime = Runtime(profile.rule, profile.layers, strict=strict)
+        sparse = [layer for layer in profile.layers if not profile.layer_is_dense(layer)]
+        runtime = Runtime(profile.rule, profile.layers, sparse_layers=sparse, strict=strict)
         self.state = BackendState(profile, strict, lowering, runtime, passes)
         self._lock = threading.Lock()
         self._num_graphs = 0

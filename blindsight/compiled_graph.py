@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from blindsight.any_length import CompiledForLengths, SymbolicSizes, capacity_of
+from blindsight.any_length import CompiledForLengths, SymbolicSizes, capacity_of, is_symbol
 from blindsight.block_tables import block_size_of
 from blindsight.choose import Choice, ChoosableCall, best_form, choose_layouts
 from blindsight.cost_model import CallSize, costs_of
@@ -192,6 +192,7 @@ class CompiledGraph:
             return None, unknown
         if not history.restricts_queries_from(history.num_tokens - num_queries):
             return history, _NO_IMAGE_QUERY
+        self._runtime.expect_all_layers()
         if not any(self._profile.categories[layer].any() for layer in layers):
             return history, _DENSE_HEADS
         return history, None
@@ -231,7 +232,8 @@ class CompiledGraph:
         cache = self._plan.cache
         if cache.length is not None:
             return num_queries + int(args[cache.length])
-        types = self._profile.fingerprint["layer_types"].split(",")
+        layers = self._profile.layers
+        types = self._profile.fingerprint["layer_types"].split(",")[layers.start : layers.stop]
         grows = cache.before is not None and num_keys > args[cache.before].shape[2]
         slides = "sliding_attention" in types and len(self._calls) < len(types)
         return num_keys if grows and not slides else None
@@ -270,7 +272,7 @@ class CompiledGraph:
             for at, call in enumerate(self._calls)
             if call.layer is None or whole[at].any() or _tier(call, given) == 1
         )
-        any_length = self._fits_any_length(given, replaced)
+        any_length = self._fits_any_length(history.num_tokens, given, replaced)
         form = self._form(args, history, whole[list(replaced)], given, any_length)
         # Only dense heads can do with less than FlexAttention.
         has_dense_heads = bool((whole[list(replaced)] == 0).any())
@@ -405,10 +407,7 @@ class CompiledGraph:
 
     def _capacity(self, attention: Attention, args: Sequence[Any]) -> Capacity:
         size_of, device = self._plan.size_of(args), self._plan.device
-        queries, keys = (
-            None if isinstance(size, int) else capacity_of(size_of(size), device)
-            for size in attention.lengths
-        )
+        queries, keys = (capacity_of(size_of(size), device, size) for size in attention.lengths)
         return queries, keys
 
     def _rows_of(self, layers: Sequence[int], layouts: Sequence[Layout]) -> tuple[Tensor, Tensor]:
@@ -421,12 +420,19 @@ class CompiledGraph:
             self._rows[key] = heads.to(device), categories.to(device, torch.int32)
         return self._rows[key]
 
-    def _fits_any_length(self, given: Mapping[str, BaseMask], replaced: Sequence[int]) -> bool:
-        """Whether a graph with these calls replaced can be compiled for many lengths."""
+    def _fits_any_length(
+        self,
+        num_tokens: int,
+        given: Mapping[str, BaseMask],
+        replaced: Sequence[int],
+    ) -> bool:
+        """Whether a graph with these calls replaced can be compiled for many lengths, and shall."""
         calls = [self._calls[at] for at in replaced]
         sizes = [size for call in calls for size in call.attention.lengths]
-        is_fixed = all(isinstance(size, int) for size in sizes)
-        return not is_fixed and all(_tier(call, given) == 1 for call in calls)
+        fixed = [size for size in sizes if isinstance(size, int)]
+        # Of chunks on a static cache queries and keys are as many as ever, and tokens are not.
+        varies = len(fixed) < len(sizes) or num_tokens not in fixed
+        return varies and all(_tier(call, given) == 1 for call in calls)
 
     def _form(
         self,
@@ -488,6 +494,11 @@ class CompiledGraph:
                 proof = lifted_of_given(inputs[proof.given.name], call.node)
             attention.append(call)
             lifted.append(proof)
+        sizes = [size for call in attention for size in call.lengths]
+        # Inductor cannot hand keys of a composed size to a region, either.
+        is_composed = choice.capacities is not None and any(
+            not isinstance(size, int) and not is_symbol(size) for size in sizes
+        )
         return replace_attention_pass(
             gm,
             attention=attention,
@@ -496,7 +507,7 @@ class CompiledGraph:
             groups=[layout.groups for layout in choice.layouts],
             size_of=size_of,
             capacities=choice.capacities,
-            in_region=self._inner.takes_regions and len(attention) > 1,
+            in_region=self._inner.takes_regions and len(attention) > 1 and not is_composed,
             by_operator=self._inner.takes_regions and self._plan.device.type == "cpu",
         )
 

@@ -279,13 +279,13 @@ class _Planner:
         return CacheInputs()
 
     def _check_recompile_limit(self) -> None:
-        limit = torch._dynamo.config.recompile_limit
-        if self._profile.num_layers > limit:
+        limit, num_layers = torch._dynamo.config.recompile_limit, len(self._profile.layers)
+        if num_layers > limit:
             self._refuse(
                 "torch._dynamo.config.recompile_limit must be at least the number of layers, "
-                f"{self._profile.num_layers}, for a decoder that is compiled layer by layer with "
+                f"{num_layers}, for a decoder that is compiled layer by layer with "
                 f"a cache, got {limit}: the layers beyond it would run uncompiled, and dense. "
-                f"Set it to {4 * self._profile.num_layers}"
+                f"Set it to {4 * num_layers}"
             )
 
     def _refuse(self, problem: str) -> str:

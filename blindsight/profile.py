@@ -378,6 +378,10 @@ def _check_dtype(name: str, tensor: object, dtype: torch.dtype) -> None:
 
 def _check_fingerprint(fingerprint: Mapping[str, str], shape: tuple[int, ...]) -> None:
     _check_keys("fingerprint", fingerprint, FINGERPRINT)
+    if not re.fullmatch(r"\d+:\d+/\d+", fingerprint.get("stage", "0:1/1")):
+        raise ValueError(
+            f"stage must be written first:stop/layers, got {fingerprint['stage']!r}. {_DAMAGED}"
+        )
     num_types = str(len(fingerprint["layer_types"].split(",")))
     found = fingerprint["num_layers"], fingerprint["num_heads"], num_types
     if found != (str(shape[0]), str(shape[1]), str(shape[0])):

@@ -82,11 +82,11 @@ def _checked_template(span_id: Tensor, is_sink: Tensor) -> Template:
         raise ValueError(f"span_id must hold ints, got {span_id.dtype}.")
     if is_sink.dtype != torch.bool:
         raise ValueError(f"is_sink must be bool, got {is_sink.dtype}.")
-    span_id = span_id.detach().to("cpu", torch.int32)
+    span_id = span_id.detach().to("cpu", torch.int32).contiguous()
     problem = find_runs_problem(span_id)
     if problem:
         raise ValueError(f"span_id must number contiguous spans 1..n in prompt order, {problem}.")
-    return Template(span_id, is_sink.detach().cpu())
+    return Template(span_id, is_sink.detach().cpu().contiguous())
 
 
 class History:
@@ -152,6 +152,7 @@ class _Forward:
 
     history: History
     served: set[int] = field(default_factory=set)
+    is_sparse: bool = False  # whether any graph was to restrict a query
 
 
 @dataclass
@@ -219,9 +220,17 @@ class TensorNotes(Generic[T]):
 class Runtime:
     """The state of one backend; each thread has its own forward under way."""
 
-    def __init__(self, rule: TemplateRule, layers: Sequence[int], *, strict: bool) -> None:
+    def __init__(
+        self,
+        rule: TemplateRule,
+        layers: Sequence[int],
+        *,
+        sparse_layers: Sequence[int],
+        strict: bool,
+    ) -> None:
         self.rule = rule
         self.layers = frozenset(layers)
+        self.sparse_layers = frozenset(sparse_layers)
         self.strict = strict
         self.met: set[int] = set()
         self.caches: TensorNotes[History] = TensorNotes()  # by the tensor of a cache's keys
@@ -287,16 +296,22 @@ class Runtime:
             given.forwards[self] = _Forward(History(self.rule, template=given.template))
         return given.forwards[self].history
 
+    def expect_all_layers(self) -> None:
+        """Take note that the forward under a template given by hand is to be sparse."""
+        if (given := _given.get()) is not None and self in given.forwards:
+            given.forwards[self].is_sparse = True
+
     def check_explicit(self, forward: _Forward) -> None:
-        """Complain of layers that did not run here under a template given by hand."""
-        missing = sorted(self.layers - forward.served)
-        if not missing or is_disabled() or not forward.history.restricts_queries_from(0):
+        """Complain of sparse layers that did not run here under a template given by hand."""
+        missing = sorted(self.sparse_layers - forward.served)
+        if not missing or not forward.is_sparse:
             return
         message = (
             f"the attention of layers {compact(missing)} of the profile did not run through this "
-            f"backend under the template, layers {compact(sorted(forward.served)) or 'none'} did. "
-            "If this is a stage of a pipeline, give its backend the stage's profile: "
-            "profile.stage(first, stop, keeps_numbers=...)."
+            f"backend under the template, layers {compact(sorted(forward.served))} did. If this is "
+            "a stage of a pipeline, give its backend the stage's profile: profile.stage(first, "
+            "stop, keeps_numbers=...). If torch._dynamo warned of its recompile limit, raise "
+            "torch._dynamo.config.recompile_limit."
         )
         if self.strict:
             raise ValueError(message[0].upper() + message[1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,18 +146,14 @@ def find_attention(gm: fx.GraphModule, *, layer_pattern: str) -> list[Attention]
         if not _is_attention(node):
             continue
         call = {**_DEFAULTS, **dict(zip(_PARAMETERS, node.args, strict=False)), **node.kwargs}
-        key, value = (
-            _before_repeat(_before_cut(call[name], call), call["query"])
-            for name in ("key", "value")
-        )
         path, module_class = module_of(node)
         matched = re.search(layer_pattern, path)
         found.append(
             Attention(
                 node=node,
                 query=call["query"],
-                key=key,
-                value=value,
+                key=_before_repeat(call["key"], call["query"]),
+                value=_before_repeat(call["value"], call["query"]),
                 attn_mask=call["attn_mask"],
                 is_causal=bool(call["is_causal"]),
                 dropout_p=float(call["dropout_p"]),
@@ -230,18 +226,19 @@ class KeyCache:
 
 def find_key_cache(gm: fx.GraphModule, attention: Attention) -> KeyCache:
     """Return how the keys of a call pass through a cache, as far as the graph shows it."""
+    key = _before_repeat(_before_cut(attention), attention.query)
     before = None
-    chain, waiting = [attention.key], [attention.key]
+    chain, waiting = [key], [key]
     while waiting:
         node = waiting.pop()
         if node.op == "placeholder":
             before = node
             continue
         for parent in node.all_input_nodes:
-            if parent not in chain and _same_heads(parent, attention.key):
+            if parent not in chain and _same_heads(parent, key):
                 chain.append(parent)
                 waiting.append(parent)
-    after, waiting = [attention.key], [attention.key]
+    after, waiting = [key], [key]
     written = set()
     while waiting:
         for user in waiting.pop().users:
@@ -252,7 +249,7 @@ def find_key_cache(gm: fx.GraphModule, attention: Attention) -> KeyCache:
             else:
                 found = [user] if _is_view(user) else []
             for node in found:
-                if node not in after and _same_heads(node, attention.key):
+                if node not in after and _same_heads(node, key):
                     after.append(node)
                     waiting.append(node)
     if before is None:
@@ -286,28 +283,27 @@ def _is_view(node: fx.Node) -> bool:
     return node.target is operator.getitem or node.target in ("contiguous", "clone", "narrow")
 
 
-def _before_cut(cut: fx.Node, call: Mapping[str, Any]) -> fx.Node:
-    """Return ``[B, H, K, D]`` of which ``cut`` has the first Q keys, or itself.
+def _before_cut(attention: Attention) -> fx.Node:
+    """Return the tensor of which a causal call has the first keys, as many as queries; or those.
 
-    Row i of a call with ``is_causal`` sees keys 0..i, which there are without the cut. It is what
-    transformers does to a static cache that a prompt fills.
+    What transformers does to a static cache that a prompt fills.
     """
-    if not call["is_causal"] or call["attn_mask"] is not None or cut.target is not operator.getitem:
+    cut = attention.key
+    if not attention.is_causal or attention.attn_mask is not None:
         return cut
-    whole, index = cut.args
-    query, before, after = map(fake_tensor, (call["query"], whole, cut))
+    if cut.target is not operator.getitem or not isinstance(cut.args[0], fx.Node):
+        return cut
+    index, whole = cut.args[1], fake_tensor(cut.args[0])
+    if not isinstance(index, tuple) or len(index) < 3 or whole is None or whole.dim() != 4:
+        return cut
     everything = slice(None, None, None)
-    if not isinstance(whole, fx.Node) or not isinstance(index, tuple) or len(index) < 3:
-        return cut
-    if query is None or before is None or after is None or (before.dim(), after.dim()) != (4, 4):
-        return cut
     is_of_keys = (
         isinstance(index[2], slice)
         and index[2].start in (None, 0)
         and index[2].step in (None, 1)
         and all(part == everything for part in (*index[:2], *index[3:]))
     )
-    return whole if is_of_keys and same_size(after.shape[2], query.shape[2]) else cut
+    return cut.args[0] if is_of_keys else cut
 
 
 def _before_repeat(repeated: fx.Node, query: fx.Node) -> fx.Node:

@@ -218,8 +218,9 @@ def node_of_size(gm: fx.GraphModule, size: int | torch.SymInt) -> fx.Node | int:
     """
     if isinstance(size, int):
         return size
+    tracer = fx.proxy.GraphAppendingTracer(gm.graph)
     symbols = {
-        node.meta["example_value"].node.expr: fx.Proxy(node)
+        node.meta["example_value"].node.expr: fx.Proxy(node, tracer)
         for node in placeholders(gm)
         if isinstance(node.meta.get("example_value"), torch.SymInt)
     }

@@ -1,6 +1,7 @@
 """Prompts of many lengths in one compiled graph."""
 
 import itertools
+import random
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -21,6 +22,7 @@ from blindsight.intervals import allowed_sorted, sorted_bounds, stretched
 from blindsight.masks import causal_base
 from models import (
     END_ID,
+    FAMILIES,
     IMAGE_ID,
     START_ID,
     VIDEO_ID,
@@ -29,6 +31,7 @@ from models import (
     recompiles_per_image,
     split_turns,
     tiny_model,
+    valid_positions,
     without_vision,
 )
 from oracles import assert_close_to_reference, oracle_template, reference_copy, run_reference
@@ -90,7 +93,7 @@ def check(family: str, profile: Profile, inputs: dict[str, Tensor], logits: Tens
         run_reference(model, profile.categories, *template, inputs, use_cache=False).logits
         for model in references(family)
     ]
-    assert_close_to_reference(logits, *expected, torch.ones_like(inputs["input_ids"]).bool())
+    assert_close_to_reference(logits, *expected, valid_positions(inputs))
 
 
 def skip_where_each_number_of_images_compiles(model: Any) -> None:
@@ -200,13 +203,56 @@ def test_the_second_conversation_is_the_last_to_be_compiled(
     assert "dense" not in str([row.runs for row in backend.report().rows])
 
 
-def test_chunks_of_one_length_share_a_graph() -> None:
-    """As servers cut long prompts: the queries are fixed, and the keys grow."""
+@pytest.mark.nightly
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("pad_side", [None, "left", "right"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch._dynamo.config.patch(recompile_limit=256)  # frames of models ask for many, with numbers
+def test_random_conversations(
+    family: str, cache: str, pad_side: str | None, dynamic: bool | None
+) -> None:
+    """Of one or two rows, which differ in the padding alone."""
+    model = without_vision(tiny_model(family, num_layers=2))
+    profile = Profile.for_model(model, [MIXED, MIXED[::-1]])
+    backend = blindsight_backend(
+        profile, inner="aot_eager", lowering="fused", model=model if family == "qwen3_vl" else None
+    )
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+    config = model.config.get_text_config()
+    for seed in range(6):
+        draw = random.Random(seed)
+
+        def piece(draw: random.Random = draw) -> list[Any]:
+            size = (2, 2) if family == "gemma3" else (draw.randint(1, 4), draw.randint(2, 5))
+            return [draw.randint(2, 9), Image(*size)]
+
+        first, second = ([x for _ in range(draw.randint(1, 3)) for x in piece()] for _ in "ab")
+        rows = [[*first, *second, 4]]
+        if pad_side is not None:
+            rows.append([1, *first[1:], *second, 4] if pad_side == "left" else [*first, *second, 1])
+        inputs = make_inputs(family, rows, seed=seed, pad_side=pad_side)
+        split = sum(x if isinstance(x, int) else x.num_tokens for x in first)
+        made = StaticCache(config=config, max_cache_len=192) if cache == "static" else None
+        logits = []
+        for turn in split_turns(model, inputs, split):
+            output = compiled(**turn, past_key_values=made, use_cache=True)
+            made = output.past_key_values
+            logits.append(output.logits)
+        check(family, profile, inputs, torch.cat(logits, dim=1))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_chunks_of_one_length_share_a_graph(cache: str) -> None:
+    """As servers cut long prompts: the queries are fixed, and the keys grow; or are fixed, too."""
     case = case_of("qwen2_5_vl", torch.float32, "long")
+    config = case.model.config.get_text_config()
+    made = StaticCache(config=config, max_cache_len=320) if cache == "static" else None
     counting = Counting("aot_eager")
     backend = blindsight_backend(case.profile, inner=counting, lowering="fused")
     logits, counts = [], []
-    for chunk in run_in_chunks(case, backend, [*range(0, case.num_tokens, 12), case.num_tokens]):
+    edges = [*range(0, case.num_tokens, 12), case.num_tokens]
+    for chunk in run_in_chunks(case, backend, edges, made):
         logits.append(chunk)
         counts.append(counting.sparse)
     case.check(torch.cat(logits, dim=1))
@@ -330,7 +376,15 @@ def test_new_symbols_are_not_mistaken_for_those_of_dynamo() -> None:
 
 
 def test_capacities_are_few() -> None:
-    assert {capacity_of(n, CPU) for n in range(1, 16385)} == {1024, 2048, 4096, 8192, 16384}
-    assert all(capacity_of(n, CPU) >= n for n in range(1, 5000))
+    env = ShapeEnv()
+    symbol = env.create_symbol(9, ConstantSource("size"), dynamic_dim=DimDynamic.DYNAMIC)
+    size = env.create_symintnode(symbol, hint=9)
+    of_cpu = {n: capacity_of(n, CPU, size) for n in range(1, 16385)}
+    assert set(of_cpu.values()) == {1024, 2048, 4096, 8192, 16384}
+    assert all(capacity >= n for n, capacity in of_cpu.items())
     cuda = torch.device("cuda")
-    assert [capacity_of(n, cuda) for n in (2, 1024, 1025, 300_000)] == [1024, 1024, None, None]
+    lengths = (2, 1024, 1025, 300_000)
+    assert [capacity_of(n, cuda, size) for n in lengths] == [1024, 1024, None, None]
+    composed = [capacity_of(n, cuda, size + 1) for n in lengths]
+    assert composed == [1024, 1024, 2048, 2**19]
+    assert [capacity_of(n, device, 7) for n in lengths for device in (CPU, cuda)] == [None] * 8

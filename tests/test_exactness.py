@@ -399,13 +399,15 @@ def test_chunks_that_cut_images_agree_with_the_whole(family: str) -> None:
     case.check(torch.cat(list(chunks), dim=1))
 
 
-def run_in_chunks(case: Case, backend: Any, edges: Sequence[int]) -> Iterator[torch.Tensor]:
+def run_in_chunks(
+    case: Case, backend: Any, edges: Sequence[int], cache: Any = None
+) -> Iterator[torch.Tensor]:
     """Yield the logits of one part of a prompt after the other, of a Qwen."""
     embeds, positions = embeddings_of(case), full_position_ids(case.model, case.inputs)
     text, head = case.model.model.language_model, case.model.lm_head
     torch._dynamo.reset()
     compiled = torch.compile(text, backend=backend)
-    cache = DynamicCache(config=text.config)
+    cache = DynamicCache(config=text.config) if cache is None else cache
     for start, stop in itertools.pairwise(edges):
         with use_template(case.span_id[:, :stop], case.is_sink[:, :stop]):
             output = compiled(

@@ -12,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight import Profile, blindsight_backend
 from blindsight.passes import GraphPass, SparseAttention, sparse_attention_pass
-from blindsight.passes.find_attention import count_attention, find_attention
-from blindsight.passes.graph import copy_graph_module
+from blindsight.passes.find_attention import count_attention, find_attention, find_key_cache
+from blindsight.passes.graph import copy_graph_module, node_of_size, placeholders
 from decoders import (
     OTHER_PROMPT,
     PROMPT,
@@ -367,18 +367,17 @@ def test_what_is_left_alone(qwen: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "is_causal", "is_undone"),
+    ("kept", "is_causal", "is_found"),
     [
         (slice(7), True, True),
         (slice(0, 7), True, True),
-        (slice(7), False, False),  # then the keys beyond would be seen
-        (slice(6), True, False),  # then the last query would see one more
+        (slice(7), False, False),
         (slice(1, 8), True, False),
         (slice(0, 14, 2), True, False),
     ],
 )
-def test_keys_are_known_as_they_are_in_a_static_cache(
-    kept: slice, is_causal: bool, is_undone: bool
+def test_a_static_cache_is_found_behind_the_keys_of_a_prompt(
+    kept: slice, is_causal: bool, is_found: bool
 ) -> None:
     """transformers repeats the keys, and cuts off those that the cache has no token for yet."""
     graphs: list[fx.GraphModule] = []
@@ -395,9 +394,32 @@ def test_keys_are_known_as_they_are_in_a_static_cache(
     torch._dynamo.reset()
     torch.compile(prefill, backend=note)(torch.ones(1, 4, 7, 8), torch.ones(1, 2, 20, 8))
     (call,) = find_attention(graphs[0], layer_pattern=r"(\d+)")
-    assert (call.key.op == "placeholder") == is_undone
-    assert call.key is call.value
-    assert call.lengths == (7, 20 if is_undone else len(range(20)[kept]))
+    assert call.lengths == (7, len(range(20)[kept]))  # attention is of those keys alone
+    before = find_key_cache(graphs[0], call).before
+    assert str(before) == ("l_cache_" if is_found else "None")
+
+
+def test_sizes_are_computed_from_the_symbols_of_a_graph() -> None:
+    graphs: list[fx.GraphModule] = []
+
+    def note(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        graphs.append(copy_graph_module(gm))
+        return gm.forward
+
+    def join(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, y]) + 1
+
+    torch._dynamo.reset()
+    torch.compile(join, backend=note, dynamic=True)(torch.ones(5), torch.ones(9))
+    (gm,) = graphs
+    x, y = (n.meta["example_value"].shape[0] for n in placeholders(gm) if n.type is torch.Tensor)
+    output = gm.graph.output_node()
+    with gm.graph.inserting_before(output):
+        sizes = (x + y, torch.sym_max(x, y - 1), 3)
+        output.args = (tuple(node_of_size(gm, size) for size in sizes),)
+    gm.recompile()
+    assert gm(5, torch.ones(5), 9, torch.ones(9)) == (14, 8, 3)
+    assert gm(12, torch.ones(12), 2, torch.ones(2)) == (14, 12, 3)
 
 
 def test_auto_is_the_backends(qwen: Any) -> None:

@@ -1,5 +1,6 @@
 """Stages of a pipeline: each has the profile of its own layers."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import distributed
 
-from blindsight import Profile, blindsight_backend, use_template
+from blindsight import Profile, blindsight_backend, disabled, use_template
+from blindsight.runtime import Runtime
 from decoders import PROMPT, check_decoder, decoder_prompt, template_of
-from models import tiny_model
+from models import make_inputs, tiny_model
 from stages import CATEGORIES, NUM_LAYERS, Stage, compile_stages
 
 TESTS = Path(__file__).parent
@@ -80,6 +82,42 @@ def test_a_stage_that_is_numbered_otherwise(qwen: Any, inputs: Any, keeps_number
         compiled(torch.randn(*inputs["input_ids"].shape, 64))
 
 
+def test_what_is_not_missing_under_a_template(qwen: Any) -> None:
+    """Dense layers may run anywhere, and any layer where nothing is to be sparse."""
+    inputs = make_inputs("qwen2_5_vl", [PROMPT])
+    template = template_of(inputs["input_ids"])
+    for categories, text_only in (([[0] * 4, CATEGORIES[0]] + [[0] * 4] * 2, 0), (CATEGORIES, 1)):
+        model = tiny_model("qwen2_5_vl", num_layers=NUM_LAYERS)
+        profile = Profile.for_model(model, categories)
+        backend = blindsight_backend(profile, inner="eager", lowering="fused", model=model)
+        model.model.language_model.layers[1].compile(backend=backend)
+        if text_only:
+            with use_template(*template), disabled():
+                model(**inputs, use_cache=False)
+            template = tuple(torch.zeros_like(x) for x in template)
+        with use_template(*template):
+            model(**inputs, use_cache=False)
+    with (
+        pytest.raises(ValueError, match="layers 0, 2-3 of the profile"),
+        use_template(*template_of(inputs["input_ids"])),
+    ):
+        model(**inputs, use_cache=False)
+
+
+def test_a_template_is_read_whole() -> None:
+    """Of a prompt in chunks it is a view, and what is compiled counts on its strides."""
+    wide = torch.arange(8, dtype=torch.int32).clamp(max=1).expand(2, -1).contiguous()
+    with use_template(wide[:, :5], wide[:, :5] > 0):
+        history = Runtime(
+            Profile.for_model(tiny_model("qwen2_5_vl"), "sink").rule,
+            [0],
+            sparse_layers=[0],
+            strict=True,
+        ).explicit_history()
+    assert history is not None
+    assert all(tensor.is_contiguous() for tensor in history.template.tensors())
+
+
 def test_the_profile_of_a_stage(qwen: Any, tmp_path: Path) -> None:
     whole = Profile.for_model(qwen, CATEGORIES)
     anew, kept = (whole.stage(1, 3, keeps_numbers=keeps) for keeps in (False, True))
@@ -100,6 +138,8 @@ def test_the_profile_of_a_stage(qwen: Any, tmp_path: Path) -> None:
     of_a_shard = whole.shard(1, 2).stage(1, 3, keeps_numbers=False)
     assert of_a_shard.digest == anew.shard(1, 2).digest
     anew.validate(tiny_model("qwen2_5_vl", num_layers=2), part_is_fine=True)  # a config of its own
+    with pytest.raises(ValueError, match="stage must be written first:stop/layers, got 'x'"):
+        dataclasses.replace(whole, fingerprint={**whole.fingerprint, "stage": "x"})
     with pytest.raises(ValueError, match="num_layers=4"):
         kept.validate(tiny_model("qwen2_5_vl", num_layers=2), part_is_fine=True)
     with pytest.raises(ValueError, match="got stage 1:3/4"):

@@ -548,7 +548,7 @@ def inductor_for_gpu() -> Iterator[LargestTensor]:
     from torch._inductor import compile_fx as inductor
     from torch.fx.node import map_aggregate
 
-    from blindsight import compiled_graph
+    from blindsight import any_length
     from blindsight.passes import replace_attention
 
     compile_fx = inductor.compile_fx
@@ -587,7 +587,7 @@ def inductor_for_gpu() -> Iterator[LargestTensor]:
     with (
         _patch(inductor, {"compile_fx": compile_moved}),
         mock.patch.dict(replace_attention._BY_OPERATOR, replace_attention._MAKE_MASK),
-        _patch(compiled_graph, {"capacity_of": _always(None)}),
+        _patch(any_length, {"_MIN_CAPACITY": 1}),
     ):
         yield largest
 
