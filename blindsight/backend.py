@@ -161,9 +161,10 @@ def blindsight_backend(
         profile: A profile, or the path of one.
         inner: The backend that compiles the graphs: a name, or a callable
             ``(gm, example_inputs, **options)``.
-        model: The whole model. Needed where one compiled frame serves several layers (Qwen3-VL,
-            or decoder layers compiled one by one), to tell them apart by their parameters. The
-            model is not kept alive; two hooks on it show its ``input_ids`` where it runs eagerly.
+        model: The whole model, or the stage of a pipeline. Needed where one compiled frame serves
+            several layers (Qwen3-VL, or decoder layers compiled one by one), to tell them apart by
+            their parameters. The model is not kept alive; two hooks on it show its ``input_ids``
+            where it runs eagerly.
         strict: Whether attention of the profile that cannot be rewritten, or is never met, is
             an error. If false it stays dense, with one warning.
         lowering: How heads of several categories are computed: ``"fused"`` in one call of

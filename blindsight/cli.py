@@ -193,7 +193,7 @@ def describe(profile: Profile) -> str:
     """Return what a profile says, as text."""
     from blindsight.categories import NUM_CATEGORIES, HeadCategory
 
-    total = profile.num_layers * profile.num_heads
+    total = len(profile.layers) * profile.num_heads
     shape = ", ".join(f"{name}={value}" for name, value in profile.fingerprint.items())
     rule = profile.rule
     lines = [
@@ -216,7 +216,8 @@ def describe(profile: Profile) -> str:
         return "  ".join([first.rjust(5), *numbers])
 
     lines.append(row("layer", names))
-    for layer, codes in enumerate(profile.categories.tolist()):
+    for layer in profile.layers:
+        codes = profile.categories[layer].tolist()
         lines.append(row(str(layer), [codes.count(code) for code in range(NUM_CATEGORIES)]))
     counts = list(profile.counts().values())
     lines.append(row("all", counts))

@@ -263,19 +263,24 @@ class CompiledGraph:
     ) -> _Choice | None:
         """Return how to run a prompt sparse; None where dense is estimated to be faster."""
         given = self._given.read(args)
-        # The ranks of a tensor-parallel model decide alike, as one process with all heads would:
-        # dense on one and sparse on another would be neither.
-        whole = self._state.profile.categories[list(layers)]
-        # Dense layers are replaced, too, where their mask is known: it need not be built.
-        replaced = tuple(
-            at
-            for at, call in enumerate(self._calls)
-            if call.layer is None or whole[at].any() or _tier(call, given) == 1
-        )
+        whole = self._state.profile
+
+        def replaced_by(profile: Profile) -> tuple[int, ...]:
+            # Dense layers are replaced, too, where their mask is known: it need not be built.
+            return tuple(
+                at
+                for at, call in enumerate(self._calls)
+                if call.layer is None
+                or _tier(call, given) == 1
+                or not profile.layer_is_dense(layers[at])
+            )
+
+        replaced = replaced_by(self._profile)
         any_length = self._fits_any_length(history.num_tokens, given, replaced)
-        form = self._form(args, history, whole[list(replaced)], given, any_length)
+        categories = whole.categories[[layers[at] for at in replaced_by(whole)]]
+        form = self._form(args, history, categories, given, any_length)
         # Only dense heads can do with less than FlexAttention.
-        has_dense_heads = bool((whole[list(replaced)] == 0).any())
+        has_dense_heads = bool((categories == 0).any())
         is_causal = (
             self._data.plain_causal(args, given) if has_dense_heads else [False] * len(self._calls)
         )
@@ -284,7 +289,7 @@ class CompiledGraph:
         def choose(profile: Profile) -> Choice:
             parts = profile.num_heads // self._profile.num_heads
             calls = []
-            for at in replaced:
+            for at in replaced_by(profile):
                 call, attention = self._calls[at], self._calls[at].attention
                 num_heads, num_key_heads, head_dim = attention.head_sizes
                 size = CallSize(
@@ -294,9 +299,9 @@ class CompiledGraph:
                     is_masked=attention.attn_mask is not None,
                     **attention.sizes(size_of),
                 )
-                categories = tuple(profile.categories[layers[at]].tolist())
+                codes = tuple(profile.categories[layers[at]].tolist())
                 its_form = form.of(_tier(call, given))
-                calls.append(ChoosableCall(categories, its_form, is_causal[at], size))
+                calls.append(ChoosableCall(codes, its_form, is_causal[at], size))
             return choose_layouts(
                 calls,
                 history,
@@ -307,10 +312,12 @@ class CompiledGraph:
             )
 
         choice = choose(self._profile)
-        for at, reason in zip(replaced, choice.reasons, strict=True):
+        # The ranks of a tensor-parallel model decide alike, as one process with all heads would:
+        # dense on one and sparse on another would be neither.
+        decided = choice if self._profile is whole else choose(whole)
+        for at, reason in zip(replaced_by(whole), decided.reasons, strict=True):
             self._calls[at].verdict.estimate = reason
-        is_whole = self._profile is self._state.profile
-        if (choice if is_whole else choose(self._state.profile)).dense_is_faster:
+        if decided.dense_is_faster:
             return None
         capacities = None
         if any_length and form is MaskForm.SORTED:

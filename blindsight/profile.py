@@ -123,8 +123,9 @@ class Profile:
         return self.categories.shape[1]
 
     def counts(self) -> dict[HeadCategory, int]:
-        """Return the number of heads of each category, zeros included."""
-        counts = torch.bincount(self.categories.flatten().long(), minlength=NUM_CATEGORIES)
+        """Return the number of heads of each category in its layers, zeros included."""
+        codes = self.categories[list(self.layers)].flatten().long()
+        counts = torch.bincount(codes, minlength=NUM_CATEGORIES)
         return {category: int(counts[category]) for category in HeadCategory}
 
     def layer_is_dense(self, layer: int) -> bool:
@@ -179,7 +180,8 @@ class Profile:
         """Return the profile of the layers ``first <= layer < stop``: those of a pipeline stage.
 
         Args:
-            first, stop: Numbers of layers.
+            first, stop: Numbers of layers. A backend can be given the stage's module as ``model=``
+                where the module's names match ``rule.layer_pattern``.
             keeps_numbers: Whether the layers of the stage are still numbered as in the whole model
                 (``layers.8`` is the ninth). If not, they are numbered from 0.
 
@@ -329,8 +331,9 @@ class Profile:
 
     def __repr__(self) -> str:
         return (
-            f"Profile({self.fingerprint['architecture']}, {self.num_layers} layers x "
-            f"{self.num_heads} heads: {summarize_categories(self.categories.flatten().tolist())}; "
+            f"Profile({self.fingerprint['architecture']}, {len(self.layers)} layers x "
+            f"{self.num_heads} heads: "
+            f"{summarize_categories(self.categories[list(self.layers)].flatten().tolist())}; "
             f"digest {self.digest[:8]})"
         )
 

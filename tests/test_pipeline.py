@@ -13,6 +13,7 @@ import torch
 from torch import distributed
 
 from blindsight import Profile, blindsight_backend, disabled, use_template
+from blindsight.cli import describe
 from blindsight.runtime import Runtime
 from decoders import PROMPT, check_decoder, decoder_prompt, template_of
 from models import make_inputs, tiny_model
@@ -125,6 +126,9 @@ def test_the_profile_of_a_stage(qwen: Any, tmp_path: Path) -> None:
     assert kept.categories.tolist() == [[0] * 4, *CATEGORIES[1:3], [0] * 4]
     assert kept.layers == range(1, 3) and whole.layers == range(4)
     assert len({profile.digest for profile in (whole, anew, kept)}) == 3
+    assert sum(kept.counts().values()) == sum(anew.counts().values()) == 8
+    assert "2 layers" in repr(kept)
+    assert describe(kept).count("\n    ") == describe(anew).count("\n    ")
     assert whole.stage(0, 4, keeps_numbers=False) is whole
     for profile in (anew, kept):
         profile.save(tmp_path / "stage.safetensors")
