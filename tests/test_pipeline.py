@@ -16,7 +16,7 @@ from blindsight import Profile, blindsight_backend, disabled, use_template
 from blindsight.cli import describe
 from blindsight.runtime import Runtime
 from decoders import PROMPT, check_decoder, decoder_prompt, template_of
-from models import make_inputs, tiny_model
+from models import Image, make_inputs, tiny_model
 from stages import CATEGORIES, NUM_LAYERS, Stage, compile_stages
 
 TESTS = Path(__file__).parent
@@ -103,6 +103,27 @@ def test_what_is_not_missing_under_a_template(qwen: Any) -> None:
         use_template(*template_of(inputs["input_ids"])),
     ):
         model(**inputs, use_cache=False)
+
+
+def test_layers_of_a_model_that_are_renumbered() -> None:
+    """The model of a stage is told from the whole one; with its own profile it is as any."""
+    model = tiny_model("gemma3", num_layers=NUM_LAYERS)
+    profile = Profile.for_model(model, CATEGORIES)
+    inputs = make_inputs("gemma3", [[5, Image(), 4, Image(), Image(), 7]])
+    text = model.model.language_model
+    text.layers = text.layers[2:]
+    with pytest.raises(ValueError, match=r"parameters in layers 0-3 .* found 0-1.*of a pipeline"):
+        blindsight_backend(profile, inner="eager", model=model)
+    stage = torch.compile(model, backend=blindsight_backend(profile, inner="eager"))
+    with pytest.raises(ValueError, match="layers 2-3 of the profile did not run"):
+        stage(**inputs, use_cache=False)
+    own = profile.stage(2, 4, keeps_numbers=False)
+    backend = blindsight_backend(own, inner="eager", lowering="fused", model=model)
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend)(**inputs, use_cache=False)
+    assert not backend.report().missing_layers
+    runs = {how.split(",")[0] for row in backend.report().rows for how in row.runs}
+    assert runs == {"sparse"}
 
 
 def test_a_template_is_read_whole() -> None:
