@@ -32,7 +32,8 @@ def capacity_of(num_tokens: int, device: torch.device, size: int | torch.SymInt)
     The next power of two. The rows beyond the last token list no block: they cost moving the
     tokens that fill them, and no attention. Kernels of Triton take any number; but what is
     compiled for a few tokens (one block) does not do for more, so the shortest prompts share one.
-    And Inductor cannot hand masks of a composed size (past and new tokens) to a region.
+    A composed size (past and new tokens) is none that a region could be given the masks in: it
+    would need the symbols among its inputs.
 
     Args:
         num_tokens: How many there are now.

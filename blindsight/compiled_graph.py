@@ -502,7 +502,7 @@ class CompiledGraph:
             attention.append(call)
             lifted.append(proof)
         sizes = [size for call in attention for size in call.lengths]
-        # Inductor cannot hand keys of a composed size to a region, either.
+        # A region would need the symbols of keys of a composed size among its inputs.
         is_composed = choice.capacities is not None and any(
             not isinstance(size, int) and not is_symbol(size) for size in sizes
         )

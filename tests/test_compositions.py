@@ -313,17 +313,6 @@ def test_a_quantised_cache_needs_the_model() -> None:
         model._compiled_call_impl = None
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="transformers copies an offloaded cache by CUDA streams"
-)
-@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
-def test_generate_with_an_offloaded_cache(cache: str) -> None:
-    model = model_of().cuda()
-    inputs = {name: tensor.cuda() for name, tensor in prompt().items()}
-    backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused", model=model)
-    check_generate(model, backend, inputs, {"cache_implementation": cache}, {})
-
-
 # Contexts
 
 

@@ -181,4 +181,4 @@ def test_float8_weights() -> None:
     # As close as the quantised model is to itself without quantisation.
     scale = (expected - case.reference)[case.valid].abs().max()
     assert (found - expected)[case.valid].abs().max() < scale
-    assert how_it_ran(backend) == {"sparse, sorted, fused"} or how_it_ran(backend)
+    assert all(how.startswith("sparse") for how in how_it_ran(backend))
