@@ -39,10 +39,11 @@ from questions import rows, samples
 NUM_RANKS = 2
 TESTS = Path(__file__).parent
 
-pytestmark = pytest.mark.skipif(
+needs_gloo = pytest.mark.skipif(
     not distributed.is_available() or not distributed.is_gloo_available(),
     reason="needs torch.distributed with gloo",
 )
+pytestmark = needs_gloo
 needs_accelerate = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None,
     reason="transformers loads sharded models with accelerate: pip install '.[compose]'",
@@ -51,11 +52,16 @@ needs_accelerate = pytest.mark.skipif(
 
 def launch(folder: Path, cases: list[dict[str, Any]], size: int = NUM_RANKS) -> None:
     """Run cases on all ranks; each leaves ``<name>.<rank>.pt`` in the folder."""
+    run_on_ranks("on_ranks.py", str(folder), json.dumps(cases), size=size)
+
+
+def run_on_ranks(script: str, *arguments: str, size: int = NUM_RANKS) -> None:
+    """Run a script of the tests' folder in so many processes."""
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(size), str(TESTS / "on_ranks.py"), str(folder)]
+    command += ["--nproc-per-node", str(size), str(TESTS / script)]
     done = subprocess.run(
-        [*command, json.dumps(cases)],
+        [*command, *arguments],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

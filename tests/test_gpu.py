@@ -15,14 +15,9 @@ from transformers import DynamicCache, StaticCache
 
 from blindsight import Profile, blindsight_backend
 from models import FAMILIES, Image, generation_options, make_inputs, split_turns, tiny_model
-from oracles import (
-    assert_close_to_reference,
-    generate_reference,
-    reference_copy,
-    run_reference,
-)
-from test_any_length import Counting
-from test_exactness import Case, case_of, model_of, template_of
+from oracles import generate_reference, run_reference
+from test_any_length import Counting, check
+from test_exactness import Case, case_of, model_of, runs_of
 
 DEVICE = os.environ.get("BLINDSIGHT_GPU_TESTS", "cuda")
 pytestmark = [
@@ -60,10 +55,6 @@ def compiled(case: Case, **options: Any) -> tuple[Any, Any]:
     return torch.compile(model, backend=backend), backend
 
 
-def how_it_ran(backend: Any) -> set[str]:
-    return {how for row in backend.report().rows for how in row.runs}
-
-
 @pytest.mark.parametrize("lowering", ["fused", "split"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,7 +65,7 @@ def test_prefill(family: str, dtype: torch.dtype, lowering: str) -> None:
     for case in cases:
         case.check(model(**to_device(case.inputs), use_cache=False).logits.cpu())
         assert case.differs_from_dense()
-    assert all(how.startswith("sparse") for how in how_it_ran(backend))
+    assert runs_of(backend) == {"sparse"}
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -94,7 +85,7 @@ def test_two_turns(family: str, cache: str) -> None:
     ):
         output = model(**to_device(turn), past_key_values=made, use_cache=True)
         case.check(output.logits.cpu(), tokens)
-    assert all(how.startswith("sparse") for how in how_it_ran(backend))
+    assert runs_of(backend) == {"sparse"}
 
 
 def test_thirty_prompts_compile_attention_no_more_than_their_sizes_ask() -> None:
@@ -103,7 +94,6 @@ def test_thirty_prompts_compile_attention_no_more_than_their_sizes_ask() -> None
     profile = Profile.for_model(model, [[0, 1, 2, 3]] * 2)
     counting = Counting("inductor")
     backend = blindsight_backend(profile, inner=counting, lowering="fused", model=model)
-    references = model, reference_copy(model)
     on_device = copy.deepcopy(model).to(DEVICE)
     on_device.model.language_model.compile(backend=backend)
     counts = []
@@ -113,13 +103,7 @@ def test_thirty_prompts_compile_attention_no_more_than_their_sizes_ask() -> None
         inputs = make_inputs("qwen2_5_vl", [[*row, 5 + number]], seed=number)
         logits = on_device(**to_device(inputs), use_cache=False).logits.cpu()
         if number % 5 == 0:
-            template = template_of(inputs)
-            expected = [
-                run_reference(m, profile.categories, *template, inputs, use_cache=False).logits
-                for m in references
-            ]
-            valid = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-            assert_close_to_reference(logits, *expected, valid)
+            check("qwen2_5_vl", profile, inputs, logits)
         counts.append(counting.sparse)
     assert counts[-1] == counts[5] <= 4
 
@@ -146,7 +130,7 @@ def test_generate(cache: str) -> None:
     assert torch.equal(found.sequences.cpu(), expected.sequences)
     for one, other in zip(found.scores, expected.scores, strict=True):
         torch.testing.assert_close(one.cpu(), other, atol=1e-3, rtol=1e-3)
-    assert any(how.startswith("sparse") for how in how_it_ran(backend))
+    assert "sparse" in runs_of(backend)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +144,7 @@ def test_modes(mode: str) -> None:
     for _ in range(4):
         for case, its in zip(cases, inputs, strict=True):
             case.check(model(**its, use_cache=False).logits.cpu())
-    assert all(how.startswith("sparse") for how in how_it_ran(backend))
+    assert runs_of(backend) == {"sparse"}
     assert not counters["inductor"]["cudagraph_skips"]
 
 
@@ -181,4 +165,4 @@ def test_float8_weights() -> None:
     # As close as the quantised model is to itself without quantisation.
     scale = (expected - case.reference)[case.valid].abs().max()
     assert (found - expected)[case.valid].abs().max() < scale
-    assert all(how.startswith("sparse") for how in how_it_ran(backend))
+    assert runs_of(backend) == {"sparse"}

@@ -1,16 +1,12 @@
 """Stages of a pipeline: each has the profile of its own layers."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed
 
 from blindsight import Profile, blindsight_backend, disabled, use_template
 from blindsight.cli import describe
@@ -18,8 +14,7 @@ from blindsight.runtime import Runtime
 from decoders import PROMPT, check_decoder, decoder_prompt, template_of
 from models import Image, make_inputs, tiny_model
 from stages import CATEGORIES, NUM_LAYERS, Stage, compile_stages
-
-TESTS = Path(__file__).parent
+from test_distributed import needs_gloo, run_on_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +124,8 @@ def test_layers_of_a_model_that_are_renumbered() -> None:
 def test_a_template_is_read_whole() -> None:
     """Of a prompt in chunks it is a view, and what is compiled counts on its strides."""
     wide = torch.arange(8, dtype=torch.int32).clamp(max=1).expand(2, -1).contiguous()
-    with use_template(wide[:, :5], wide[:, :5] > 0):
+    is_sink = wide > 0
+    with use_template(wide[:, :5], is_sink[:, :5]):
         history = Runtime(
             Profile.for_model(tiny_model("qwen2_5_vl"), "sink").rule,
             [0],
@@ -174,21 +170,8 @@ def test_the_profile_of_a_stage(qwen: Any, tmp_path: Path) -> None:
             whole.stage(first, stop, keeps_numbers=True)
 
 
-@pytest.mark.skipif(
-    not distributed.is_available() or not distributed.is_gloo_available(),
-    reason="needs torch.distributed with gloo",
-)
+@needs_gloo
 def test_pipelining_of_torch(qwen: Any, inputs: Any, tmp_path: Path) -> None:
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*command, "--nproc-per-node", "2", str(TESTS / "stages.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_on_ranks("stages.py", str(tmp_path))
     logits = torch.load(tmp_path / "logits.pt")
     check_decoder(qwen, Profile.for_model(qwen, CATEGORIES), inputs, logits)
