@@ -88,7 +88,8 @@ class _WindowMasks:
         in_window = prompt.upper - torch.maximum(lower, recent) + 1
         last_sink = torch.minimum(self._begin[:, None] + self._num_sinks, recent) - 1
         in_sinks = torch.minimum(last_sink, prompt.upper) - lower + 1
-        return ((in_window.clamp(min=0) + in_sinks.clamp(min=0)) * prompt.valid).sum((0, 2))
+        pairs = in_window.clamp(min=0) + in_sinks.clamp(min=0)
+        return (pairs * prompt.valid * prompt.widths[:, None, None]).sum((0, 2))
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,11 @@ class _PruningMasks:
                 f"num_layers must be 1..{len(prompt.lower) - 1}, of the model's "
                 f"{len(prompt.lower)}, got {masking.num_layers}."
             )
+        if not bool(prompt.widths.all()):
+            raise ValueError(
+                "tokens can be dropped if all layers of the model have attention, got layers "
+                f"{(prompt.widths == 0).nonzero().flatten().tolist()} without."
+            )
         self._prompt = prompt
         self._num_layers = masking.num_layers
         self._dropped: Tensor | None = None
@@ -154,7 +160,7 @@ class _PruningMasks:
         kept = prompt.valid & ~self._dropped_tokens
         before = torch.nn.functional.pad(kept.cumsum(1), (1, 0)).expand(len(prompt.lower), -1, -1)
         pairs = before.gather(2, prompt.upper + 1) - before.gather(2, prompt.lower)
-        late = (pairs * kept)[self._num_layers :].sum((0, 2))
+        late = (pairs * kept * prompt.widths[:, None, None])[self._num_layers :].sum((0, 2))
         early = prompt.visible[: self._num_layers, :, HeadCategory.DENSE].sum(0)
         return (early + late) * prompt.num_heads
 

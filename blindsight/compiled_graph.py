@@ -232,8 +232,7 @@ class CompiledGraph:
         cache = self._plan.cache
         if cache.length is not None:
             return num_queries + int(args[cache.length])
-        layers = self._profile.layers
-        types = self._profile.fingerprint["layer_types"].split(",")[layers.start : layers.stop]
+        types = [self._profile.layer_types[layer] for layer in self._profile.layers]
         grows = cache.before is not None and num_keys > args[cache.before].shape[2]
         slides = "sliding_attention" in types and len(self._calls) < len(types)
         return num_keys if grows and not slides else None

@@ -143,7 +143,7 @@ def mean_divergence(
 
 def _trials(profile: Profile, by: str) -> list[Tensor]:
     trials = []
-    for layer in range(profile.num_layers):
+    for layer in profile.layers:
         if by == "layer":
             tried = torch.zeros_like(profile.categories)
             tried[layer] = HeadCategory.SINK
@@ -158,15 +158,19 @@ def _trials(profile: Profile, by: str) -> list[Tensor]:
 
 
 def _by_head(found: Tensor, profile: Profile) -> Tensor:
-    tried = found.view(profile.num_layers, profile.num_heads, NUM_CATEGORIES - 1)
-    return torch.nn.functional.pad(tried, (1, 0)).sqrt().float()
+    tried = found.view(len(profile.layers), profile.num_heads, NUM_CATEGORIES - 1)
+    effect = torch.zeros(*profile.categories.shape, NUM_CATEGORIES)
+    effect[list(profile.layers), :, 1:] = tried.sqrt().float()
+    return effect
 
 
 def _by_layer(found: Tensor, profile: Profile) -> Tensor:
     squares = profile.evidence["error"].double() ** 2
     of_layer = squares[:, :, HeadCategory.SINK].sum(1)
     # A layer whose heads lose nothing has nothing to share out.
-    weight = torch.where(of_layer > 0, found / of_layer.clamp(min=1e-300), 0.0)
+    of_trial = torch.zeros_like(of_layer)
+    of_trial[list(profile.layers)] = found
+    weight = torch.where(of_layer > 0, of_trial / of_layer.clamp(min=1e-300), 0.0)
     effect = (squares * weight[:, None, None]).sqrt().float()
     effect[:, :, HeadCategory.DENSE] = 0.0
     return effect

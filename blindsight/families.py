@@ -6,7 +6,7 @@ A family that is not listed works too: give its :class:`~blindsight.TemplateRule
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,9 @@ FAMILIES: dict[str, Family] = {
         attention="Gemma3Attention",
     ),
 }
+
+# Of the types of decoder layers in transformers; all others have attention.
+_WITHOUT_ATTENTION = frozenset({"linear_attention", "mamba", "recurrent", "conv", "moe"})
 
 DECODER_ATTENTION_CLASSES = frozenset(family.attention for family in FAMILIES.values())
 
@@ -106,19 +109,61 @@ def template_rule(model_or_config: Any) -> TemplateRule:
     )
 
 
+def attends(layer_type: str) -> bool:
+    """Whether layers of a type, as transformers names them, have a softmax over keys."""
+    return layer_type not in _WITHOUT_ATTENTION
+
+
+def with_attention(layer_types: Sequence[str]) -> tuple[int, ...]:
+    """Return the numbers of the layers that have a softmax over keys."""
+    return tuple(at for at, name in enumerate(layer_types) if attends(name))
+
+
 def fingerprint(model_or_config: Any) -> dict[str, str]:
-    """Return what a profile must share with its model: architecture and attention shape."""
+    """Return what a profile must share with its model: architecture and attention shape.
+
+    Key/value heads and head dim are one number, or one for each layer (see :func:`each_layer`).
+
+    Raises:
+        ValueError: The layers have unlike numbers of query heads.
+    """
     config = config_of(model_or_config)
     text = text_config(config)
-    num_heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
     num_layers = text.num_hidden_layers
-    layer_types = getattr(text, "layer_types", None) or ["full_attention"] * num_layers
+    layer_types = list(getattr(text, "layer_types", None) or ["full_attention"] * num_layers)
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    num_heads = {layer.num_attention_heads for layer in layers}
+    if len(num_heads) > 1:
+        raise ValueError(
+            f"all layers must have as many query heads as each other, got {sorted(num_heads)}."
+        )
     return {
         "architecture": str(config.model_type),
         "num_layers": str(num_layers),
-        "num_heads": str(num_heads),
-        "num_kv_heads": str(getattr(text, "num_key_value_heads", None) or num_heads),
-        "head_dim": str(head_dim),
+        "num_heads": str(num_heads.pop()),
+        "num_kv_heads": in_short([_num_key_heads(layer) for layer in layers]),
+        "head_dim": in_short([_head_dim(layer) for layer in layers]),
         "layer_types": ",".join(layer_types),
     }
+
+
+def in_short(numbers: Sequence[int]) -> str:
+    """Write a number of each layer: once, if it is always the same."""
+    return ",".join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1]))
+
+
+def each_layer(numbers: str, num_layers: int) -> tuple[int, ...]:
+    """Return the number of each layer; the inverse of :func:`in_short`."""
+    found = tuple(map(int, numbers.split(",")))
+    return found * num_layers if len(found) == 1 else found
+
+
+def _num_key_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def _head_dim(config: Any) -> int:
+    """Return the elements of a query and a key; a value's may be others (latent attention)."""
+    known = (getattr(config, name, None) for name in ("qk_head_dim", "head_dim"))
+    whole = int(config.hidden_size // config.num_attention_heads)
+    return next((int(size) for size in known if size), whole)

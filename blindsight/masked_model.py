@@ -38,7 +38,10 @@ class Prompt:
         valid: ``[B, T]`` bool, False for padding, which is on the left.
         lower, upper: ``[L, B, T]`` ints, the first and last token that the model's own mask lets
             a query of a layer see.
-        visible: ``[L, B, C]`` int64, the pairs that one head of each layer and category computes.
+        widths: ``[L]`` int64, the head dim of each layer, as a multiple of the decoder's; 0 of a
+            layer without attention.
+        visible: ``[L, B, C]`` int64, the pairs that one head of each layer and category computes,
+            times the layer's width.
         num_heads: H.
     """
 
@@ -47,6 +50,7 @@ class Prompt:
     valid: Tensor
     lower: Tensor
     upper: Tensor
+    widths: Tensor
     visible: Tensor
     num_heads: int
 
@@ -98,8 +102,8 @@ class Masks(Protocol):
         """Return the masks of one call; every head is in one group."""
 
     def count_pairs(self) -> Tensor:
-        """Return how many pairs of a query and a key the prefill computed, ``[B]``: all layers
-        and heads, padding left out."""
+        """Return how many pairs of a query and a key the prefill computed, ``[B]``: all layers,
+        times their widths, and heads, padding left out."""
 
     def count_rows(self) -> Tensor:
         """Return how many tokens the layers had to compute, all layers, ``[B]``."""

@@ -27,7 +27,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from blindsight.families import config_of, fingerprint, text_config
+from blindsight.families import config_of, fingerprint, text_config, with_attention
 from blindsight.layers import LayerMap, layer_of_path
 from blindsight.passes.find_attention import Attention, find_attention, has_attention
 from blindsight.passes.graph import copy_graph_module
@@ -36,6 +36,7 @@ from blindsight.passes.probe_attention import probe_attention_pass
 from blindsight.probe import Call, Losses, empty_losses, measure_losses
 from blindsight.profile import write_whole
 from blindsight.ranks import Ranks, current_ranks
+from blindsight.runtime import compact
 from blindsight.samples import Samples, model_inputs
 from blindsight.shards import check_is_whole
 from blindsight.template import Template, TemplateRule
@@ -225,7 +226,9 @@ class Prober:
         self._model = model
         self._towers = _towers_of(model, rule.layer_pattern)
         self._rule = rule
-        self._shape = fingerprint(model)
+        shape = fingerprint(model)
+        self._layer_types = shape["layer_types"].split(",")
+        self._num_heads = int(shape["num_heads"])
         self._next_token = next_token
         self._backend = _ProbeBackend(model, rule, Call if next_token else measure_losses)
         self._compiled: Callable[..., Any] = torch.compile(model, backend=self._backend)
@@ -245,10 +248,12 @@ class Prober:
         if template.restricts_queries_from(0):
             layers, shares = self._run(inputs, template, mask)
         else:
-            size = int(self._shape["num_layers"]), int(self._shape["num_heads"])
-            nothing = empty_losses(len(mask), size[1], torch.device("cpu"))
-            layers, shares = dict.fromkeys(range(size[0]), nothing), None
-        return measurements_of(layers, mask.sum(1), shares)
+            layers, shares = {}, None
+        num_gradients = 0 if shares is None else shares.shape[1]
+        # Of layers without attention, and of prompts that no category restricts.
+        nothing = empty_losses(len(mask), self._num_heads, torch.device("cpu"), num_gradients)
+        of_all = {at: layers.get(at, nothing) for at in range(len(self._layer_types))}
+        return measurements_of(of_all, mask.sum(1), shares)
 
     def _run(
         self, inputs: dict[str, Any], template: Template, mask: Tensor
@@ -265,10 +270,11 @@ class Prober:
         ):
             logits = self._compiled(**{**inputs, **options}).logits
         calls = self._backend.end()
-        if missing := sorted(set(range(int(self._shape["num_layers"]))) - set(calls)):
+        expected = with_attention(self._layer_types)
+        if missing := sorted(set(expected) - set(calls)):
             raise ValueError(
-                f"the attention of all {self._shape['num_layers']} layers must be met, got none "
-                f"of layers {', '.join(map(str, missing))}. Load the model with "
+                f"the attention of layers {compact(expected)} must be met, got none of layers "
+                f"{compact(missing)}. Load the model with "
                 "attn_implementation='sdpa', or give a rule whose layer_pattern fits its modules."
             )
         found, shares = _with_gradients(calls, logits, mask) if self._next_token else (calls, None)
@@ -382,7 +388,7 @@ def measurements_of(
             for column in zip(*(layers[at] for at in sorted(layers)), strict=True)
         )
     )
-    num_rows = stacked.num_rows[:, 0]
+    num_rows = stacked.num_rows.amax(1)  # none in layers without attention
     per_row = stacked.num_rows[..., None, None].clamp(min=1)
     relative = (stacked.error / stacked.norm[..., None]).nan_to_num(nan=0.0, posinf=math.inf)
     effect = torch.full_like(relative, math.nan)

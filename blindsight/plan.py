@@ -131,6 +131,7 @@ class _Planner:
         self._profile = state.profile
         self._inputs = placeholders(gm)
         self._number = number
+        self._head_dims = {state.profile.head_dim(layer) for layer in state.profile.layers}
         self._shards: list[tuple[int, int] | None] = []
         # Without attention the graph goes on as it is.
         copied = copy_graph_module(gm) if has_attention(gm) else gm
@@ -203,10 +204,11 @@ class _Planner:
                 f"{compact(self._profile.layers)}. Use the profile of this model, or of this stage "
                 "of a pipeline: profile.stage(first, stop, keeps_numbers=...)"
             )
-        head_dim = int(self._profile.fingerprint["head_dim"])
-        if attention.head_dim is not None and attention.head_dim != head_dim:
+        head_dims = self._head_dims if layer is None else {self._profile.head_dim(layer)}
+        if attention.head_dim is not None and attention.head_dim not in head_dims:
             return None, self._refuse(
-                f"head dim of attention at {where} must be {head_dim} as in the profile, got "
+                f"head dim of attention at {where} must be "
+                f"{' or '.join(map(str, sorted(head_dims)))} as in the profile, got "
                 f"{attention.head_dim}. Use the profile of this model"
             )
         if problem := self._take_shard(attention):
@@ -250,7 +252,7 @@ class _Planner:
         # A tensor-parallel rank has a part of the heads.
         is_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
         fits = found == ours or bool(is_parallel and found and ours % found == 0)
-        same_dim = attention.head_dim == int(self._profile.fingerprint["head_dim"])
+        same_dim = attention.head_dim in self._head_dims
         inside_another_stack = any(part.isdigit() for part in attention.path.split("."))
         return masked and fits and same_dim and not inside_another_stack
 
@@ -258,7 +260,7 @@ class _Planner:
         gm, calls = self.plan.gm, self.plan.calls
         inputs = placeholders(gm)
         outputs = gm.graph.output_node().args[0]
-        types = self._profile.fingerprint["layer_types"].split(",")
+        types = self._profile.layer_types
         # A cache that slides forgets its first tokens, so any other says more.
         by_use = sorted(
             calls, key=lambda call: call.layer is not None and "sliding" in types[call.layer]

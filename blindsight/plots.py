@@ -84,8 +84,8 @@ def plot_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     figure = _figure(width, height)
     left, bottom = 0.75 / width, 0.55 / height
     axes = figure.add_axes((left, bottom, heads * cell / width, layers * cell / height))
-    for layer, row in enumerate(profile.categories.tolist()):
-        for head, code in enumerate(row):
+    for layer in profile.layers:
+        for head, code in enumerate(profile.categories[layer].tolist()):
             color = CATEGORY_COLORS[HeadCategory(code)]
             axes.add_patch(_square(head, layer, 0.92, color))
     axes.set_xlim(-0.5, heads - 0.5)
@@ -98,7 +98,7 @@ def plot_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
 
-    total, counts = layers * heads, profile.counts()
+    total, counts = len(profile.layers) * heads, profile.counts()
     known = profile.model.get("id", "")
     name = (
         Path(known).name if os.path.isabs(known) else known or profile.fingerprint["architecture"]

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens of the prompts, L layers, C categories, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from blindsight.families import (
     cache_argument,
     cache_of,
     config_of,
+    each_layer,
     text_config,
+    with_attention,
 )
 from blindsight.masked_model import Masks, Prompt, masked
 from blindsight.profile import Profile
@@ -81,9 +84,14 @@ class Decoder:
         check_has_vision(self.model)
         self.rule = rule
         self.layer_types = fingerprint["layer_types"].split(",")
-        self.head_dim = int(fingerprint["head_dim"])
+        dims = each_layer(fingerprint["head_dim"], len(self.layer_types))
+        expected = with_attention(self.layer_types)
+        self.head_dim = math.gcd(*(dims[layer] for layer in expected))
+        self.widths = [
+            dim // self.head_dim if layer in expected else 0 for layer, dim in enumerate(dims)
+        ]
         self.num_heads = int(fingerprint["num_heads"])
-        self.layers = attention_layers(self.model, rule.layer_pattern, len(self.layer_types))
+        self.layers = attention_layers(self.model, rule.layer_pattern, expected)
         self.decoder = find_decoder(self.model)
         transformers_model: Any = self.model
         self.head: Callable[[Tensor], Tensor] = transformers_model.get_output_embeddings()
@@ -186,7 +194,9 @@ class Decoder:
             rows[layer_type] = lower, upper, visible
         of_layers = zip(*(rows[layer_type] for layer_type in self.layer_types), strict=True)
         lower, upper, visible = (torch.stack(part) for part in of_layers)
-        return Prompt(template, is_image, valid, lower, upper, visible, self.num_heads)
+        widths = torch.tensor(self.widths, device=self.device)
+        visible = visible * widths[:, None, None]
+        return Prompt(template, is_image, valid, lower, upper, widths, visible, self.num_heads)
 
     def _record(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -280,7 +290,7 @@ def base_interval(
 
     Args:
         config: Of the model.
-        layer_type: ``"sliding_attention"``, or another.
+        layer_type: As transformers names it.
         is_image: ``[B, T]`` bool.
         images_are_whole: Whether the tokens of an image see all of it, as in Gemma 3.
     """

@@ -22,7 +22,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from blindsight.categories import NUM_CATEGORIES, HeadCategory, summarize_categories
-from blindsight.families import config_of, fingerprint
+from blindsight.families import attends, config_of, each_layer, fingerprint, in_short
 from blindsight.template import TemplateRule
 
 FORMAT = "blindsight-profile"
@@ -78,6 +78,7 @@ class Profile:
         for name in ("fingerprint", "calibration", "model"):
             object.__setattr__(self, name, _strings(name, getattr(self, name)))
         _check_fingerprint(self.fingerprint, tuple(self.categories.shape))
+        _check_has_heads(self.categories, self.layer_types)
         _check_evidence(self.evidence, tuple(self.categories.shape))
         evidence = {name: _own(self.evidence[name]) for name in sorted(self.evidence)}
         object.__setattr__(self, "categories", _own(self.categories))
@@ -93,7 +94,7 @@ class Profile:
         Args:
             model_or_config: A transformers model, its config, or anything with ``.config``.
             categories: Array-like ``[L, H]`` of categories, codes or names in any case, or one
-                of these for all heads.
+                of these for all heads. Layers without attention are ``DENSE``.
             rule: How images are found; by default what the model's family needs.
 
         Raises:
@@ -101,14 +102,14 @@ class Profile:
                 not known and ``rule`` is not given.
         """
         found = _fingerprint_of(model_or_config)
-        shape = int(found["num_layers"]), int(found["num_heads"])
+        types = found["layer_types"].split(",")
         config = config_of(model_or_config)
         identity = {
             "id": getattr(config, "_name_or_path", None),
             "revision": getattr(config, "_commit_hash", None),
         }
         return cls(
-            _parse_categories(categories, shape),
+            _parse_categories(categories, types, int(found["num_heads"])),
             rule=TemplateRule.from_config(config) if rule is None else rule,
             fingerprint=found,
             model={name: str(value) for name, value in identity.items() if value},
@@ -116,6 +117,7 @@ class Profile:
 
     @property
     def num_layers(self) -> int:
+        """L, layers without attention included."""
         return self.categories.shape[0]
 
     @property
@@ -157,13 +159,13 @@ class Profile:
             raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}.")
         own = dict(self.fingerprint)
         for name in ("num_heads", "num_kv_heads"):
-            each, rest = divmod(int(own[name]), world_size)
-            if rest:
+            numbers = each_layer(own[name], self.num_layers)
+            if any(number % world_size for number in numbers):
                 raise ValueError(
                     f"{name} must be a multiple of world_size, got {own[name]} for {world_size} "
                     "processes. Use fewer, so that each has whole groups of heads."
                 )
-            own[name] = str(each)
+            own[name] = in_short([number // world_size for number in numbers])
         if world_size == 1:
             return self
         first, last = (at * int(own["num_heads"]) for at in (rank, rank + 1))
@@ -205,8 +207,7 @@ class Profile:
             categories[first:stop] = self.categories[first:stop]
             evidence = self.evidence
         else:
-            types = own["layer_types"].split(",")[first:stop]
-            own |= {"num_layers": str(stop - first), "layer_types": ",".join(types)}
+            own |= _of_layers(own, first, stop)
             categories = self.categories[first:stop]
             evidence = {name: values[first:stop] for name, values in self.evidence.items()}
         return Profile(
@@ -219,12 +220,22 @@ class Profile:
         )
 
     @property
-    def layers(self) -> range:
-        """The numbers of the layers that it is of, as the model numbers them."""
+    def layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that it is of, as the model numbers them: with attention."""
         stage = _stage_of(self.fingerprint)
-        if stage is None or stage.num_layers != self.num_layers:
-            return range(self.num_layers)
-        return range(stage.first, stage.stop)
+        numbers = range(self.num_layers)
+        if stage is not None and stage.num_layers == self.num_layers:
+            numbers = range(stage.first, stage.stop)
+        return tuple(at for at in numbers if attends(self.layer_types[at]))
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers calls each layer, such as ``sliding_attention``: L names."""
+        return self.fingerprint["layer_types"].split(",")
+
+    def head_dim(self, layer: int) -> int:
+        """Elements of a query head of a layer."""
+        return each_layer(self.fingerprint["head_dim"], self.num_layers)[layer]
 
     def validate(self, model_or_config: Any, *, part_is_fine: bool = False) -> None:
         """Check that the profile was made for this model.
@@ -240,15 +251,15 @@ class Profile:
         found = _fingerprint_of(model_or_config)
         ours = dict(self.fingerprint)
         if part_is_fine and (shard := ours.pop("shard", None)) is not None:
+            size = int(shard.partition("/")[2])
             for name in ("num_heads", "num_kv_heads"):
-                ours[name] = str(int(ours[name]) * int(shard.partition("/")[2]))
+                parts = each_layer(ours[name], self.num_layers)
+                ours[name] = in_short([part * size for part in parts])
         if part_is_fine and (stage := _stage_of(ours)) is not None:
             del ours["stage"]
-            types = found["layer_types"].split(",")
             # A stage may have the config of the whole model, or one of its own.
-            if len(types) == stage.num_layers != self.num_layers:
-                own_types = types[stage.first : stage.stop]
-                found |= {"num_layers": str(len(own_types)), "layer_types": ",".join(own_types)}
+            if int(found["num_layers"]) == stage.num_layers != self.num_layers:
+                found |= _of_layers(found, stage.first, stage.stop)
         different = [
             f"profile has {name}={ours.get(name)}, model has {name}={found.get(name)}"
             for name in dict.fromkeys([*FINGERPRINT, *found, *ours])
@@ -394,6 +405,26 @@ def _check_fingerprint(fingerprint: Mapping[str, str], shape: tuple[int, ...]) -
         )
 
 
+def _check_has_heads(categories: Tensor, layer_types: list[str]) -> None:
+    for layer, layer_type in enumerate(layer_types):
+        if not attends(layer_type) and bool(categories[layer].any()):
+            raise ValueError(
+                f"heads of layer {layer}, which is {layer_type}, must be DENSE: it has no "
+                f"attention over keys, got {summarize_categories(categories[layer].tolist())}."
+            )
+
+
+def _of_layers(fingerprint: Mapping[str, str], first: int, stop: int) -> dict[str, str]:
+    """Return what differs in the fingerprint of some layers."""
+    num_layers = int(fingerprint["num_layers"])
+    numbers = {
+        name: in_short(each_layer(fingerprint[name], num_layers)[first:stop])
+        for name in ("num_kv_heads", "head_dim")
+    }
+    types = fingerprint["layer_types"].split(",")[first:stop]
+    return {"num_layers": str(stop - first), "layer_types": ",".join(types), **numbers}
+
+
 def _check_evidence(evidence: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
     for name, tensor in evidence.items():
         if not isinstance(name, str) or name in ("", "categories", "__metadata__"):
@@ -443,8 +474,9 @@ def _fingerprint_of(model_or_config: Any) -> dict[str, str]:
         ) from None
 
 
-def _parse_categories(categories: Any, shape: tuple[int, int]) -> Tensor:
+def _parse_categories(categories: Any, layer_types: list[str], num_heads: int) -> Tensor:
     """Return ``categories``, array-like or one for all heads, as uint8 ``[L, H]``."""
+    shape = len(layer_types), num_heads
     if isinstance(categories, Tensor):
         categories = categories.detach().cpu().tolist()
     try:
@@ -453,6 +485,7 @@ def _parse_categories(categories: Any, shape: tuple[int, int]) -> Tensor:
         raise ValueError(f"categories must have shape {list(shape)}, got {error}.") from None
     if entries.ndim == 0:
         entries = np.full(shape, entries.item(), dtype=object)
+        entries[[not attends(name) for name in layer_types]] = HeadCategory.DENSE
     if entries.shape != shape:
         raise ValueError(
             f"categories must have shape [num_layers, num_heads] = {list(shape)}, or be one "

@@ -10,7 +10,7 @@ prefill), D head dim, V vocabulary.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from blindsight.categories import HeadCategory
 from blindsight.families import CACHE_ARGUMENTS, config_of, text_config
 from blindsight.profile import Profile
-from blindsight.runtime import disabled
+from blindsight.runtime import compact, disabled
 from blindsight.template import Template
 
 NAME = "blindsight_reference"
@@ -78,7 +78,7 @@ def reference_logits(
                 f"inputs must have input_ids, or a template be given, got {sorted(inputs)}."
             )
         template = profile.rule.template(inputs["input_ids"])
-    layers = attention_layers(model, profile.rule.layer_pattern, profile.num_layers)
+    layers = attention_layers(model, profile.rule.layer_pattern, profile.layers)
     token = _run.set(_Run(template, profile, layers))
     try:
         with (
@@ -92,19 +92,21 @@ def reference_logits(
         _run.reset(token)
 
 
-def attention_layers(model: nn.Module, layer_pattern: str, num_layers: int) -> dict[nn.Module, int]:
+def attention_layers(
+    model: nn.Module, layer_pattern: str, expected: Sequence[int]
+) -> dict[nn.Module, int]:
     """Return which layer each attention module of the decoder is.
 
     Raises:
-        ValueError: The modules at ``layer_pattern`` are not those of ``num_layers`` layers.
+        ValueError: The modules at ``layer_pattern`` are not those of the expected layers.
     """
     pattern = layer_pattern + r"$"
     found = ((module, re.search(pattern, name)) for name, module in model.named_modules())
     layers = {module: int(match.group(1)) for module, match in found if match is not None}
-    if sorted(layers.values()) != list(range(num_layers)):
+    if sorted(layers.values()) != list(expected):
         raise ValueError(
-            f"model must have the attention of {num_layers} layers at {layer_pattern!r}, found "
-            f"layers {sorted(layers.values())}."
+            f"model must have the attention of layers {compact(expected)} at {layer_pattern!r}, "
+            f"found it of layers {compact(sorted(layers.values())) or 'none'}."
         )
     return layers
 

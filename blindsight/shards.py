@@ -52,7 +52,7 @@ def shard_of_call(
     size, rest = divmod(profile.num_heads, found)
     advice = "Use the profile of this model"
     if shard is None and not rest:
-        rows = profile.num_heads * int(profile.fingerprint["head_dim"])
+        rows = profile.num_heads * (call.head_dim or 0)
         places = [{p for p in _places(w) if p[1] == size and len(w) == rows} for w in weights]
         if places and len(places[0]) == 1 and all(place == places[0] for place in places):
             return places[0].pop()

@@ -279,7 +279,7 @@ def sweep(
                 for plan in plans
                 if plan.series == BY_HEAD
             }
-            more = token_plans(sorted(costs, reverse=True), profile.num_layers)
+            more = token_plans(sorted(costs, reverse=True), decoder.widths)
             outcomes.update(answer(more))
             plans = [*plans, *more]
         timings: dict[str, Timing] = {}

@@ -120,9 +120,15 @@ def category_plans(
     return plans
 
 
-def token_plans(shares: Sequence[float], num_layers: int) -> list[Plan]:
+def token_plans(shares: Sequence[float], widths: Sequence[int]) -> list[Plan]:
+    """Return the baselines at some shares of dense attention, those that a decoder can have.
+
+    Args:
+        shares: See :mod:`blindsight.baselines`.
+        widths: Of the decoder's layers; 0 of one without attention.
+    """
     plans = [Plan(WINDOW, share, WindowMasking(share)) for share in shares]
-    if num_layers > 2:
+    if len(widths) > 2 and all(widths):
         plans += [Plan(PRUNING, share, PruningMasking(share)) for share in shares]
     return plans
 

@@ -91,7 +91,7 @@ _VIEWS = {
 _FRESH = {
     *("and", "or", "xor", "not", "abs", "neg", "where", "masked_fill", "arange", "full"),
     *("new_full", "full_like", "tril", "triu", "scalar_tensor", "tensor", "rsub", "cumsum"),
-    *("diff", "sum", "pad", "embedding", "linear", "matmul", "cat", "stack", "rand", "index"),
+    *("diff", "sum", "pad", "roll", "embedding", "linear", "matmul", "cat", "stack", "rand", "index"),
     "scaled_dot_product_attention",
     *FLIPPED,
     *ARITHMETIC,
@@ -139,7 +139,8 @@ class MaskReader:
         self._position = {node: position for position, node in enumerate(self._nodes)}
         self._nesting = _nesting(self._nodes)
         self._values: dict[fx.Node, Value] = {}
-        self._read: set[fx.Node] = set()
+        self._uses: dict[fx.Node, set[fx.Node]] = {}
+        self._reading: set[fx.Node] = set()  # what the value in hand rests on
         self._sizes: dict[str, fx.Node] = {}
 
     def made_by(self, node: fx.Node) -> fx.Node:
@@ -163,7 +164,7 @@ class MaskReader:
     def check_not_overwritten(self, mask: fx.Node, before: fx.Node, call: fx.Node) -> None:
         """Raise where a tensor changes between where the graph reads it and where we would."""
         groups = _MemoryGroups(self._nodes)
-        ours = {groups.find(node) for node in self._read}
+        ours = {groups.find(node) for node in self._uses[mask]}
         # The mask may also be changed after it was made, until it is used.
         masks = groups.find(mask)
         for node in self._nodes[: self._position[call]]:
@@ -177,8 +178,10 @@ class MaskReader:
 
     def read(self, node: fx.Node) -> Value:
         if node not in self._values:
-            self._read.add(node)
+            outer, self._reading = self._reading, {node}
             self._values[node] = self._compute(node)
+            self._uses[node], self._reading = self._reading, outer
+        self._reading |= self._uses[node]
         return self._values[node]
 
     def _compute(self, node: fx.Node) -> Value:
@@ -197,6 +200,7 @@ class MaskReader:
     def _leaf(self, node: fx.Node, shape: tuple[Any, ...], dtype: torch.dtype) -> Value:
         if self._is_hidden(node):
             raise NotUnderstoodError(f"{name_of(node)} inside a vmap is not understood")
+        self._reading = {node}  # and not on what the graph computes it from
         indices = tuple(
             0 if same_size(size, 1) else ("index", axis) for axis, size in enumerate(shape)
         )
@@ -273,7 +277,7 @@ class MaskReader:
         value = node.meta.get("example_value", node.meta.get("val"))
         if not isinstance(value, torch.SymInt):
             raise _CannotReadError
-        self._read.add(node)
+        self._reading.add(node)
         return self._sizes.setdefault(str(value), node)
 
     def _aligned(self, operand: _Operand, shape: tuple[Any, ...]) -> Expression:

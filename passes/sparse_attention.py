@@ -31,6 +31,7 @@ from blindsight.passes.graph import add_placeholder, placeholders, source_name
 from blindsight.passes.lift_mask import Lifted, lift_mask
 from blindsight.passes.replace_attention import TOKEN_INPUTS, replace_attention_pass
 from blindsight.profile import Profile
+from blindsight.runtime import compact
 from blindsight.shards import shard_of_call
 from blindsight.template import template_of_ids
 
@@ -183,9 +184,13 @@ def _layer_of(call: Attention, profile: Profile) -> int | None:
                 "decoder. Give the pass the graph of the whole decoder."
             )
         return None
-    head_dim = int(profile.fingerprint["head_dim"])
+    if layer not in profile.layers:
+        raise ValueError(
+            f"attention at {where} is layer {layer}, but the profile is of layers "
+            f"{compact(profile.layers)}. Use the profile of this model."
+        )
     for name, found, expected in (
-        ("head dim", call.head_dim, head_dim),
+        ("head dim", call.head_dim, profile.head_dim(layer)),
         ("dropout", call.dropout_p, 0.0),
     ):
         if found is not None and found != expected:
@@ -193,11 +198,6 @@ def _layer_of(call: Attention, profile: Profile) -> int | None:
                 f"{name} of attention at {where} must be {expected}, got {found}. Use the profile "
                 "of this model, in eval mode."
             )
-    if layer >= profile.num_layers:
-        raise ValueError(
-            f"attention at {where} is layer {layer}, but the profile has {profile.num_layers} "
-            "layers. Use the profile of this model."
-        )
     return layer
 
 

@@ -424,7 +424,7 @@ def test_attention_that_is_not_met_is_an_error() -> None:
     prober = Prober(model, TemplateRule.from_config(model.config))
     with (
         torch._dynamo.config.patch(disable=True),
-        pytest.raises(ValueError, match="attention of all 1 layers must be met, got none of"),
+        pytest.raises(ValueError, match="attention of layers 0 must be met, got none of layers 0"),
     ):
         prober(make_inputs("gemma3", [[3, Image(), 2, Image()]]))
 
