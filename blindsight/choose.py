@@ -159,7 +159,7 @@ def choose_layouts(
 
 def _table_bytes(layout: Layout, size: CallSize, block_size: int) -> int:
     """Return the memory of the block tables per head of a layout, at most."""
-    rows, columns = (-(-tokens // block_size) for tokens in (size.num_queries, size.num_keys))
+    rows, columns = (-(-tokens // block_size) for tokens in (size.query_rows, size.key_rows))
     num_heads = sum(number for kind, number in layout.groups if kind in ("all", "mixed"))
     return 2 * 4 * size.batch * num_heads * rows * columns  # partial and full, int32
 

@@ -7,33 +7,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from blindsight.any_length import CompiledForLengths, SymbolicSizes, capacity_of, is_symbol
-from blindsight.block_tables import block_size_of
-from blindsight.choose import Choice, ChoosableCall, best_form, choose_layouts
-from blindsight.cost_model import CallSize, costs_of
-from blindsight.data_check import DataCheck
-from blindsight.given_mask import GivenMasks, add_given_inputs, given_inputs, lifted_of_given
+from blindsight.any_length import CompiledForLengths, SymbolicSizes
+from blindsight.given_mask import given_inputs
 from blindsight.inner import Inner
 from blindsight.lowering import Layout
-from blindsight.masks import BaseMask
-from blindsight.passes.find_attention import Attention, find_attention
 from blindsight.passes.graph import copy_graph_module
-from blindsight.passes.lift_mask import lift_mask
-from blindsight.passes.replace_attention import (
-    TOKEN_INPUTS,
-    Capacity,
-    MaskForm,
-    replace_attention_pass,
-)
+from blindsight.passes.replace_attention import TOKEN_INPUTS
 from blindsight.passes.share_layers import share_layers_pass
-from blindsight.plan import PlannedCall, plan_graph
-from blindsight.profile import Profile
+from blindsight.plan import plan_graph
+from blindsight.rewriting import Rewriter, Rewriting, tier_of
 from blindsight.runtime import History, is_disabled
 from blindsight.state import BackendState
 
@@ -42,25 +30,6 @@ _MAX_VARIANTS = 64  # compiled forms of one graph; the least recently used are d
 _NO_IMAGE_QUERY = "no query in a second image"
 _FASTER_DENSE = "estimated to be faster than sparse"
 _DENSE_HEADS = "all its heads are dense"
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """How to run a prompt in a rewritten graph.
-
-    Attributes:
-        calls: Which attention calls are replaced.
-        layouts: Of each of them.
-        form: Of the masks that are known as intervals.
-        given: Intervals of the masks that are inputs of the graph, by their names.
-        capacities: Of the calls that are replaced, if other lengths than those at hand shall do.
-    """
-
-    calls: tuple[int, ...]
-    layouts: tuple[Layout, ...]
-    form: MaskForm
-    given: dict[str, BaseMask]
-    capacities: tuple[Capacity, ...] | None
 
 
 class CompiledGraph:
@@ -83,8 +52,7 @@ class CompiledGraph:
         self._plan = plan_graph(state, gm, number)
         self._profile = self._plan.profile
         self._calls = self._plan.calls
-        self._data = DataCheck(self._plan)
-        self._given = GivenMasks(self._plan, self._runtime.masks)
+        self._rewriter = Rewriter(state, self._plan)
         self._variants: OrderedDict[object, CompiledForLengths] = OrderedDict()
         self._rows: dict[object, tuple[Tensor, Tensor]] = {}
         # What a compiler assumes of symbolic sizes must become a guard of Dynamo's, which is only
@@ -121,12 +89,12 @@ class CompiledGraph:
         layers = self._layers_of(args)
         self._runtime.met.update(layers)
         history, dense_because = self._decide(args, layers)
-        choice = None
+        rewriting = None
         if dense_because is None and history is not None:
-            choice = self._choose(args, layers, history)
-            dense_because = None if choice else _FASTER_DENSE
-        if choice is not None and history is not None:
-            outputs, runs = self._run_rewritten(args, layers, history, choice)
+            rewriting = self._rewriter.choose(args, layers, history)
+            dense_because = None if rewriting else _FASTER_DENSE
+        if rewriting is not None and history is not None:
+            outputs, runs = self._run_rewritten(args, layers, history, rewriting)
         else:
             outputs, runs = self._run_own(args), [f"dense: {dense_because}"] * len(self._calls)
         for call, how in zip(self._calls, runs, strict=True):
@@ -257,74 +225,8 @@ class CompiledGraph:
             self._own = self._compile(copy_graph_module(self._plan.gm), args)
         return self._own(*args)
 
-    def _choose(
-        self, args: Sequence[Any], layers: tuple[int, ...], history: History
-    ) -> _Choice | None:
-        """Return how to run a prompt sparse; None where dense is estimated to be faster."""
-        given = self._given.read(args)
-        whole = self._state.profile
-
-        def replaced_by(profile: Profile) -> tuple[int, ...]:
-            # Dense layers are replaced, too, where their mask is known: it need not be built.
-            return tuple(
-                at
-                for at, call in enumerate(self._calls)
-                if call.layer is None
-                or _tier(call, given) == 1
-                or not profile.layer_is_dense(layers[at])
-            )
-
-        replaced = replaced_by(self._profile)
-        any_length = self._fits_any_length(history.num_tokens, given, replaced)
-        categories = whole.categories[[layers[at] for at in replaced_by(whole)]]
-        form = self._form(args, history, categories, given, any_length)
-        # Only dense heads can do with less than FlexAttention.
-        has_dense_heads = bool((categories == 0).any())
-        is_causal = (
-            self._data.plain_causal(args, given) if has_dense_heads else [False] * len(self._calls)
-        )
-        size_of, device = self._plan.size_of(args), self._plan.device
-
-        def choose(profile: Profile) -> Choice:
-            parts = profile.num_heads // self._profile.num_heads
-            calls = []
-            for at in replaced_by(profile):
-                call, attention = self._calls[at], self._calls[at].attention
-                num_heads, num_key_heads, head_dim = attention.head_sizes
-                size = CallSize(
-                    num_heads=num_heads * parts,
-                    num_key_heads=num_key_heads * parts,
-                    head_dim=head_dim,
-                    is_masked=attention.attn_mask is not None,
-                    **attention.sizes(size_of),
-                )
-                codes = tuple(profile.categories[layers[at]].tolist())
-                its_form = form.of(_tier(call, given))
-                calls.append(ChoosableCall(codes, its_form, is_causal[at], size))
-            return choose_layouts(
-                calls,
-                history,
-                lowering=self._state.lowering,
-                costs=costs_of(device, self._plan.dtype),
-                block_size=block_size_of(device),
-                num_threads=torch.get_num_threads() if device.type == "cpu" else 1,
-            )
-
-        choice = choose(self._profile)
-        # The ranks of a tensor-parallel model decide alike, as one process with all heads would:
-        # dense on one and sparse on another would be neither.
-        decided = choice if self._profile is whole else choose(whole)
-        for at, reason in zip(replaced_by(whole), decided.reasons, strict=True):
-            self._calls[at].verdict.estimate = reason
-        if decided.dense_is_faster:
-            return None
-        capacities = None
-        if any_length and form is MaskForm.SORTED:
-            capacities = tuple(self._capacity(self._calls[at].attention, args) for at in replaced)
-        return _Choice(replaced, choice.layouts, form, given, capacities)
-
     def _run_rewritten(
-        self, args: Sequence[Any], layers: tuple[int, ...], history: History, choice: _Choice
+        self, args: Sequence[Any], layers: tuple[int, ...], history: History, rewriting: Rewriting
     ) -> tuple[Any, list[str]]:
         """Return the outputs, and in which form each call ran."""
         if torch.is_grad_enabled() and any(
@@ -337,33 +239,34 @@ class CompiledGraph:
             )
         device = self._plan.device
         template = history.on(device)
-        edges = [part for mask in choice.given.values() for part in mask]
-        rows = self._rows_of([layers[at] for at in choice.calls], choice.layouts)
+        edges = [part for mask in rewriting.given.values() for part in mask]
+        rows = self._rows_of([layers[at] for at in rewriting.calls], rewriting.layouts)
         inputs = (*args, *edges, template.span_id, template.is_sink, *rows)
-        groups = tuple(layout.groups for layout in choice.layouts)
+        groups = tuple(layout.groups for layout in rewriting.layouts)
         sizes = tuple(args[at] for at in self._plan.symbols.values())
         numbers = {name: args[at].item() for name, at in self._plan.numbers.items()}
-        key = (choice.form, choice.calls, groups, tuple(choice.given), tuple(numbers.values()))
+        fixed = tuple(rewriting.given), tuple(numbers.values())
+        key = (rewriting.form, rewriting.calls, groups, *fixed)
         num_tokens = template.num_tokens
         variant = None
-        if choice.capacities is not None:
+        if rewriting.capacities is not None:
             its_sizes = (history.batch, str(self._size_of_tokens(args, num_tokens)))
-            of_lengths = (key, its_sizes, choice.capacities)
-            variant = self._variant(of_lengths, choice, inputs, num_tokens, numbers)
+            of_lengths = (key, its_sizes, rewriting.capacities)
+            variant = self._variant(of_lengths, rewriting, inputs, num_tokens, numbers)
         if variant is None or not variant.fits(sizes, num_tokens):
-            exactly = replace(choice, capacities=None)
+            exactly = replace(rewriting, capacities=None)
             variant = self._variant((key, sizes, num_tokens), exactly, inputs, num_tokens, numbers)
         runs = [f"dense: {_DENSE_HEADS}"] * len(self._calls)
-        for at, layout in zip(choice.calls, choice.layouts, strict=True):
+        for at, layout in zip(rewriting.calls, rewriting.layouts, strict=True):
             if self._profile.categories[layers[at]].any():
-                its_form = choice.form.of(_tier(self._calls[at], choice.given))
+                its_form = rewriting.form.of(tier_of(self._calls[at], rewriting.given))
                 runs[at] = f"sparse, {its_form.value}, {layout.name}"
         return variant.run(*inputs), runs
 
     def _variant(
         self,
         key: object,
-        choice: _Choice,
+        rewriting: Rewriting,
         inputs: Sequence[Any],
         num_tokens: int,
         numbers: Mapping[str, float],
@@ -371,9 +274,11 @@ class CompiledGraph:
         """Return the rewritten graph of a key, compiled with these inputs if it is new."""
         if key not in self._variants:
             size_of = self._plan.size_of(inputs)
-            gm = self._rewrite(choice, size_of, numbers)
-            if choice.capacities is not None:
-                variant = self._compile_for_lengths(gm, inputs, choice.given, num_tokens)
+            gm = self._rewriter.rewrite(
+                rewriting, size_of, numbers, takes_regions=self._inner.takes_regions
+            )
+            if rewriting.capacities is not None:
+                variant = self._compile_for_lengths(gm, inputs, rewriting.given, num_tokens)
             else:
                 variant = CompiledForLengths(self._compile(gm, inputs), lambda *sizes: True)
             self._variants[key] = variant
@@ -397,7 +302,7 @@ class CompiledGraph:
         appended = dict.fromkeys(TOKEN_INPUTS, sizes.num_tokens)
         for name in given:
             lower, upper, valid = given_inputs(name)
-            appended[lower], appended[valid] = map(sizes.size, self._given.sizes_of(name))
+            appended[lower], appended[valid] = map(sizes.size, self._rewriter.sizes_of_given(name))
             appended[upper] = appended[lower]
         run = self._compile(gm, sizes.inputs(gm, inputs, appended))
         return CompiledForLengths(run, sizes.check())
@@ -411,11 +316,6 @@ class CompiledGraph:
                     return size
         return None
 
-    def _capacity(self, attention: Attention, args: Sequence[Any]) -> Capacity:
-        size_of, device = self._plan.size_of(args), self._plan.device
-        queries, keys = (capacity_of(size_of(size), device, size) for size in attention.lengths)
-        return queries, keys
-
     def _rows_of(self, layers: Sequence[int], layouts: Sequence[Layout]) -> tuple[Tensor, Tensor]:
         """Return the heads of layers in the order of their layouts, and their categories."""
         key = (tuple(layers), tuple(layouts))
@@ -426,97 +326,6 @@ class CompiledGraph:
             self._rows[key] = heads.to(device), categories.to(device, torch.int32)
         return self._rows[key]
 
-    def _fits_any_length(
-        self,
-        num_tokens: int,
-        given: Mapping[str, BaseMask],
-        replaced: Sequence[int],
-    ) -> bool:
-        """Whether a graph with these calls replaced can be compiled for many lengths, and shall."""
-        calls = [self._calls[at] for at in replaced]
-        sizes = [size for call in calls for size in call.attention.lengths]
-        fixed = [size for size in sizes if isinstance(size, int)]
-        # Of chunks on a static cache queries and keys are as many as ever, and tokens are not.
-        varies = len(fixed) < len(sizes) or num_tokens not in fixed
-        return varies and all(_tier(call, given) == 1 for call in calls)
-
-    def _form(
-        self,
-        args: Sequence[Any],
-        history: History,
-        categories: Tensor,
-        given: Mapping[str, BaseMask],
-        any_length: bool,
-    ) -> MaskForm:
-        """Choose the form of this prompt's masks that are known as intervals.
-
-        ``categories [N, H]`` are those of the calls that are replaced.
-        """
-        for call in self._calls:
-            if (tier := _tier(call, given)) != 1:
-                how = "evaluated" if tier == 2 else "read"
-                self._runtime.warn_once(
-                    f"a mask is {how} element by element, which is slower: {call.lifted.reason}. "
-                    "The report says whose."
-                )
-        if not self._data.facts_hold(args):
-            self._runtime.warn_once(
-                "a mask is evaluated element by element: what its interval form rests on does "
-                f"not hold for this prompt ({self._data.names})."
-            )
-            return MaskForm.EXPRESSED
-        if any_length:
-            return MaskForm.SORTED
-        num_queries = self._plan.sizes(args)[1]
-        return best_form(
-            history,
-            num_queries,
-            categories,
-            costs=costs_of(self._plan.device, self._plan.dtype),
-            block_size=block_size_of(self._plan.device),
-        )
-
-    def _rewrite(
-        self,
-        choice: _Choice,
-        size_of: Callable[[int | torch.SymInt], int],
-        numbers: Mapping[str, float],
-    ) -> fx.GraphModule:
-        gm = copy_graph_module(self._plan.gm)
-        for node in list(gm.graph.nodes):
-            if node.name in numbers:
-                node.replace_all_uses_with(numbers[node.name])
-                gm.graph.erase_node(node)
-        by_name = {
-            attention.node.name: attention
-            for attention in find_attention(gm, layer_pattern=self._profile.rule.layer_pattern)
-        }
-        inputs = {name: add_given_inputs(gm, name) for name in choice.given}
-        attention, lifted = [], []
-        for at in choice.calls:
-            call = by_name[self._calls[at].attention.node.name]
-            proof = lift_mask(gm, call)
-            if proof.given is not None and proof.given.name in inputs:
-                proof = lifted_of_given(inputs[proof.given.name], call.node)
-            attention.append(call)
-            lifted.append(proof)
-        sizes = [size for call in attention for size in call.lengths]
-        # A region would need the symbols of keys of a composed size among its inputs.
-        is_composed = choice.capacities is not None and any(
-            not isinstance(size, int) and not is_symbol(size) for size in sizes
-        )
-        return replace_attention_pass(
-            gm,
-            attention=attention,
-            lifted=lifted,
-            form=choice.form,
-            groups=[layout.groups for layout in choice.layouts],
-            size_of=size_of,
-            capacities=choice.capacities,
-            in_region=self._inner.takes_regions and len(attention) > 1 and not is_composed,
-            by_operator=self._inner.takes_regions and self._plan.device.type == "cpu",
-        )
-
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile for inputs like these, outside of Dynamo, which has long left the graph."""
         from torch._dynamo.convert_frame import compile_lock
@@ -526,9 +335,3 @@ class CompiledGraph:
             gm = share_layers_pass(gm)
         with compile_lock:
             return self._inner(gm, list(inputs))
-
-
-def _tier(call: PlannedCall, given: Mapping[str, BaseMask]) -> int:
-    """Return how the mask of a call is known, with what was found in the graph's inputs."""
-    node = call.lifted.given
-    return 1 if node is not None and node.name in given else call.lifted.tier

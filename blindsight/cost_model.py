@@ -142,6 +142,8 @@ class CallSize:
     Attributes:
         num_heads, num_key_heads, head_dim: H, G and D.
         batch, num_queries, num_keys: B, Q and K.
+        query_rows, key_rows: Q and K with the rows that fill them up to what the call is compiled
+            for.
         is_masked: Whether the model's own call reads a mask of all pairs.
     """
 
@@ -151,6 +153,8 @@ class CallSize:
     batch: int
     num_queries: int
     num_keys: int
+    query_rows: int
+    key_rows: int
     is_masked: bool
 
 
@@ -184,7 +188,7 @@ def time_of_groups(
         is_sorted: Whether tokens are sorted.
     """
     scale = size.head_dim / HEAD_DIM
-    tokens = size.batch * (size.num_queries + size.num_keys)
+    tokens = size.batch * (size.query_rows + size.key_rows)
     time, begin = 0.0, 0
     for kind, num_heads in groups:
         codes = categories[begin : begin + num_heads]

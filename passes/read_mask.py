@@ -91,8 +91,8 @@ _VIEWS = {
 _FRESH = {
     *("and", "or", "xor", "not", "abs", "neg", "where", "masked_fill", "arange", "full"),
     *("new_full", "full_like", "tril", "triu", "scalar_tensor", "tensor", "rsub", "cumsum"),
-    *("diff", "sum", "pad", "roll", "embedding", "linear", "matmul", "cat", "stack", "rand", "index"),
-    "scaled_dot_product_attention",
+    *("diff", "sum", "pad", "roll", "embedding", "linear", "matmul", "cat", "stack", "rand"),
+    *("index", "scaled_dot_product_attention"),
     *FLIPPED,
     *ARITHMETIC,
     *_FILLS,

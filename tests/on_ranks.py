@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import all_reduce
 from transformers.distributed import DistributedConfig
 
-from blindsight import Profile, blindsight_backend, compiled_graph, use_template
+from blindsight import Profile, blindsight_backend, rewriting, use_template
 from blindsight.choose import choose_layouts
 from blindsight.cli import main as command_line
 from blindsight.measure import Prober
@@ -177,7 +177,7 @@ def estimates(gains_from: float) -> Iterator[None]:
         slower = sum(is_sparse) < gains_from * len(is_sparse)
         return replace(choose_layouts(calls, *args, **options), dense_is_faster=slower)
 
-    with mock.patch.object(compiled_graph, "choose_layouts", choose):
+    with mock.patch.object(rewriting, "choose_layouts", choose):
         yield
 
 

@@ -175,7 +175,7 @@ def form(monkeypatch: pytest.MonkeyPatch) -> Callable[[MaskForm], None]:
     """Sort the tokens of all prompts: left to itself, the choice for short ones is not to."""
 
     def force(form: MaskForm) -> None:
-        monkeypatch.setattr("blindsight.compiled_graph.best_form", lambda *_, **__: form)
+        monkeypatch.setattr("blindsight.rewriting.best_form", lambda *_, **__: form)
 
     force(MaskForm.SORTED)
     return force

@@ -50,7 +50,8 @@ def prompt(num_images: int, image: int, text: int) -> History:
 
 
 def call_of(history: History, categories: list[int], *, is_masked: bool = True) -> ChoosableCall:
-    size = CallSize(8, 2, 128, 1, history.num_tokens, history.num_tokens, is_masked)
+    tokens = history.num_tokens
+    size = CallSize(8, 2, 128, 1, tokens, tokens, tokens, tokens, is_masked)
     return ChoosableCall(tuple(categories), MaskForm.SORTED, True, size)
 
 
@@ -234,16 +235,24 @@ def test_dense_heads_go_where_they_are_fastest() -> None:
 
 
 def test_estimates_follow_from_what_is_computed() -> None:
-    size = CallSize(8, 2, 64, 1, 1000, 1000, True)
+    size = CallSize(8, 2, 64, 1, 1000, 1000, 1000, 1000, is_masked=True)
     assert time_of_own(COSTS, size) == pytest.approx(0.5 * 8 * 1e6 * 4.0)
-    unmasked = CallSize(8, 2, 64, 1, 1000, 1000, False)
+    unmasked = replace(size, is_masked=False)
     assert time_of_own(COSTS, unmasked) == pytest.approx(0.5 * 8 * 0.5e6 * 4.0)
     groups = (("causal", 2), ("alike", 6))
     found = time_of_groups(
         COSTS, size, groups, [0, 0, 3, 3, 3, 3, 3, 3], [7, 7, 7, 10**5], is_sorted=True
     )
     moved = 0.4 * 64 * 2000 * (2 + 2 + 6 + 6)
-    assert found == pytest.approx(moved + 2e5 + 0.5 * (2 * 0.5e6 * 4.0 + 6 * 1e5 * 6.0))
+    computed = 2e5 + 0.5 * (2 * 0.5e6 * 4.0 + 6 * 1e5 * 6.0)
+    assert found == pytest.approx(moved + computed)
+    # Rows up to what is compiled for are moved, and nothing else.
+    filled = replace(size, query_rows=1024, key_rows=2048)
+    found = time_of_groups(
+        COSTS, filled, groups, [0, 0, 3, 3, 3, 3, 3, 3], [7, 7, 7, 10**5], is_sorted=True
+    )
+    assert found == pytest.approx(moved * 3072 / 2000 + computed)
+    assert time_of_own(COSTS, filled) == time_of_own(COSTS, size)
 
 
 def test_the_report_says_that_dense_was_faster() -> None:

@@ -14,7 +14,7 @@ import torch
 from transformers import StaticCache
 
 import without_gpu
-from blindsight import compiled_graph
+from blindsight import rewriting
 from blindsight.passes.replace_attention import MaskForm
 from models import Image, split_turns
 from test_exactness import Case
@@ -30,7 +30,7 @@ def as_on_gpu(form: str) -> Iterator[Any]:
     with (
         torch.no_grad(),
         torch._dynamo.config.patch(recompile_limit=64),  # Qwen3-VL's layers are compiled one by one
-        mock.patch.object(compiled_graph, "best_form", return_value=MaskForm[form]),
+        mock.patch.object(rewriting, "best_form", return_value=MaskForm[form]),
         without_gpu.inductor_for_gpu(),
         without_gpu.written() as programs,
     ):

@@ -1,0 +1,266 @@
+"""How a prompt runs in a rewritten graph, and that graph.
+
+Shapes: B batch, H query heads, Q and K lengths in tokens, N calls that are replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from blindsight.any_length import capacity_of, is_symbol
+from blindsight.block_tables import block_size_of
+from blindsight.choose import Choice, ChoosableCall, best_form, choose_layouts
+from blindsight.cost_model import CallSize, costs_of
+from blindsight.data_check import DataCheck
+from blindsight.given_mask import GivenMasks, add_given_inputs, lifted_of_given
+from blindsight.lowering import Layout
+from blindsight.masks import BaseMask
+from blindsight.passes.find_attention import find_attention
+from blindsight.passes.graph import copy_graph_module
+from blindsight.passes.lift_mask import lift_mask
+from blindsight.passes.replace_attention import Capacity, MaskForm, replace_attention_pass
+from blindsight.plan import Plan, PlannedCall
+from blindsight.profile import Profile
+from blindsight.runtime import History
+from blindsight.state import BackendState
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """How to run a prompt in a rewritten graph.
+
+    Attributes:
+        calls: Which attention calls are replaced.
+        layouts: Of each of them.
+        form: Of the masks that are known as intervals.
+        given: Intervals of the masks that are inputs of the graph, by their names.
+        capacities: Of the calls that are replaced, if other lengths than those at hand shall do.
+    """
+
+    calls: tuple[int, ...]
+    layouts: tuple[Layout, ...]
+    form: MaskForm
+    given: Mapping[str, BaseMask]
+    capacities: tuple[Capacity, ...] | None
+
+
+class Rewriter:
+    """Chooses how the prompts of one graph run, and rewrites it.
+
+    Args:
+        state: The backend's.
+        plan: Of the graph, which has attention.
+    """
+
+    def __init__(self, state: BackendState, plan: Plan) -> None:
+        self._state = state
+        self._plan = plan
+        self._calls = plan.calls
+        self._data = DataCheck(plan)
+        self._given = GivenMasks(plan, state.runtime.masks)
+
+    def choose(
+        self, args: Sequence[Any], layers: Sequence[int], history: History
+    ) -> Rewriting | None:
+        """Return how to run a prompt sparse; None where dense is estimated to be faster.
+
+        Args:
+            args: The inputs of the graph.
+            layers: Whose attention each call is.
+            history: The whole sequence.
+        """
+        given = self._given.read(args)
+        own, whole = self._plan.profile, self._state.profile
+        replaced = self._replaced(own, layers, given)
+        any_length = self._fits_any_length(history.num_tokens, given, replaced)
+        of_whole = self._replaced(whole, layers, given)
+        categories = whole.categories[[layers[at] for at in of_whole]]
+        form = self._form(args, history, categories, given, any_length)
+        capacities: dict[int, Capacity] = {}
+        if any_length and form is MaskForm.SORTED:
+            capacities = {at: self._capacity(at, args) for at in replaced}
+        # Only dense heads can do with less than FlexAttention.
+        is_causal = [False] * len(self._calls)
+        if bool((categories == 0).any()):
+            is_causal = self._data.plain_causal(args, given)
+
+        def choose(profile: Profile, replaced: Sequence[int]) -> Choice:
+            calls = [
+                ChoosableCall(
+                    categories=tuple(profile.categories[layers[at]].tolist()),
+                    form=form.of(tier_of(self._calls[at], given)),
+                    is_causal=is_causal[at],
+                    size=self._call_size(profile, at, args, capacities.get(at, (None, None))),
+                )
+                for at in replaced
+            ]
+            device = self._plan.device
+            return choose_layouts(
+                calls,
+                history,
+                lowering=self._state.lowering,
+                costs=costs_of(device, self._plan.dtype),
+                block_size=block_size_of(device),
+                num_threads=torch.get_num_threads() if device.type == "cpu" else 1,
+            )
+
+        choice = choose(own, replaced)
+        # The ranks of a tensor-parallel model decide alike, as one process with all heads would:
+        # dense on one and sparse on another would be neither.
+        decided = choice if own is whole else choose(whole, of_whole)
+        for at, reason in zip(of_whole, decided.reasons, strict=True):
+            self._calls[at].verdict.estimate = reason
+        if decided.dense_is_faster:
+            return None
+        chosen = tuple(capacities[at] for at in replaced) if capacities else None
+        return Rewriting(replaced, choice.layouts, form, given, chosen)
+
+    def rewrite(
+        self,
+        rewriting: Rewriting,
+        size_of: Callable[[int | torch.SymInt], int],
+        numbers: Mapping[str, float],
+        *,
+        takes_regions: bool,
+    ) -> fx.GraphModule:
+        """Return the rewritten graph; the masks that were given are inputs at its end.
+
+        Args:
+            rewriting: What :meth:`choose` returned.
+            size_of: The value of a symbolic size.
+            numbers: Values of nodes that become constants, by name.
+            takes_regions: Whether the compiler behind compiles regions that are called.
+        """
+        gm = copy_graph_module(self._plan.gm)
+        for node in list(gm.graph.nodes):
+            if node.name in numbers:
+                node.replace_all_uses_with(numbers[node.name])
+                gm.graph.erase_node(node)
+        pattern = self._plan.profile.rule.layer_pattern
+        by_name = {call.node.name: call for call in find_attention(gm, layer_pattern=pattern)}
+        inputs = {name: add_given_inputs(gm, name) for name in rewriting.given}
+        attention, lifted = [], []
+        for at in rewriting.calls:
+            call = by_name[self._calls[at].attention.node.name]
+            proof = lift_mask(gm, call)
+            if proof.given is not None and proof.given.name in inputs:
+                proof = lifted_of_given(inputs[proof.given.name], call.node)
+            attention.append(call)
+            lifted.append(proof)
+        sizes = [size for call in attention for size in call.lengths]
+        # A region would need the symbols of keys of a composed size among its inputs.
+        is_composed = rewriting.capacities is not None and any(
+            not isinstance(size, int) and not is_symbol(size) for size in sizes
+        )
+        return replace_attention_pass(
+            gm,
+            attention=attention,
+            lifted=lifted,
+            form=rewriting.form,
+            groups=[layout.groups for layout in rewriting.layouts],
+            size_of=size_of,
+            capacities=rewriting.capacities,
+            in_region=takes_regions and len(attention) > 1 and not is_composed,
+            by_operator=takes_regions and self._plan.device.type == "cpu",
+        )
+
+    def sizes_of_given(self, name: str) -> tuple[int | torch.SymInt, int | torch.SymInt]:
+        """Return Q and K of the given mask of this name, as the graph knows them."""
+        return self._given.sizes_of(name)
+
+    def _replaced(
+        self, profile: Profile, layers: Sequence[int], given: Mapping[str, BaseMask]
+    ) -> tuple[int, ...]:
+        """Return the calls to replace: of dense layers, too, where their mask is known.
+
+        It need not be built then.
+        """
+        return tuple(
+            at
+            for at, call in enumerate(self._calls)
+            if call.layer is None
+            or tier_of(call, given) == 1
+            or not profile.layer_is_dense(layers[at])
+        )
+
+    def _fits_any_length(
+        self, num_tokens: int, given: Mapping[str, BaseMask], replaced: Sequence[int]
+    ) -> bool:
+        """Whether a graph with these calls replaced can be compiled for many lengths, and shall."""
+        calls = [self._calls[at] for at in replaced]
+        sizes = [size for call in calls for size in call.attention.lengths]
+        fixed = [size for size in sizes if isinstance(size, int)]
+        # Of chunks on a static cache queries and keys are as many as ever, and tokens are not.
+        varies = len(fixed) < len(sizes) or num_tokens not in fixed
+        return varies and all(tier_of(call, given) == 1 for call in calls)
+
+    def _form(
+        self,
+        args: Sequence[Any],
+        history: History,
+        categories: Tensor,
+        given: Mapping[str, BaseMask],
+        any_length: bool,
+    ) -> MaskForm:
+        """Choose the form of this prompt's masks that are known as intervals.
+
+        ``categories [N, H]`` are those of the calls that are replaced.
+        """
+        for call in self._calls:
+            if (tier := tier_of(call, given)) != 1:
+                how = "evaluated" if tier == 2 else "read"
+                self._state.runtime.warn_once(
+                    f"a mask is {how} element by element, which is slower: {call.lifted.reason}. "
+                    "The report says whose."
+                )
+        if not self._data.facts_hold(args):
+            self._state.runtime.warn_once(
+                "a mask is evaluated element by element: what its interval form rests on does "
+                f"not hold for this prompt ({self._data.names})."
+            )
+            return MaskForm.EXPRESSED
+        if any_length:
+            return MaskForm.SORTED
+        return best_form(
+            history,
+            self._plan.sizes(args)[1],
+            categories,
+            costs=costs_of(self._plan.device, self._plan.dtype),
+            block_size=block_size_of(self._plan.device),
+        )
+
+    def _capacity(self, at: int, args: Sequence[Any]) -> Capacity:
+        size_of, device = self._plan.size_of(args), self._plan.device
+        queries, keys = (
+            capacity_of(size_of(size), device, size) for size in self._calls[at].attention.lengths
+        )
+        return queries, keys
+
+    def _call_size(
+        self, profile: Profile, at: int, args: Sequence[Any], capacity: Capacity
+    ) -> CallSize:
+        """Return what a call computes on, with the heads of a profile."""
+        attention = self._calls[at].attention
+        num_heads, num_key_heads, head_dim = attention.head_sizes
+        parts = profile.num_heads // self._plan.profile.num_heads
+        sizes = attention.sizes(self._plan.size_of(args))
+        return CallSize(
+            num_heads=num_heads * parts,
+            num_key_heads=num_key_heads * parts,
+            head_dim=head_dim,
+            is_masked=attention.attn_mask is not None,
+            query_rows=capacity[0] or sizes["num_queries"],
+            key_rows=capacity[1] or sizes["num_keys"],
+            **sizes,
+        )
+
+
+def tier_of(call: PlannedCall, given: Mapping[str, BaseMask]) -> int:
+    """Return how the mask of a call is known, with what was found in the graph's inputs."""
+    node = call.lifted.given
+    return 1 if node is not None and node.name in given else call.lifted.tier
