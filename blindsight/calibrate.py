@@ -103,7 +103,7 @@ def calibrate(
     """
     budget = BUDGETS.get(criterion, 0.0) if budget is None else budget
     _check_options(budget, criterion, aggregate, quantile, sink_offsets)
-    rule = rule_of(model) if rule is None else rule
+    rule = rule_of(model, processor) if rule is None else rule
     samples = load_samples(samples, limit=num_samples, seed=seed)
     options: dict[str, Any] = {
         "batch_size": batch_size,
@@ -235,14 +235,18 @@ def flops_cut(profile: Profile) -> float:
     return 1 - float(chosen.sum() / pairs[..., HeadCategory.DENSE].sum())
 
 
-def rule_of(model: nn.Module) -> TemplateRule:
+def rule_of(model: nn.Module, processor: Any = None) -> TemplateRule:
     """Return how the images of a model's prompts are found.
+
+    Args:
+        model: The model.
+        processor: Its processor, or tokenizer; see :meth:`~blindsight.TemplateRule.from_config`.
 
     Raises:
         ValueError: The model reads no images, or its family is not known.
     """
     check_has_vision(model)
-    return TemplateRule.from_config(config_of(model))
+    return TemplateRule.from_config(config_of(model), processor)
 
 
 def _check_options(

@@ -124,7 +124,8 @@ def load_model(name: str, dtype: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from blindsight.calibrate import rule_of
+    from blindsight.families import family_of
+    from blindsight.prefill import check_has_vision
 
     try:
         config: Any = AutoConfig.from_pretrained(name)
@@ -133,7 +134,8 @@ def load_model(name: str, dtype: str) -> Any:
         raise ValueError(
             f"model must be a folder or a hub id that can be reached, got {name!r}: {what}"
         ) from error
-    rule_of(config)
+    check_has_vision(config)
+    family_of(config)
     model_class: Any = AutoModelForImageTextToText
     model = model_class.from_pretrained(
         name, dtype=getattr(torch, dtype), attn_implementation="sdpa"

@@ -67,7 +67,7 @@ def export(
             "example_inputs must have input_ids or inputs_embeds, got "
             f"{', '.join(sorted(inputs)) or 'nothing'}."
         )
-    module = _DecoderAlone(model) if is_decoder else _WholeModel(model)
+    module = _DecoderAlone(model, profile.rule.layer_pattern) if is_decoder else _WholeModel(model)
     with torch.no_grad():
         try:
             program = torch.export.export(module.eval(), (), inputs, strict=False)
@@ -144,9 +144,9 @@ class _WholeModel(nn.Module):
 class _DecoderAlone(nn.Module):
     """The template is not read here: the rewriting finds it among the inputs."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, layer_pattern: str) -> None:
         super().__init__()
-        self.language_model = find_decoder(model)
+        self.language_model = find_decoder(model, layer_pattern)
         self.lm_head = model.get_output_embeddings()
 
     def forward(self, span_id: Tensor, is_sink: Tensor, **inputs: Any) -> Tensor:

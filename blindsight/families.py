@@ -6,56 +6,113 @@ A family that is not listed works too: give its :class:`~blindsight.TemplateRule
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from blindsight.template import DEFAULT_LAYER_PATTERN, TemplateRule
+from blindsight.template import TemplateRule
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row: where a family's config keeps what we need.
+    """One row: how a family writes an image, in its config and in its tokenizer.
 
     Attributes:
         image_tokens, start_tokens, end_tokens: Names of config attributes that hold token ids.
-        attention: Class name of the decoder's attention module, for compiled frames that begin
-            inside the decoder, where a module's path no longer tells it from the vision tower's.
+        parts, start, end: Regular expressions of tokens that only the tokenizer knows: what parts
+            an image (its rows, its tiles), what is before it and after it.
     """
 
-    image_tokens: tuple[str, ...]
-    start_tokens: tuple[str, ...]
-    end_tokens: tuple[str, ...]
-    attention: str
-    layer_pattern: str = DEFAULT_LAYER_PATTERN
+    image_tokens: tuple[str, ...] = ("image_token_id", "video_token_id")
+    start_tokens: tuple[str, ...] = ()
+    end_tokens: tuple[str, ...] = ()
+    parts: str = ""
+    start: str = ""
+    end: str = ""
 
 
-def _qwen(attention: str) -> Family:
-    return Family(
-        image_tokens=("image_token_id", "video_token_id"),
-        start_tokens=("vision_start_token_id",),
-        end_tokens=("vision_end_token_id",),
-        attention=attention,
-    )
-
+_QWEN = Family(start_tokens=("vision_start_token_id",), end_tokens=("vision_end_token_id",))
+_OMNI = replace(_QWEN, image_tokens=("image_token_id", "image_token_index", "video_token_id"))
+_GLM = Family(
+    start_tokens=("image_start_token_id", "video_start_token_id"),
+    end_tokens=("image_end_token_id", "video_end_token_id"),
+)
+_GEMMA4 = Family(start_tokens=("boi_token_id",), end_tokens=("eoi_token_id",))
+# LLaVA and others write placeholders and nothing else: text must be between two images.
+_BARE = Family(image_tokens=("image_token_id", "image_token_index", "video_token_index"))
+_COHERE = replace(_BARE, start=r"<\|START_OF_IMG\|>", end=r"<\|END_OF_IMG\|>")
+# Each tile of an image is a span of its own.
+_TILES = replace(_BARE, start=r"<row_\d+_col_\d+>|<global-img>", end=r"<fake_token_around_image>")
 
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": _qwen("Qwen2VLAttention"),
-    "qwen2_5_vl": _qwen("Qwen2_5_VLAttention"),
-    "qwen3_vl": _qwen("Qwen3VLTextAttention"),
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen2_5_omni_thinker": _OMNI,
+    "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": _QWEN,
+    "qwen3_omni_moe_thinker": _OMNI,
+    "qwen3_5": _QWEN,
+    "qwen3_5_moe": _QWEN,
     "gemma3": Family(
         image_tokens=("image_token_index",),
         start_tokens=("boi_token_index",),
         end_tokens=("eoi_token_index",),
-        attention="Gemma3Attention",
     ),
+    "gemma4": _GEMMA4,
+    "gemma4_unified": _GEMMA4,
+    "internvl": replace(_BARE, start="<img>", end="</img>"),
+    "llava": _BARE,
+    "llava_next": _BARE,
+    "llava_onevision": _BARE,
+    "mistral3": replace(_BARE, parts=r"\[IMG_BREAK\]", end=r"\[IMG_END\]"),
+    "llama4": Family(
+        image_tokens=("image_token_index",),
+        start_tokens=("boi_token_index",),
+        end_tokens=("eoi_token_index",),
+        parts=r"<\|image\|>|<\|tile_[xy]_separator\|>",
+    ),
+    "idefics2": replace(_BARE, start="<fake_token_around_image>", end="<fake_token_around_image>"),
+    "idefics3": _TILES,
+    "smolvlm": _TILES,
+    "glm4v": _GLM,
+    "glm46v": _GLM,
+    "glm4v_moe": _GLM,
+    "aya_vision": _COHERE,
+    "cohere2_vision": replace(_COHERE, parts=r"<\|IMG_LINE_BREAK\|>"),
+    "lfm2_vl": replace(
+        _BARE,
+        parts=r"<\|img_row_\d+_col_\d+\|>|<\|img_thumbnail\|>",
+        start=r"<\|image_start\|>",
+        end=r"<\|image_end\|>",
+    ),
+    "ovis2": replace(_BARE, parts=r"<IMG_(GRID|COL|ROW)>", start="<IMG_START>", end="<IMG_END>"),
+    "minicpmv4_6": Family(start="<image>|<slice>", end="</image>|</slice>"),
+    "kimi_k25": Family(start=r"<\|media_content\|>", end_tokens=("vision_end_token_id",)),
+    "ernie4_5_vl_moe": _GLM,
+    "exaone4_5": Family(start="<vision>", end="</vision>"),
+    "video_llama_3": Family(),
+    "aria": replace(_BARE, start="<fim_prefix>", end="<fim_suffix>"),
+    "deepseek_vl": _BARE,
+    "lighton_ocr": _BARE,
+    "paddleocr_vl": _QWEN,
 }
+
+# Of their decoders, for compiled frames that begin inside: where a module's path no longer tells
+# a decoder's attention from a vision tower's.
+DECODER_ATTENTION_CLASSES = frozenset(
+    f"{name}Attention"
+    for name in (
+        *("Qwen2VL", "Qwen2_5_VL", "Qwen2_5Omni", "Qwen3VLText", "Qwen3VLMoeText"),
+        *("Qwen3OmniMoeThinkerText", "Qwen3_5", "Qwen3_5Moe", "Qwen2", "Qwen3"),
+        *("Gemma3", "Gemma4Text", "Gemma4UnifiedText", "Llama", "Llama4Text"),
+        *("Mistral", "Ministral3", "Cohere2", "Glm4vText", "Glm4vMoeText", "Lfm2"),
+        *("DeepseekV3", "Ernie4_5_VLMoeText", "Exaone4", "AriaText", "PaddleOCR"),
+    )
+)
 
 # Of the types of decoder layers in transformers; all others have attention.
 _WITHOUT_ATTENTION = frozenset({"linear_attention", "mamba", "recurrent", "conv", "moe"})
-
-DECODER_ATTENTION_CLASSES = frozenset(family.attention for family in FAMILIES.values())
-
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # its name from transformers 5.24 on, and before
 
@@ -82,30 +139,52 @@ def text_config(config: Any) -> Any:
     return get() if callable(get) else config
 
 
-def template_rule(model_or_config: Any) -> TemplateRule:
-    """Return the rule of a listed family.
+def family_of(model_or_config: Any) -> Family:
+    """Return the row of a model's family.
 
     Raises:
-        ValueError: The family is not listed.
+        ValueError: There is none.
     """
     config = config_of(model_or_config)
     model_type = getattr(config, "model_type", type(config).__name__)
-    family = FAMILIES.get(model_type)
-    if family is None:
+    if model_type not in FAMILIES:
         raise ValueError(
             f"model type must be one of {', '.join(FAMILIES)}, got {model_type!r}. For another "
             "family give rule=TemplateRule(image_token_ids=..., layer_pattern=...) explicitly."
         )
+    return FAMILIES[model_type]
 
-    def ids(names: tuple[str, ...]) -> tuple[int, ...]:
+
+def template_rule(model_or_config: Any, tokenizer: Any = None) -> TemplateRule:
+    """Return the rule of a listed family; see :meth:`~blindsight.TemplateRule.from_config`."""
+    config, family = config_of(model_or_config), family_of(model_or_config)
+    model_type = config.model_type
+
+    def of_config(names: tuple[str, ...]) -> tuple[int, ...]:
         found = (getattr(config, name, None) for name in names)
-        return tuple(token_id for token_id in found if token_id is not None)
+        return tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
+
+    def of_tokenizer(pattern: str) -> tuple[int, ...]:
+        if not pattern:
+            return ()
+        if tokenizer is None:
+            raise ValueError(
+                f"the tokenizer of {model_type} must be given, which alone knows the tokens "
+                f"{pattern}: rule=TemplateRule.from_config(model.config, tokenizer)."
+            )
+        vocabulary = getattr(tokenizer, "tokenizer", tokenizer).get_vocab()
+        found = [vocabulary[token] for token in vocabulary if re.fullmatch(pattern, token)]
+        if not found:
+            raise ValueError(
+                f"the tokenizer of {model_type} must have tokens {pattern}, got one without. Give "
+                "rule=TemplateRule(image_token_ids=..., start_token_ids=..., ...) explicitly."
+            )
+        return tuple(sorted(found))
 
     return TemplateRule(
-        image_token_ids=ids(family.image_tokens),
-        start_token_ids=ids(family.start_tokens),
-        end_token_ids=ids(family.end_tokens),
-        layer_pattern=family.layer_pattern,
+        image_token_ids=of_config(family.image_tokens) + of_tokenizer(family.parts),
+        start_token_ids=of_config(family.start_tokens) or of_tokenizer(family.start),
+        end_token_ids=of_config(family.end_tokens) or of_tokenizer(family.end),
     )
 
 

@@ -95,11 +95,15 @@ class Group(NamedTuple):
 EVERYTHING = (Group(None, None),)
 
 
-class Masks(Protocol):
-    """The masks of one batch, from prefill to the last decoded token."""
+class Groups(Protocol):
+    """What decides the masks of each call."""
 
     def groups(self, call: Call) -> Sequence[Group]:
         """Return the masks of one call; every head is in one group."""
+
+
+class Masks(Groups, Protocol):
+    """The masks of one batch, from prefill to the last decoded token."""
 
     def count_pairs(self) -> Tensor:
         """Return how many pairs of a query and a key the prefill computed, ``[B]``: all layers,
@@ -171,7 +175,7 @@ class _CategoryMasks:
 @dataclass
 class _Run:
     layers: Mapping[nn.Module, int]
-    masks: Masks | None
+    masks: Groups | None
     # Layers share masks: each pair of a base mask and a keep is joined once. The tensors are held
     # so that their ids stay theirs.
     joined: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
@@ -191,7 +195,7 @@ _run: ContextVar[_Run | None] = ContextVar("blindsight_masked_run", default=None
 
 @contextmanager
 def masked(
-    model: nn.Module, layers: Mapping[nn.Module, int], masks: Masks | None
+    model: nn.Module, layers: Mapping[nn.Module, int], masks: Groups | None
 ) -> Iterator[None]:
     """Let the decoder of a model attend through ``masks`` inside this context, uncompiled.
 

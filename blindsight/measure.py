@@ -233,7 +233,9 @@ class Prober:
         self._backend = _ProbeBackend(model, rule, Call if next_token else measure_losses)
         self._compiled: Callable[..., Any] = torch.compile(model, backend=self._backend)
         self._options: dict[str, Any] = {"use_cache": False}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        # Layers that share keys compute no rows but those to keep: all are measured here.
+        shares_keys = getattr(text_config(config_of(model)), "num_kv_shared_layers", 0)
+        if "logits_to_keep" in inspect.signature(model.forward).parameters and not shares_keys:
             self._options["logits_to_keep"] = 1
 
     def __call__(self, inputs: Mapping[str, Any]) -> Measurements:

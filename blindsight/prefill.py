@@ -9,6 +9,7 @@ Shapes: B batch, T tokens of the prompts, L layers, C categories, V vocabulary.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from blindsight.families import (
     cache_of,
     config_of,
     each_layer,
-    text_config,
     with_attention,
 )
-from blindsight.masked_model import Masks, Prompt, masked
+from blindsight.given_mask import intervals_of_elements
+from blindsight.masked_model import EVERYTHING, Call, Group, Masks, Prompt, masked
+from blindsight.masks import BaseMask
 from blindsight.profile import Profile
 from blindsight.reference import attention_layers
 from blindsight.runtime import disabled, use_template
@@ -65,11 +67,29 @@ class _Recorded(Exception):
         self.inputs = inputs
 
 
+class _SeenError(Exception):
+    """Ends a forward of the decoder where all of its masks were seen."""
+
+
+class _OwnMasks:
+    """Masks that keep everything, and remember what the model's own are, by layer."""
+
+    def __init__(self, last: int) -> None:
+        self.bases: dict[int, Tensor] = {}
+        self._last = last
+
+    def groups(self, call: Call) -> Sequence[Group]:
+        self.bases[call.layer] = call.base
+        if call.layer == self._last:
+            raise _SeenError
+        return EVERYTHING
+
+
 class Decoder:
     """The decoder of a model, run on its own.
 
     Args:
-        model: A transformers model with a vision part and a decoder called ``language_model``.
+        model: A transformers model with a vision part and a decoder.
         rule: How images are found in a prompt.
         fingerprint: Of the model, see :func:`blindsight.families.fingerprint`.
 
@@ -92,7 +112,7 @@ class Decoder:
         ]
         self.num_heads = int(fingerprint["num_heads"])
         self.layers = attention_layers(self.model, rule.layer_pattern, expected)
-        self.decoder = find_decoder(self.model)
+        self.decoder = find_decoder(self.model, rule.layer_pattern)
         transformers_model: Any = self.model
         self.head: Callable[[Tensor], Tensor] = transformers_model.get_output_embeddings()
         self._is_checked = False
@@ -117,8 +137,8 @@ class Decoder:
             inputs: Of the model's forward, padded on the left: every row ends at the end.
 
         Raises:
-            ValueError: The decoder is not called as expected, or its output is not what the
-                model makes its logits of.
+            ValueError: The decoder is not called as expected, its own masks are no intervals, or
+                its output is not what the model makes its logits of.
         """
         inputs = {
             name: value.to(self.device) if isinstance(value, Tensor) else value
@@ -128,7 +148,8 @@ class Decoder:
         valid = inputs.get("attention_mask", torch.ones_like(ids)).bool()
         if not bool(valid[:, -1].all()):
             raise ValueError("prompts must be padded on the left, got padding at the end.")
-        batch = Batch(self._prompt(inputs, valid), inputs, self._record(inputs))
+        decoder_inputs = self._record(inputs)
+        batch = Batch(self._prompt(inputs, valid, decoder_inputs), inputs, decoder_inputs)
         if not self._is_checked:
             self._check(batch)
             self._is_checked = True
@@ -181,22 +202,67 @@ class Decoder:
                 ended = ended | torch.isin(tokens[-1], stops)
         return torch.cat(tokens, dim=1)
 
-    def _prompt(self, inputs: Mapping[str, Any], valid: Tensor) -> Prompt:
+    def _prompt(
+        self, inputs: Mapping[str, Any], valid: Tensor, decoder_inputs: Mapping[str, Any]
+    ) -> Prompt:
         ids = inputs["input_ids"]
         template = Template(*(x.to(self.device) for x in self.rule.template(ids).tensors()))
         is_image = (self.rule.classify(ids) & IMAGE).bool().to(self.device)
-        rows = {}
-        for layer_type in set(self.layer_types):
-            lower, upper = base_interval(
-                config_of(self.model), layer_type, is_image, "token_type_ids" in inputs
-            )
-            visible = count_visible(template, base_lower=lower, base_upper=upper, key_valid=valid)
-            rows[layer_type] = lower, upper, visible
-        of_layers = zip(*(rows[layer_type] for layer_type in self.layer_types), strict=True)
-        lower, upper, visible = (torch.stack(part) for part in of_layers)
         widths = torch.tensor(self.widths, device=self.device)
-        visible = visible * widths[:, None, None]
-        return Prompt(template, is_image, valid, lower, upper, widths, visible, self.num_heads)
+        lower, upper, visible = [], [], []
+        found: dict[str, tuple[BaseMask, Tensor]] = {}
+        bases = self._own_masks(decoder_inputs)
+        for layer_type in self.layer_types:
+            if layer_type not in found:
+                base = self._intervals_of(layer_type, bases.get(layer_type), valid)
+                counts = count_visible(
+                    template,
+                    base_lower=base.lower.long(),
+                    base_upper=base.upper.long(),
+                    key_valid=valid,
+                )
+                found[layer_type] = base, counts
+            base, counts = found[layer_type]
+            lower.append(base.lower.long())
+            upper.append(base.upper.long())
+            visible.append(counts)
+        return Prompt(
+            template,
+            is_image,
+            valid,
+            torch.stack(lower),
+            torch.stack(upper),
+            widths,
+            torch.stack(visible) * widths[:, None, None],
+            self.num_heads,
+        )
+
+    def _own_masks(self, decoder_inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the model's own mask ``[B, 1, T, T]`` of each type of layer with attention."""
+        first = {
+            self.layer_types[layer]: layer for layer in reversed(with_attention(self.layer_types))
+        }
+        seen = _OwnMasks(last=max(first.values()))
+        try:
+            with masked(self.model, self.layers, seen):
+                self.decoder(**decoder_inputs, use_cache=False)
+        except _SeenError:
+            pass
+        return {layer_type: seen.bases[layer] for layer_type, layer in first.items()}
+
+    def _intervals_of(self, layer_type: str, mask: Tensor | None, valid: Tensor) -> BaseMask:
+        batch, num_tokens = valid.shape
+        if mask is None:  # without attention
+            nothing = valid.new_zeros(valid.shape, dtype=torch.int32)
+            return BaseMask(nothing + 1, nothing, valid)
+        base = intervals_of_elements(mask, batch=batch, num_queries=num_tokens, num_keys=num_tokens)
+        if base is None:
+            raise ValueError(
+                f"the masks of {type(self.model).__name__} must be one interval of tokens per row, "
+                f"and that of its layers of type {layer_type} is not. This family cannot be "
+                "evaluated yet."
+            )
+        return base
 
     def _record(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -283,34 +349,17 @@ def check_has_vision(model_or_config: Any) -> None:
         )
 
 
-def base_interval(
-    config: Any, layer_type: str, is_image: Tensor, images_are_whole: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the first and last token that the model's own mask lets a query see, ``[B, T]``.
+def find_decoder(model: nn.Module, layer_pattern: str) -> nn.Module:
+    """Return the module that has the list of decoder layers.
 
-    Args:
-        config: Of the model.
-        layer_type: As transformers names it.
-        is_image: ``[B, T]`` bool.
-        images_are_whole: Whether the tokens of an image see all of it, as in Gemma 3.
+    Raises:
+        ValueError: None has layers at ``layer_pattern``.
     """
-    shape = is_image.shape
-    itself = torch.arange(shape[1], device=is_image.device).expand(shape)
-    lower, upper = torch.zeros_like(itself), itself
-    if layer_type == "sliding_attention":
-        lower = (itself - text_config(config).sliding_window + 1).clamp(min=0)
-    if images_are_whole:
-        # The next token that is no image's, for each token.
-        end = torch.where(is_image, shape[1], itself).flip(1).cummin(1).values.flip(1)
-        upper = torch.where(is_image, end - 1, itself)
-    return lower, upper
-
-
-def find_decoder(model: nn.Module) -> nn.Module:
-    module: nn.Module
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "language_model":
-            return module
+    for name, _ in model.named_modules():
+        if (matched := re.search(layer_pattern + "$", name)) is not None:
+            layers = name[: matched.start(1)].removesuffix(".")
+            return model.get_submodule(layers.rpartition(".")[0])
     raise ValueError(
-        f"model must have a decoder called 'language_model', got {type(model).__name__}."
+        f"model must have decoder layers at {layer_pattern!r}, got {type(model).__name__}, which "
+        "has none."
     )

@@ -253,7 +253,7 @@ class _Partial:
 
     Attributes:
         highest, total: ``[H, r]``; the sum of exponentials is relative to the maximum.
-        output: ``[H, r, D]``, not yet divided by the sum.
+        output: ``[H, r, D]``, D of the values, not yet divided by the sum.
         offsets: ``[H, r, NUM_OFFSETS + 1]``, sums by offset, or None.
     """
 
@@ -365,7 +365,7 @@ class _Row:
             offsets = None
             if by_offset:
                 offsets = weights @ self._layout.offsets[begin:end].to(self._dtype)
-            part = _Partial(highest, weights.sum(-1), output.view_as(query), offsets)
+            part = _Partial(highest, weights.sum(-1), output.view(*query.shape[:2], -1), offsets)
             partial = partial.add(part)
         return partial
 
@@ -404,7 +404,7 @@ class _Row:
         return _Partial(
             query.new_full(shape, float("-inf")),
             query.new_zeros(shape),
-            torch.zeros_like(query),
+            query.new_zeros(*shape, self._value.shape[-1]),
             query.new_zeros(*shape, NUM_OFFSETS + 1) if by_offset else None,
         )
 

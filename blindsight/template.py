@@ -17,8 +17,8 @@ from torch import Tensor
 # What a token can be, as bits: one id may be both delimiters (a separator between images).
 TEXT, IMAGE, START, END = 0, 1, 2, 4
 
-# The decoder of every multimodal model in transformers 5 is called `language_model`.
-DEFAULT_LAYER_PATTERN = r"language_model\.layers\.(\d+)\.self_attn"
+# What the decoders of transformers' multimodal models are called.
+DEFAULT_LAYER_PATTERN = r"(?:language|text)_model(?:\.model)?\.layers\.(\d+)\.self_attn"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class TemplateRule:
     delimiter right after it, where there are any. A delimiter without image tokens is text.
 
     Args:
-        image_token_ids: Ids of image (and video) placeholder tokens; at least one.
+        image_token_ids: Ids of the tokens of an image (or video): of its placeholders, and of
+            what parts its rows and tiles, where a family writes such; at least one.
         start_token_ids: Ids of the delimiter before an image.
         end_token_ids: Ids of the delimiter after an image.
         sink_offsets: Positions relative to a span's first token that are its sinks, clipped
@@ -94,15 +95,20 @@ class TemplateRule:
             )
 
     @classmethod
-    def from_config(cls, config: Any) -> TemplateRule:
+    def from_config(cls, config: Any, tokenizer: Any = None) -> TemplateRule:
         """Derive the rule from a transformers config (or a model that has one).
 
+        Args:
+            config: Of the model.
+            tokenizer: Of the model, or its processor; needed where a family's config does not tell
+                all ids. The error says so.
+
         Raises:
-            ValueError: The config names no image token; say the rule explicitly.
+            ValueError: The family is not known, or its tokenizer is needed.
         """
         from blindsight.families import template_rule
 
-        return template_rule(config)
+        return template_rule(config, tokenizer)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,327 @@
+"""Many families: their images are found, and the compiled model equals its eager reference.
+
+`tests/test_exactness.py` has every scenario for four of them.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from blindsight import Profile, TemplateRule, blindsight_backend
+from blindsight.families import DECODER_ATTENTION_CLASSES, FAMILIES, fingerprint
+from blindsight.masked_model import ProfileMasking
+from blindsight.measure import Prober
+from blindsight.prefill import Decoder
+from blindsight.reference import attention_layers
+from family_models import (
+    COLUMN_ID,
+    END_ID,
+    FIRST_TAG_ID,
+    FIRST_TEXT_ID,
+    GLOBAL_ID,
+    IMAGE_ID,
+    ROW_ID,
+    START_ID,
+    TILE_END_ID,
+    TILE_START_ID,
+    make_inputs,
+    tiny_config,
+    tiny_model,
+)
+from family_models import FAMILIES as TINY
+from oracles import (
+    assert_close_to_reference,
+    generate_reference,
+    oracle_keep,
+    reference_copy,
+    run_reference,
+)
+
+NUM_IMAGES = 4
+# Those of tests/models.py.
+ELSEWHERE = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"}
+# Their masks are no intervals, so nothing is gained: in no table of ours.
+UNLISTED = {"molmo2": TemplateRule((IMAGE_ID, COLUMN_ID), (START_ID, GLOBAL_ID), (END_ID,))}
+TAGS = range(FIRST_TAG_ID, FIRST_TEXT_ID)
+TILES = {f"<row_1_col_{i}>": tag for i, tag in enumerate(TAGS, 1)}
+COHERE = {"<|START_OF_IMG|>": START_ID, "<|END_OF_IMG|>": END_ID}
+IDEFICS = {"<fake_token_around_image>": START_ID, "<global-img>": GLOBAL_ID, **TILES}
+# What only the tokenizers of the real ones know.
+VOCABULARY = {
+    "internvl": {"<img>": START_ID, "</img>": END_ID},
+    "mistral3": {"[IMG_BREAK]": ROW_ID, "[IMG_END]": END_ID},
+    "llama4": {
+        "<|image|>": GLOBAL_ID,
+        "<|tile_x_separator|>": COLUMN_ID,
+        "<|tile_y_separator|>": ROW_ID,
+    },
+    "idefics2": {"<fake_token_around_image>": START_ID},
+    "idefics3": IDEFICS,
+    "smolvlm": IDEFICS,
+    "aya_vision": COHERE,
+    "cohere2_vision": {**COHERE, "<|IMG_LINE_BREAK|>": ROW_ID},
+    "lfm2_vl": {
+        "<|image_start|>": START_ID,
+        "<|image_end|>": END_ID,
+        "<|img_thumbnail|>": GLOBAL_ID,
+        **{f"<|img_row_1_col_{i}|>": tag for i, tag in enumerate(TAGS, 1)},
+    },
+    "ovis2": {
+        "<IMG_START>": START_ID,
+        "<IMG_END>": END_ID,
+        "<IMG_GRID>": GLOBAL_ID,
+        "<IMG_COL>": COLUMN_ID,
+        "<IMG_ROW>": ROW_ID,
+    },
+    "minicpmv4_6": {
+        "<image>": START_ID,
+        "</image>": END_ID,
+        "<slice>": TILE_START_ID,
+        "</slice>": TILE_END_ID,
+    },
+    "kimi_k25": {"<|media_content|>": GLOBAL_ID},
+    "exaone4_5": {"<vision>": START_ID, "</vision>": END_ID},
+    "aria": {"<fim_prefix>": START_ID, "<fim_suffix>": END_ID},
+}
+# Each tile of an image is a span.
+TILED = {"idefics2", "idefics3", "smolvlm", "aya_vision", "minicpmv4_6", "molmo2"}
+# What is before the delimiter that stands right before the placeholders.
+NOT_INSIDE = {"kimi_k25": 2}
+
+
+def rule_of(family: str) -> TemplateRule:
+    if family in UNLISTED:
+        return UNLISTED[family]
+    vocabulary = {"text": FIRST_TEXT_ID, **VOCABULARY.get(family, {})}
+    tokenizer = SimpleNamespace(get_vocab=lambda: vocabulary)
+    return TemplateRule.from_config(tiny_config(family), tokenizer)
+
+
+def extents(family: str, ids: list[int]) -> list[tuple[int, int]]:
+    """The first token of each image of the prompt, and the one after its last."""
+    images, _ = TINY[family].images(NUM_IMAGES, torch.Generator())
+    found, at = [], 0
+    for image in images:
+        while ids[at : at + len(image)] != image:
+            at += 1
+        found.append((at + NOT_INSIDE.get(family, 0), at + len(image)))
+        at += len(image)
+    return found
+
+
+def profile_of(model: Any, family: str) -> Profile:
+    """A profile whose heads and layers are all unlike."""
+    types = fingerprint(model)["layer_types"].split(",")
+    codes = torch.tensor([[(head + layer) % 4 for head in range(4)] for layer in range(len(types))])
+    codes[[kind in ("linear_attention", "conv") for kind in types]] = 0
+    return Profile.for_model(model, codes, rule=rule_of(family))
+
+
+def without_vision(model: Any) -> Any:
+    """Return the model; its images are encoded uncompiled, which is most of a test's time."""
+    inner = getattr(model, "model", model)
+    inner.get_image_features = torch._dynamo.disable(inner.get_image_features)
+    return model
+
+
+def exact_copy(model: Any) -> Any:
+    """A copy in fp64, but for what cannot run in it."""
+    copy64 = reference_copy(model)
+    copy64.set_experts_implementation("eager")  # grouped products are not for fp64
+    if model.config.model_type == "llama4":
+        copy64.vision_model.float()  # which does not cast its pixels
+        copy64.multi_modal_projector.register_forward_pre_hook(lambda _, args: (args[0].double(),))
+    return copy64
+
+
+def test_every_listed_family_is_here() -> None:
+    tiny = {family.partition("/")[0] for family in TINY}
+    assert set(FAMILIES) | set(UNLISTED) == tiny | ELSEWHERE
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_images_are_found(family: str) -> None:
+    ids = make_inputs(family, NUM_IMAGES)["input_ids"]
+    template = rule_of(family).template(ids)
+    span_id, is_sink = (tensor[0].tolist() for tensor in template.tensors())
+    expected = extents(family, ids[0].tolist())
+    inside = {at for begin, end in expected for at in range(begin, end)}
+    assert not any(span for at, span in enumerate(span_id) if at not in inside)
+    if family in TILED:
+        assert max(span_id) > NUM_IMAGES
+        placeholders = (ids[0] == IMAGE_ID).nonzero().flatten().tolist()
+        assert all(span_id[at] for at in placeholders)
+        for begin, end in expected[1:]:
+            assert not set(span_id[begin:end]) - {0} & set(span_id[:begin])
+    else:
+        for number, (begin, end) in enumerate(expected, 1):
+            assert span_id[begin:end] == [number] * (end - begin)
+            assert is_sink[begin:end] == [True] + [False] * (end - begin - 1)
+
+
+def test_what_only_the_tokenizer_knows_is_asked_for() -> None:
+    config = tiny_config("internvl")
+    with pytest.raises(ValueError, match=r"tokenizer of internvl must be given.*<img>.*from_conf"):
+        Profile.for_model(config, "sink")
+    other = SimpleNamespace(get_vocab=lambda: {"text": 20})
+    with pytest.raises(ValueError, match="must have tokens <img>, got one without"):
+        TemplateRule.from_config(config, other)
+    rule = rule_of("internvl")
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: VOCABULARY["internvl"]))
+    assert TemplateRule.from_config(config, processor) == rule
+    assert Profile.for_model(config, "sink", rule=rule).rule == rule
+
+
+@pytest.mark.filterwarnings("ignore:a mask is read element by element")
+@pytest.mark.parametrize("family", TINY)
+def test_the_compiled_model_equals_its_reference(family: str) -> None:
+    model = without_vision(tiny_model(family))
+    inputs = make_inputs(family, NUM_IMAGES)
+    profile = profile_of(model, family)
+    span_id, is_sink = profile.rule.template(inputs["input_ids"]).tensors()
+    masks = (profile.categories, span_id.long(), is_sink)
+    reference = run_reference(model, *masks, inputs, use_cache=False).logits
+    reference64 = run_reference(exact_copy(model), *masks, inputs, use_cache=False).logits
+    torch._dynamo.reset()
+    backend = blindsight_backend(profile, inner="eager", lowering="fused", model=model)
+    with torch.no_grad():
+        logits = torch.compile(model, backend=backend)(**inputs, use_cache=False).logits
+        dense = model(**inputs, use_cache=False).logits
+    valid = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    assert_close_to_reference(logits, reference, reference64, valid)
+    with pytest.raises(AssertionError, match="exceeds the bound"):
+        assert_close_to_reference(dense, reference, reference64, valid)
+    rewritten = [row for row in backend.report().rows if row.rewritten]
+    assert {row.layer for row in rewritten if row.layer is not None} <= set(profile.layers)
+    runs = {how for row in rewritten for how in row.runs}
+    assert runs and all(how.startswith("sparse") for how in runs)
+    if family not in UNLISTED:
+        assert not any("materialised" in how for how in runs)
+    classes = {type(m).__name__ for m in layers_of(model, profile)}
+    assert classes <= DECODER_ATTENTION_CLASSES or family in UNLISTED
+
+
+def layers_of(model: Any, profile: Profile) -> list[Any]:
+    return list(attention_layers(model, profile.rule.layer_pattern, profile.layers))
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma4/large", "lfm2_vl", "kimi_k25", "internvl"])
+@pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=pytest.mark.nightly)])
+def test_generation_equals_its_reference(family: str, cache: str) -> None:
+    model = without_vision(tiny_model(family))
+    inputs = make_inputs(family, NUM_IMAGES)
+    profile = profile_of(model, family)
+    span_id, is_sink = profile.rule.template(inputs["input_ids"]).tensors()
+    options: dict[str, Any] = {
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "suppress_tokens": list(range(1, FIRST_TEXT_ID)),
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    if cache == "static":
+        options["cache_implementation"] = cache
+    masks = (profile.categories, span_id.long(), is_sink)
+    reference = generate_reference(model, *masks, inputs, **options)
+    dense = model.generate(**inputs, **options)
+    torch._dynamo.reset()
+    model.compile(backend=blindsight_backend(profile, inner="eager", lowering="fused", model=model))
+    with torch._dynamo.config.patch(recompile_limit=64):
+        found = model.generate(**inputs, **options)
+    assert found.sequences.tolist() == reference.sequences.tolist()
+    for ours, expected in zip(found.logits, reference.logits, strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
+    assert (dense.logits[0] - reference.logits[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma4", "gemma4/large", "llama4", "kimi_k25"])
+def test_calibration_counts_and_runs_the_masks_of_the_model(family: str) -> None:
+    """Layers without attention, wider heads, shared keys, chunks, values of another size."""
+    model = without_vision(tiny_model(family))
+    inputs = make_inputs(family, NUM_IMAGES)
+    profile = profile_of(model, family)
+    template = profile.rule.template(inputs["input_ids"])
+    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    batch = decoder.prepare(inputs)
+    masking = ProfileMasking(profile.categories)
+    found = decoder.prefill(batch, masking.masks(batch.prompt)).logits
+    masks = (profile.categories, template.span_id.long(), template.is_sink)
+    expected = run_reference(model, *masks, inputs, use_cache=False).logits
+    torch.testing.assert_close(found, expected[:, -1], atol=2e-5, rtol=0)
+
+    bases = own_masks(model, inputs)
+    assert set(bases) == set(profile.layers)
+    keeps = [oracle_keep(template.span_id.long(), template.is_sink, code) for code in range(4)]
+    visible = torch.zeros(profile.num_layers, 4)
+    for layer, base in bases.items():
+        visible[layer] = torch.tensor([int((base & keep).sum()) for keep in keeps])
+    dims = torch.tensor([profile.head_dim(layer) for layer in range(profile.num_layers)])
+    flops = 4 * (visible.gather(1, profile.categories.long()).sum(1) * dims).sum()
+    assert 4 * decoder.head_dim * int(masking.masks(batch.prompt).count_pairs()) == int(flops)
+
+    torch._dynamo.reset()
+    measured = Prober(model, profile.rule, next_token=True)(inputs)
+    assert measured.pairs[0].tolist() == visible.tolist()
+    moved = measured.effect[0, :, :, 1:].amax((1, 2))
+    assert bool((moved[list(profile.layers)[:-1]] > 0).any())
+    assert all(moved[at] == 0 for at in range(profile.num_layers) if at not in profile.layers)
+
+
+def own_masks(model: Any, inputs: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """The model's own mask ``[1, T, T]`` of each layer with attention."""
+    text = model.config.get_text_config()
+    found: dict[int, torch.Tensor] = {}
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+        found[module.layer_idx] = args[3][:, 0]
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return sdpa_mask(*args, **{**kwargs, **skips})
+
+    AttentionInterface.register("shown", attention)
+    AttentionMaskInterface.register("shown", mask)
+    text._attn_implementation = "shown"
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+    text._attn_implementation = "sdpa"
+    return found
+
+
+def test_a_profile_knows_which_layers_have_attention() -> None:
+    config = tiny_config("qwen3_5")
+    profile = Profile.for_model(config, "document_sink")
+    assert profile.layers == (1, 3) and profile.num_layers == 4
+    assert profile.categories.tolist() == [[0] * 4, [3] * 4] * 2
+    assert sum(profile.counts().values()) == 8
+    assert "2 layers x 4 heads: 8 DOCUMENT_SINK" in repr(profile)
+    with pytest.raises(ValueError, match="heads of layer 0, which is linear_attention, must be D"):
+        Profile.for_model(config, [["sink"] * 4] * 4)
+    stage = profile.stage(2, 4, keeps_numbers=True)
+    assert stage.layers == (3,)
+    assert profile.stage(2, 4, keeps_numbers=False).layers == (1,)
+    stage.validate(config, part_is_fine=True)
+
+
+def test_layers_may_have_unlike_head_dims(tmp_path: Any) -> None:
+    config = tiny_config("gemma4/large")
+    profile = Profile.for_model(config, "sink")
+    assert [profile.head_dim(layer) for layer in range(4)] == [16, 32, 16, 32]
+    assert profile.fingerprint["num_kv_heads"] == "2,1,2,1"
+    profile.save(tmp_path / "it")
+    assert Profile.load(tmp_path / "it") == profile
+    stage = profile.stage(1, 4, keeps_numbers=False)
+    assert [stage.head_dim(layer) for layer in range(3)] == [32, 16, 32]
+    stage.validate(config, part_is_fine=True)
+    with pytest.raises(ValueError, match="num_kv_heads must be a multiple of world_size, got 2,1"):
+        profile.shard(0, 2)
+    text = config.get_text_config()
+    text.per_layer_config = {0: {"num_attention_heads": 8}}
+    with pytest.raises(ValueError, match=r"as many query heads as each other, got \[4, 8\]"):
+        fingerprint(config)
