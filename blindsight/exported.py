@@ -95,9 +95,7 @@ def export(
         return torch.export.export(gm, (), inputs, strict=False)
 
 
-def decoder_inputs(
-    model: nn.Module, profile: Profile, inputs: Mapping[str, Any]
-) -> dict[str, Tensor]:
+def decoder_inputs(model: nn.Module, profile: Profile, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Run what comes before a model's decoder, and return the decoder's inputs and the template.
 
     Args:
@@ -106,7 +104,8 @@ def decoder_inputs(
         inputs: Of its forward, padded on the left.
 
     Returns:
-        ``inputs_embeds [B, Q, E]`` and what else the model gives its decoder, ``span_id [B, Q]``
+        ``inputs_embeds [B, Q, E]`` and what else the model gives its decoder, tensors or lists of
+        them (of what Qwen3-VL adds to its first layers), ``span_id [B, Q]``
         and ``is_sink [B, Q]``: the inputs of a program that :func:`export` makes of them.
 
     Raises:
@@ -115,11 +114,17 @@ def decoder_inputs(
     decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
     with torch.no_grad():
         batch = decoder.prepare(inputs)
-    found = {name: value for name, value in batch.decoder_inputs.items() if value is not None}
+    # All logits are put out, whatever else the model can do.
+    found = {
+        name: value
+        for name, value in batch.decoder_inputs.items()
+        if value is not None and name != "logits_to_keep"
+    }
+    tensors = {name: value for name, value in found.items() if _holds_tensors(value)}
     others = {
         name: type(value).__name__
         for name, value in found.items()
-        if not isinstance(value, (Tensor, bool))
+        if name not in tensors and not isinstance(value, bool)
     }
     if others:
         raise ValueError(
@@ -127,8 +132,13 @@ def decoder_inputs(
             "whole model, where torch.export can trace it."
         )
     template = dict(zip(_TEMPLATE, batch.prompt.template.tensors(), strict=True))
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     return {**tensors, **template}
+
+
+def _holds_tensors(value: object) -> bool:
+    """Whether a value is a tensor, or a list of them."""
+    is_list = isinstance(value, (list, tuple)) and all(isinstance(x, Tensor) for x in value)
+    return isinstance(value, Tensor) or is_list
 
 
 class _WholeModel(nn.Module):

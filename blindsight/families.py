@@ -113,6 +113,10 @@ DECODER_ATTENTION_CLASSES = frozenset(
 
 # Of the types of decoder layers in transformers; all others have attention.
 _WITHOUT_ATTENTION = frozenset({"linear_attention", "mamba", "recurrent", "conv", "moe"})
+# Their own code changes the mask, for what it is under scaled_dot_product_attention.
+_CHOOSING_KEYS = frozenset(
+    {"minimax_m3_sparse", "indexed_attention", "compressed_sparse_attention"}
+)
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # its name from transformers 5.24 on, and before
 
@@ -191,6 +195,21 @@ def template_rule(model_or_config: Any, tokenizer: Any = None) -> TemplateRule:
 def attends(layer_type: str) -> bool:
     """Whether layers of a type, as transformers names them, have a softmax over keys."""
     return layer_type not in _WITHOUT_ATTENTION
+
+
+def check_masks_are_known(model: Any) -> None:
+    """Check that the mask that a model hands its attention is all there is.
+
+    Raises:
+        ValueError: Some layers choose keys by themselves.
+    """
+    types = getattr(text_config(config_of(model)), "layer_types", None) or ()
+    if chosen := sorted(_CHOOSING_KEYS.intersection(types)):
+        raise ValueError(
+            f"layers must attend by the masks that they are handed, got {', '.join(chosen)} in "
+            f"{type(model).__name__}, which choose keys by themselves. Such a model can be "
+            "compiled, and neither evaluated nor run as a reference."
+        )
 
 
 def with_attention(layer_types: Sequence[str]) -> tuple[int, ...]:

@@ -20,7 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from blindsight.categories import HeadCategory
-from blindsight.families import CACHE_ARGUMENTS, config_of, text_config
+from blindsight.families import (
+    CACHE_ARGUMENTS,
+    check_masks_are_known,
+    config_of,
+    text_config,
+)
 from blindsight.profile import Profile
 from blindsight.runtime import compact, disabled
 from blindsight.template import Template
@@ -124,6 +129,7 @@ def replaced_attention(
         name: What the function is registered as.
         attention: In the form of transformers' attention functions.
     """
+    check_masks_are_known(model)
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, attention)

@@ -183,11 +183,14 @@ def erase_unused(gm: fx.GraphModule, candidates: list[fx.Node]) -> None:
     Never a sweep over the whole graph: ``eliminate_dead_code`` also deletes calls that are there
     for their effect, such as those which enter and leave a vmap.
     """
+    erased: set[fx.Node] = set()
     while candidates:
         node = candidates.pop()
-        if node.op in ("call_function", "call_method") and not node.users and not acts(node):
+        is_call = node.op in ("call_function", "call_method") and node not in erased
+        if is_call and not node.users and not acts(node):
             candidates.extend(node.all_input_nodes)
             gm.graph.erase_node(node)
+            erased.add(node)
 
 
 def acts(node: fx.Node) -> bool:

@@ -115,6 +115,7 @@ def replace_attention_pass(
         inputs = [add_placeholder(gm, name) for name in (*TOKEN_INPUTS, *HEAD_INPUTS)]
     span_id, is_sink, heads, categories = inputs
     masks: dict[object, fx.Node] = {}
+    outputs: dict[fx.Node, fx.Node] = {}
     make_mask = {**_MAKE_MASK, **_BY_OPERATOR} if by_operator else _MAKE_MASK
     for row, call in enumerate(attention):
         proof = None if lifted is None else lifted[row]
@@ -145,13 +146,14 @@ def replace_attention_pass(
             rows = tuple(
                 gm.graph.call_function(torch.select, (x, 0, row)) for x in (heads, categories)
             )
-            args = (call.query, call.key, call.value, masks[shared], *rows, of_call, call.scale)
+            tensors = (outputs.get(x, x) for x in (call.query, call.key, call.value))
+            args = (*tensors, masks[shared], *rows, of_call, call.scale)
             output = _call(gm, call, attend_in_region if in_region else attend, args)
             output.meta["example_value"] = fake_tensor(call.node)
         call.node.replace_all_uses_with(output)
-        unused = call.node.all_input_nodes
-        gm.graph.erase_node(call.node)
-        erase_unused(gm, list(unused))
+        outputs[call.node] = output
+    # Not before: the masks of later calls are put before nodes that earlier calls may have needed.
+    erase_unused(gm, [call.node for call in attention])
     gm.graph.lint()
     gm.recompile()
     logger.info("replaced %d attention calls, %d masks", len(attention), len(masks))

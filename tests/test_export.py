@@ -78,7 +78,7 @@ def example_of(family: str, model: Any, profile: Profile, inputs: Any) -> dict[s
 
 
 @pytest.mark.parametrize("lowering", ["fused", "split"])
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"])
 def test_a_program_equals_the_reference(family: str, lowering: str) -> None:
     skip_unless_traced_whole(family)
     model, profile, prompts = case(family)
@@ -103,8 +103,8 @@ def test_the_vision_tower_of_qwen_is_named_as_the_limit() -> None:
 
 
 def test_a_decoder_that_takes_more_than_tensors() -> None:
-    model, profile, prompts = case("qwen3_vl", 1)
-    with pytest.raises(ValueError, match=r"must take tensors, got {'deepstack_visual_embeds': "):
+    model, profile, prompts = case("gemma3", 1)
+    with pytest.raises(ValueError, match=r"must take tensors, got {'attention_mask': 'dict'}"):
         decoder_inputs(model, profile, prompts[0])
 
 
@@ -157,6 +157,7 @@ def test_other_errors() -> None:
         ("qwen2_5_vl", "fused", 1),
         pytest.param("qwen2_vl", "split", 2, marks=pytest.mark.nightly),
         pytest.param("gemma3", "fused", 2, marks=pytest.mark.nightly),
+        pytest.param("qwen3_vl", "fused", 2, marks=pytest.mark.nightly),
     ],
 )
 def test_a_package_runs_without_us(
@@ -176,7 +177,7 @@ def test_a_package_runs_without_us(
     outputs = torch.load(tmp_path / "outputs.pt")
     for prompt, logits in zip(prompts, outputs, strict=True):
         check(model, profile, prompt, logits)
-    backend = blindsight_backend(profile, inner="eager", lowering=lowering)
+    backend = blindsight_backend(profile, inner="eager", lowering=lowering, model=model)
     compiled = torch.compile(without_vision(model), backend=backend)
     for prompt, logits in zip(prompts, outputs, strict=True):
         expected = compiled(**prompt, use_cache=False).logits

@@ -18,6 +18,7 @@ from models import FAMILIES, Image, generation_options, make_inputs, split_turns
 from oracles import generate_reference, run_reference
 from test_any_length import Counting, check
 from test_exactness import Case, case_of, model_of, runs_of
+from test_families import check_compiled
 
 DEVICE = os.environ.get("BLINDSIGHT_GPU_TESTS", "cuda")
 pytestmark = [
@@ -66,6 +67,12 @@ def test_prefill(family: str, dtype: torch.dtype, lowering: str) -> None:
         case.check(model(**to_device(case.inputs), use_cache=False).logits.cpu())
         assert case.differs_from_dense()
     assert runs_of(backend) == {"sparse"}
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma4/large", "llama4", "kimi_k25", "internvl"])
+def test_other_families(family: str) -> None:
+    """Layers without attention, heads of two sizes, chunks, values narrower than keys."""
+    check_compiled(family, inner="inductor", device=DEVICE)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

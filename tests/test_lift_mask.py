@@ -558,12 +558,36 @@ def overwritten_padding(x: Tensor, data: Tensor) -> Tensor:
     return allowed
 
 
+def images(data: Tensor) -> Tensor:
+    """The number of each token's image, or -1, as Gemma 4 counts them."""
+    is_image = data > 1
+    is_previous = torch.roll(is_image, 1, -1)
+    is_previous[..., 0] = False
+    begins = is_image & ~is_previous
+    return torch.where(is_image, begins.int().cumsum(1) - 1, -1)
+
+
+def written_before_it_is_read(x: Tensor, data: Tensor) -> Tensor:
+    numbers = images(data)
+    row, column = numbers[:, None, :, None], numbers[:, None, None]
+    return (grid(x)[1] <= grid(x)[0]) | ((row == column) & (row >= 0))
+
+
+def written_after_it_is_read(x: Tensor, data: Tensor) -> Tensor:
+    numbers = images(data)
+    numbers.fill_(3)
+    row, column = numbers[:, None, :, None], numbers[:, None, None]
+    return (grid(x)[1] <= grid(x)[0]) | ((row == column) & (row >= 0))
+
+
 LOOK_ALIKES: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
     "overwritten": (3, overwritten),
     "overwritten by index_put_": (3, overwritten_by_index_put),
     "overwritten through a view": (3, overwritten_through_a_view),
     "overwritten positions": (3, overwritten_positions),
     "overwritten padding": (1, overwritten_padding),
+    "written before it is read": (1, written_before_it_is_read),
+    "written after it is read": (3, written_after_it_is_read),
     "index_put": (
         3,
         lambda x, data: (grid(x)[1] <= grid(x)[0]).index_put(

@@ -14,6 +14,8 @@ from blindsight import Profile, blindsight_backend
 from blindsight.passes import GraphPass, SparseAttention, sparse_attention_pass
 from blindsight.passes.find_attention import count_attention, find_attention, find_key_cache
 from blindsight.passes.graph import copy_graph_module, node_of_size, placeholders
+from blindsight.passes.lift_mask import lift_mask
+from blindsight.passes.replace_attention import replace_attention_pass
 from decoders import (
     OTHER_PROMPT,
     PROMPT,
@@ -420,6 +422,38 @@ def test_sizes_are_computed_from_the_symbols_of_a_graph() -> None:
     gm.recompile()
     assert gm(5, torch.ones(5), 9, torch.ones(9)) == (14, 8, 3)
     assert gm(12, torch.ones(12), 2, torch.ones(2)) == (14, 12, 3)
+
+
+def test_a_mask_may_be_made_among_the_nodes_of_another() -> None:
+    """What makes the first mask is dropped with its call; the second mask is put beside it."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        position = torch.arange(6)
+        row, column = position[:, None], position
+        second = column <= row
+        first = (column <= row) & (column > row - 3)
+        out = scaled_dot_product_attention(x, x, x, attn_mask=first)
+        return scaled_dot_product_attention(out, x, x, attn_mask=second)
+
+    found = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        gm = copy_graph_module(gm)
+        calls = find_attention(gm, layer_pattern=r"layers\.(\d+)")
+        lifted = [lift_mask(gm, call) for call in calls]
+        assert [proof.tier for proof in lifted] == [1, 1]
+        assert lifted[1].before in calls[0].attn_mask.all_input_nodes
+        replace_attention_pass(gm, attention=calls, lifted=lifted)
+        nodes = list(gm.graph.nodes)
+        assert list(reversed(gm.graph.nodes)) == nodes[::-1]
+        found.append([getattr(node.target, "__name__", "") for node in nodes])
+        return gm.forward
+
+    x = torch.randn(1, 2, 6, 4)
+    with pytest.raises(TypeError):  # it wants the inputs that were added
+        torch.compile(function, backend=backend)(x)
+    assert found[0].count("attend") == found[0].count("sorted_mask") == 2
+    assert "scaled_dot_product_attention" not in found[0]
 
 
 def test_auto_is_the_backends(qwen: Any) -> None:
