@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from blindsight.template import TemplateRule
+from blindsight.template import DEFAULT_LAYER_PATTERN, TemplateRule
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Family:
         image_tokens, start_tokens, end_tokens: Names of config attributes that hold token ids.
         parts, start, end: Regular expressions of tokens that only the tokenizer knows: what parts
             an image (its rows, its tiles), what is before it and after it.
+        layer_pattern: See :class:`~blindsight.TemplateRule`.
     """
 
     image_tokens: tuple[str, ...] = ("image_token_id", "video_token_id")
@@ -30,10 +31,16 @@ class Family:
     parts: str = ""
     start: str = ""
     end: str = ""
+    layer_pattern: str = DEFAULT_LAYER_PATTERN
 
 
 _QWEN = Family(start_tokens=("vision_start_token_id",), end_tokens=("vision_end_token_id",))
-_OMNI = replace(_QWEN, image_tokens=("image_token_id", "image_token_index", "video_token_id"))
+_OMNI = replace(
+    _QWEN,
+    image_tokens=("image_token_id", "image_token_index", "video_token_id", "video_token_index"),
+    # its decoder is called `model` in older transformers
+    layer_pattern=r"(?:language_model|(?<!_)model)\.layers\.(\d+)\.self_attn",
+)
 _GLM = Family(
     start_tokens=("image_start_token_id", "video_start_token_id"),
     end_tokens=("image_end_token_id", "video_end_token_id"),
@@ -189,6 +196,7 @@ def template_rule(model_or_config: Any, tokenizer: Any = None) -> TemplateRule:
         image_token_ids=of_config(family.image_tokens) + of_tokenizer(family.parts),
         start_token_ids=of_config(family.start_tokens) or of_tokenizer(family.start),
         end_token_ids=of_config(family.end_tokens) or of_tokenizer(family.end),
+        layer_pattern=family.layer_pattern,
     )
 
 
