@@ -45,6 +45,7 @@ FILES = (
     "test_block_tables.py",
     "test_probe.py",
     "test_cache.py",
+    "test_families.py",
 )
 EXACT = (
     "test_exactness.py::test_prefill_equals_dense_masks",
