@@ -16,11 +16,14 @@ from blindsight.categories import HeadCategory
 from blindsight.masked_model import EVERYTHING, Call, Group, Masks, Prompt
 
 
-def shuffled_categories(categories: Tensor, seed: int) -> Tensor:
-    """Return as many heads of each category, drawn anew from all layers: ``[L, H]``."""
+def shuffled_categories(categories: Tensor, layers: Sequence[int], seed: int) -> Tensor:
+    """Return as many heads of each category, drawn anew from these layers: ``[L, H]``."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(categories.numel(), generator=generator)
-    return categories.flatten()[order].view_as(categories)
+    ours = categories[list(layers)]
+    order = torch.randperm(ours.numel(), generator=generator)
+    shuffled = categories.clone()
+    shuffled[list(layers)] = ours.flatten()[order].view_as(ours)
+    return shuffled
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from blindsight.categories import HeadCategory
-from blindsight.families import config_of
+from blindsight.families import config_of, fingerprint, widths_of
 from blindsight.measure import Measurements, measure
 from blindsight.prefill import check_has_vision
 from blindsight.probe import NUM_OFFSETS
@@ -156,6 +157,9 @@ def profile_of(
     budget = BUDGETS.get(criterion, 0.0) if budget is None else budget
     _check_options(budget, criterion, aggregate, quantile, None)
     evidence = summarize(measurements, aggregate=aggregate, quantile=quantile)
+    _, widths = widths_of(fingerprint(model))
+    # A pair of a wider head costs more.
+    evidence["pairs"] = evidence["pairs"] * torch.tensor(widths)[:, None, None]
     categories = select_categories(evidence, budget, criterion=criterion, allocation=allocation)
     evidence["margin"] = budget - evidence[CRITERIA[criterion]]
     noted = {

@@ -146,20 +146,11 @@ def load_model(name: str, dtype: str) -> Any:
 def summary(profile: Profile, seconds: float) -> str:
     """Return what a calibration found, as text; ``seconds`` are what it took."""
     from blindsight.calibrate import flops_cut
-    from blindsight.categories import HeadCategory, summarize_categories
+    from blindsight.cli import heads_by_layer
 
     noted = profile.calibration
-    heads = profile.categories.tolist()
     num_samples, used = int(noted["num_samples"]), int(noted["num_samples_used"])
-    lines = [
-        f"{summarize_categories(profile.categories.flatten().tolist())} "
-        f"({profile.num_layers} layers x {profile.num_heads} heads)",
-        "",
-        "  ".join(["layer", *HeadCategory.names()]),
-    ]
-    for layer, codes in enumerate(heads):
-        counts = (str(codes.count(c)).rjust(len(c.name)) for c in HeadCategory)
-        lines.append("  ".join([str(layer).rjust(5), *counts]))
+    lines = [repr(profile), "", *heads_by_layer(profile)]
     lines += [
         "",
         f"attention FLOPs on these prompts: {flops_cut(profile):.1%} less",

@@ -191,9 +191,6 @@ def _run_show(arguments: argparse.Namespace) -> None:
 
 def describe(profile: Profile) -> str:
     """Return what a profile says, as text."""
-    from blindsight.categories import NUM_CATEGORIES, HeadCategory
-
-    total = len(profile.layers) * profile.num_heads
     shape = ", ".join(f"{name}={value}" for name, value in profile.fingerprint.items())
     rule = profile.rule
     lines = [
@@ -208,6 +205,14 @@ def describe(profile: Profile) -> str:
         f"digest       {profile.digest}",
         "",
     ]
+    return "\n".join([*lines, *heads_by_layer(profile)])
+
+
+def heads_by_layer(profile: Profile) -> list[str]:
+    """Return a table: the heads of each category, by layer with attention."""
+    from blindsight.categories import NUM_CATEGORIES, HeadCategory
+
+    total = len(profile.layers) * profile.num_heads
     names = HeadCategory.names()
     widths = [max(len(name), len(str(total))) for name in names]
 
@@ -215,14 +220,14 @@ def describe(profile: Profile) -> str:
         numbers = (str(cell).rjust(width) for cell, width in zip(cells, widths, strict=True))
         return "  ".join([first.rjust(5), *numbers])
 
-    lines.append(row("layer", names))
+    lines = [row("layer", names)]
     for layer in profile.layers:
         codes = profile.categories[layer].tolist()
         lines.append(row(str(layer), [codes.count(code) for code in range(NUM_CATEGORIES)]))
     counts = list(profile.counts().values())
     lines.append(row("all", counts))
-    lines.append(row("", [f"{count / total:.0%}" for count in counts]))
-    return "\n".join(lines)
+    lines.append(row("", [f"{count / max(total, 1):.0%}" for count in counts]))
+    return lines
 
 
 def _ids(numbers: Sequence[int]) -> str:

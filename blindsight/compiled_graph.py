@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from blindsight.any_length import CompiledForLengths, SymbolicSizes
+from blindsight.families import forgets
 from blindsight.given_mask import given_inputs
 from blindsight.inner import Inner
 from blindsight.lowering import Layout
@@ -202,7 +203,7 @@ class CompiledGraph:
             return num_queries + int(args[cache.length])
         types = [self._profile.layer_types[layer] for layer in self._profile.layers]
         grows = cache.before is not None and num_keys > args[cache.before].shape[2]
-        slides = "sliding_attention" in types and len(self._calls) < len(types)
+        slides = any(map(forgets, types)) and len(self._calls) < len(types)
         return num_keys if grows and not slides else None
 
     def _remember(self, args: Sequence[Any], outputs: Any, history: History | None) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from blindsight.base_mask import base_mask_of, facts_hold, is_plain_causal
 from blindsight.masks import BaseMask
 from blindsight.passes.find_attention import Attention
-from blindsight.passes.graph import ancestors, fake_tensor
+from blindsight.passes.graph import ancestors, fake_tensor, placeholders
+from blindsight.passes.read_mask import MemoryGroups, overwritten
 from blindsight.plan import Plan, PlannedCall
 
 
@@ -126,12 +127,35 @@ def _map_nodes(value: Any, function: Any) -> Any:
 
 
 def _extract(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
-    """Return a module of the graph's inputs that computes these nodes only."""
+    """Return a module of the graph's inputs that computes these nodes only.
+
+    What the graph writes in place is written, too, and never into an input.
+    """
+    whole = list(gm.graph.nodes)
+    before = whole[: max(map(whole.index, nodes)) + 1]
+    memory = MemoryGroups(whole)
     needed = {node for wanted in nodes for node in ancestors(wanted)}
+    read = {memory.find(node) for node in needed}
+    # Nobody may read what a write returns, and what it has written all the same.
+    while writers := [
+        node
+        for node in before
+        if node not in needed and any(memory.find(x) in read for x in overwritten(node))
+    ]:
+        needed |= {node for writer in writers for node in ancestors(writer)}
+        read = {memory.find(node) for node in needed}
+    written = {memory.find(x) for node in needed for x in overwritten(node)}
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" or node in needed:
+    inputs = placeholders(gm)
+    for node in inputs:
+        copied[node] = graph.node_copy(node)
+        copied[node].meta = copy.copy(node.meta)
+    for node in inputs:
+        if node in needed and memory.find(node) in written:
+            copied[node] = graph.call_method("clone", (copied[node],))
+    for node in whole:
+        if node in needed and node.op != "placeholder":
             copied[node] = graph.node_copy(node, copied.__getitem__)
             copied[node].meta = copy.copy(node.meta)
     graph.output(tuple(copied[node] for node in nodes))

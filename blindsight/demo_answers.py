@@ -154,7 +154,7 @@ def answer_questions(*, inner: str, progress: Progress) -> Answers:
         flops=attention_flops(
             template,
             profile.categories,
-            head_dim=int(profile.fingerprint["head_dim"]),
+            head_dim=profile.head_dim(0),
             key_valid=valid,
         ),
         difference=float((sparse - expected).abs().max()),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from blindsight.progress import Progress
 from blindsight.reference import reference_logits
 from blindsight.report import Report
 from blindsight.runtime import disabled
+from blindsight.template import TemplateRule
 from blindsight.warmup import append_text
 
 
@@ -67,14 +68,16 @@ class Speed:
     def __str__(self) -> str:
         dense, sparse = (statistics.median(x) for x in (self.dense_seconds, self.sparse_seconds))
         sizes = f"{min(self.image_tokens)} to {max(self.image_tokens)} tokens each"
-        heads = summarize_categories(self.profile.categories.flatten().tolist())
+        heads = summarize_categories(
+            self.profile.categories[list(self.profile.layers)].flatten().tolist()
+        )
         compiling = ", ".join(f"{name} {x:.1f} s" for name, x in self.compile_seconds.items())
         share = self.flops.sparse / self.flops.dense
         lines = [
             ("model", self.model),
             ("compiled", self.compiled),
             ("prompt", f"{self.num_tokens:,} tokens, {len(self.image_tokens)} images of {sizes}"),
-            ("layers x heads", f"{self.profile.num_layers} x {self.profile.num_heads}: {heads}"),
+            ("layers x heads", f"{len(self.profile.layers)} x {self.profile.num_heads}: {heads}"),
             ("attention FLOPs, dense", f"{self.flops.dense:,}"),
             ("attention FLOPs, sparse", f"{self.flops.sparse:,} ({share:.1%} of dense)"),
             ("prefill, dense", _seconds(self.dense_seconds)),
@@ -216,20 +219,21 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _count_flops(model: nn.Module, profile: Profile, input_ids: Tensor) -> AttentionFlops:
-    """Add up the layers, each under its causal mask or sliding window."""
+    """Add up the layers, each under its causal mask, sliding window or chunks."""
     template = profile.rule.template(input_ids)
-    window = getattr(text_config(model.config), "sliding_window", None)
-    layer_types = profile.fingerprint["layer_types"].split(",")
+    config = text_config(model.config)
+    itself = torch.arange(template.num_tokens)[None]
     dense = sparse = 0
-    for layer_type in set(layer_types):
-        rows = [at for at, name in enumerate(layer_types) if name == layer_type]
-        lower = None
-        if layer_type == "sliding_attention" and window is not None:
-            lower = (torch.arange(template.num_tokens) - window + 1)[None]
+    for layer in profile.layers:
+        lower = torch.zeros_like(itself)
+        if profile.layer_types[layer] == "sliding_attention":
+            lower = itself - config.sliding_window + 1
+        elif profile.layer_types[layer] == "chunked_attention":
+            lower = itself // config.attention_chunk_size * config.attention_chunk_size
         found = attention_flops(
             template,
-            profile.categories[rows],
-            head_dim=int(profile.fingerprint["head_dim"]),
+            profile.categories[layer],
+            head_dim=profile.head_dim(layer),
             base_lower=lower,
         )
         dense, sparse = dense + found.dense, sparse + found.sparse
@@ -249,6 +253,14 @@ def decoder_of(model: nn.Module) -> tuple[nn.Module, str]:
 def _profile_of(model: nn.Module, options: DemoOptions) -> Profile:
     if options.profile is not None:
         return Profile.load(options.profile)
-    text = text_config(model.config)
-    layer, head = torch.arange(text.num_hidden_layers), torch.arange(text.num_attention_heads)
-    return Profile.for_model(model, (layer[:, None] + head) % NUM_CATEGORIES)
+    rule = None
+    if options.model is not None:
+        from transformers import AutoTokenizer
+
+        rule = TemplateRule.from_config(model.config, AutoTokenizer.from_pretrained(options.model))
+    dense = Profile.for_model(model, "dense", rule=rule)
+    layer, head = torch.arange(dense.num_layers), torch.arange(dense.num_heads)
+    mixed = (layer[:, None] + head) % NUM_CATEGORIES
+    categories = torch.zeros_like(dense.categories)
+    categories[list(dense.layers)] = mixed[list(dense.layers)].to(categories.dtype)
+    return replace(dense, categories=categories)

@@ -6,8 +6,9 @@ A family that is not listed works too: give its :class:`~blindsight.TemplateRule
 from __future__ import annotations
 
 import inspect
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -220,6 +221,20 @@ def check_masks_are_known(model: Any) -> None:
         )
 
 
+def shares_keys(model_or_config: Any) -> bool:
+    """Whether some layers take the keys of earlier ones (small Gemma 4).
+
+    Such layers compute no more rows than the logits that are asked for.
+    """
+    text = text_config(config_of(model_or_config))
+    return bool(getattr(text, "num_kv_shared_layers", 0))
+
+
+def forgets(layer_type: str) -> bool:
+    """Whether the cache of such layers drops the first tokens of a long sequence."""
+    return "sliding" in layer_type or "chunked" in layer_type
+
+
 def with_attention(layer_types: Sequence[str]) -> tuple[int, ...]:
     """Return the numbers of the layers that have a softmax over keys."""
     return tuple(at for at, name in enumerate(layer_types) if attends(name))
@@ -262,6 +277,15 @@ def each_layer(numbers: str, num_layers: int) -> tuple[int, ...]:
     """Return the number of each layer; the inverse of :func:`in_short`."""
     found = tuple(map(int, numbers.split(",")))
     return found * num_layers if len(found) == 1 else found
+
+
+def widths_of(fingerprint: Mapping[str, str]) -> tuple[int, list[int]]:
+    """Return a head dim, and the multiple of it that each layer's is; 0 without attention."""
+    types = fingerprint["layer_types"].split(",")
+    dims = each_layer(fingerprint["head_dim"], len(types))
+    layers = with_attention(types)
+    unit = math.gcd(*(dims[layer] for layer in layers))
+    return unit, [dim // unit if layer in layers else 0 for layer, dim in enumerate(dims)]
 
 
 def _num_key_heads(config: Any) -> int:

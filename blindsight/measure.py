@@ -27,7 +27,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from blindsight.families import config_of, fingerprint, text_config, with_attention
+from blindsight.families import config_of, fingerprint, shares_keys, text_config, with_attention
 from blindsight.layers import LayerMap, layer_of_path
 from blindsight.passes.find_attention import Attention, find_attention, has_attention
 from blindsight.passes.graph import copy_graph_module
@@ -233,9 +233,8 @@ class Prober:
         self._backend = _ProbeBackend(model, rule, Call if next_token else measure_losses)
         self._compiled: Callable[..., Any] = torch.compile(model, backend=self._backend)
         self._options: dict[str, Any] = {"use_cache": False}
-        # Layers that share keys compute no rows but those to keep: all are measured here.
-        shares_keys = getattr(text_config(config_of(model)), "num_kv_shared_layers", 0)
-        if "logits_to_keep" in inspect.signature(model.forward).parameters and not shares_keys:
+        known = inspect.signature(model.forward).parameters
+        if "logits_to_keep" in known and not shares_keys(model):
             self._options["logits_to_keep"] = 1
 
     def __call__(self, inputs: Mapping[str, Any]) -> Measurements:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from blindsight.categories import summarize_categories
-from blindsight.families import DECODER_ATTENTION_CLASSES
+from blindsight.families import DECODER_ATTENTION_CLASSES, forgets
 from blindsight.layers import layer_of_path
 from blindsight.passes.find_attention import (
     Attention,
@@ -263,7 +263,7 @@ class _Planner:
         types = self._profile.layer_types
         # A cache that slides forgets its first tokens, so any other says more.
         by_use = sorted(
-            calls, key=lambda call: call.layer is not None and "sliding" in types[call.layer]
+            calls, key=lambda call: call.layer is not None and forgets(types[call.layer])
         )
         for call in by_use:
             found = find_key_cache(gm, call.attention)

@@ -8,7 +8,6 @@ Shapes: B batch, T tokens of the prompts, L layers, C categories, V vocabulary.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -25,7 +24,8 @@ from blindsight.families import (
     cache_argument,
     cache_of,
     config_of,
-    each_layer,
+    text_config,
+    widths_of,
     with_attention,
 )
 from blindsight.given_mask import intervals_of_elements
@@ -35,6 +35,9 @@ from blindsight.profile import Profile
 from blindsight.reference import attention_layers
 from blindsight.runtime import disabled, use_template
 from blindsight.template import IMAGE, Template, TemplateRule
+
+# Config attributes that say to how many experts a token goes.
+_EXPERTS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,14 +107,11 @@ class Decoder:
         check_has_vision(self.model)
         self.rule = rule
         self.layer_types = fingerprint["layer_types"].split(",")
-        dims = each_layer(fingerprint["head_dim"], len(self.layer_types))
-        expected = with_attention(self.layer_types)
-        self.head_dim = math.gcd(*(dims[layer] for layer in expected))
-        self.widths = [
-            dim // self.head_dim if layer in expected else 0 for layer, dim in enumerate(dims)
-        ]
+        self.head_dim, self.widths = widths_of(fingerprint)
         self.num_heads = int(fingerprint["num_heads"])
-        self.layers = attention_layers(self.model, rule.layer_pattern, expected)
+        self.layers = attention_layers(
+            self.model, rule.layer_pattern, with_attention(self.layer_types)
+        )
         self.decoder = find_decoder(self.model, rule.layer_pattern)
         transformers_model: Any = self.model
         self.head: Callable[[Tensor], Tensor] = transformers_model.get_output_embeddings()
@@ -123,12 +123,21 @@ class Decoder:
 
     @property
     def weights_per_layer(self) -> int:
-        """Weights that every token of a decoder layer is multiplied by, the mean over layers."""
+        """Weights that every token of a decoder layer is multiplied by, the mean over layers.
+
+        Of experts, as many as a token goes to.
+        """
         layers: Any = self.decoder.layers
-        weights: list[int] = [
-            p.numel() for layer in layers for p in layer.parameters() if p.dim() == 2
-        ]
-        return round(sum(weights) / len(self.layer_types))
+        config = text_config(config_of(self.model))
+        chosen = next((n for name in _EXPERTS if (n := getattr(config, name, None))), 1)
+        weights = 0.0
+        for layer in layers:
+            for name, parameter in layer.named_parameters():
+                if parameter.dim() == 2:
+                    weights += parameter.numel()
+                elif parameter.dim() == 3 and "experts" in name:
+                    weights += parameter.numel() * chosen / parameter.shape[0]
+        return round(weights / len(self.layer_types))
 
     def prepare(self, inputs: Mapping[str, Any]) -> Batch:
         """Run all that comes before the decoder.

@@ -24,6 +24,7 @@ from blindsight.families import (
     CACHE_ARGUMENTS,
     check_masks_are_known,
     config_of,
+    shares_keys,
     text_config,
 )
 from blindsight.profile import Profile
@@ -84,6 +85,9 @@ def reference_logits(
             )
         template = profile.rule.template(inputs["input_ids"])
     layers = attention_layers(model, profile.rule.layer_pattern, profile.layers)
+    kept = inputs.get("logits_to_keep", 0) if shares_keys(model) else 0
+    if shares_keys(model):  # all rows of all layers are to be computed
+        inputs = {name: value for name, value in inputs.items() if name != "logits_to_keep"}
     token = _run.set(_Run(template, profile, layers))
     try:
         with (
@@ -92,7 +96,8 @@ def reference_logits(
             torch.compiler.set_stance("force_eager"),
             torch.no_grad(),
         ):
-            return model(**{**inputs, "use_cache": False}).logits  # type: ignore[no-any-return]
+            logits: Tensor = model(**{**inputs, "use_cache": False}).logits
+            return logits[:, slice(-kept, None) if isinstance(kept, int) else kept]
     finally:
         _run.reset(token)
 

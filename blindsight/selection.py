@@ -96,7 +96,8 @@ def _globally(losses: list[list[float]], pairs: list[list[float]], budget: float
             steps.append((slopes[best], head, max(loss[best] ** 2 - loss[at] ** 2, 0.0), best))
             at = best
     chosen = [int(HeadCategory.DENSE)] * len(losses)
-    spent, limit = [0.0], budget**2 * len(losses)
+    num_heads = sum(cost[HeadCategory.DENSE] > 0 for cost in pairs)  # of layers with attention
+    spent, limit = [0.0], budget**2 * num_heads
     for _, head, price, category in sorted(steps):
         spent.append(price)
         if math.fsum(spent) > limit:

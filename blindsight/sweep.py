@@ -130,8 +130,8 @@ class Sweep:
             "percentage points. The task that loses most is the lowest of several noisy numbers, "
             "so it is below zero by chance alone.",
             "FLOPs are exact, of all prefills together, as shares of dense: attention's two matrix "
-            "products, and all of the decoder. Dropping tokens saves their linear layers too, "
-            "masking does not.",
+            "products, and those with the decoder's weights. Dropping tokens saves their linear "
+            "layers too, masking does not.",
             ", ".join(f"{name} {value}" for name, value in self.conditions.items()) + ".",
         ]
         return "\n".join([*lines, *(f"- {note}" for note in notes)]) + "\n"

@@ -112,10 +112,10 @@ def category_plans(
             plans.append(Plan(name, budget, masking, categories))
     for plan in [plan for plan in plans if plan.series == BY_HEAD]:
         assert plan.categories is not None
-        if int(plan.categories.min()) == int(plan.categories.max()):
+        if len(set(plan.categories[list(profile.layers)].flatten().tolist())) == 1:
             continue  # there is only one way to deal equal cards
         for seed in range(num_seeds):
-            dealt = shuffled_categories(plan.categories, seed)
+            dealt = shuffled_categories(plan.categories, profile.layers, seed)
             plans.append(Plan(RANDOM, plan.knob, ProfileMasking(dealt), dealt, seed))
     return plans
 

@@ -163,12 +163,12 @@ class MaskReader:
 
     def check_not_overwritten(self, mask: fx.Node, before: fx.Node, call: fx.Node) -> None:
         """Raise where a tensor changes between where the graph reads it and where we would."""
-        groups = _MemoryGroups(self._nodes)
+        groups = MemoryGroups(self._nodes)
         ours = {groups.find(node) for node in self._uses[mask]}
         # The mask may also be changed after it was made, until it is used.
         masks = groups.find(mask)
         for node in self._nodes[: self._position[call]]:
-            for target in _overwritten(node):
+            for target in overwritten(node):
                 group = groups.find(target)
                 early = self._position[node] < self._position[before]
                 if group == masks or (early and group in ours):
@@ -706,7 +706,7 @@ def _nesting(nodes: Sequence[fx.Node]) -> dict[fx.Node, tuple[str, ...]]:
     return around
 
 
-class _MemoryGroups:
+class MemoryGroups:
     """Which nodes may share memory; errs on the side of sharing."""
 
     def __init__(self, nodes: Sequence[fx.Node]) -> None:
@@ -715,7 +715,7 @@ class _MemoryGroups:
             if name_of(node) in _FRESH:
                 continue
             # What writes into an argument returns that.
-            written = _overwritten(node)
+            written = overwritten(node)
             for parent in written or node.all_input_nodes:
                 if written or _may_share(node, parent):
                     self._leader[self.find(parent)] = self.find(node)
@@ -739,7 +739,7 @@ def _may_share(node: fx.Node, parent: fx.Node) -> bool:
     return result.dtype == argument.dtype or name_of(node).startswith("view")
 
 
-def _overwritten(node: fx.Node) -> list[fx.Node]:
+def overwritten(node: fx.Node) -> list[fx.Node]:
     """Return the tensors that a node writes into."""
     if node.op not in ("call_function", "call_method"):
         return []

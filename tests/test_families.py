@@ -14,16 +14,27 @@ import torch
 import transformers
 from packaging.version import Version
 from torch.utils._pytree import tree_map
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, StaticCache
 
 import blindsight
 from blindsight import Profile, TemplateRule, blindsight_backend
+from blindsight.baselines import shuffled_categories
+from blindsight.calibrate import flops_cut
+from blindsight.calibrate import profile_of as profile_of_measurements
+from blindsight.calibrate_cli import summary
+from blindsight.cli import describe, heads_by_layer
 from blindsight.exported import decoder_inputs
-from blindsight.families import DECODER_ATTENTION_CLASSES, FAMILIES, fingerprint
+from blindsight.families import (
+    DECODER_ATTENTION_CLASSES,
+    FAMILIES,
+    cache_argument,
+    fingerprint,
+)
 from blindsight.masked_model import ProfileMasking
 from blindsight.measure import Prober
 from blindsight.prefill import Decoder
 from blindsight.reference import attention_layers, reference_logits
+from blindsight.selection import select_categories
 from family_models import (
     COLUMN_ID,
     END_ID,
@@ -420,3 +431,99 @@ def test_layers_may_have_unlike_head_dims(tmp_path: Any) -> None:
     text.per_layer_config = {0: {"num_attention_heads": 8}}
     with pytest.raises(ValueError, match=r"as many query heads as each other, got \[4, 8\]"):
         fingerprint(config)
+
+
+def test_stages_without_attention_can_be_shown() -> None:
+    profile = Profile.for_model(tiny_config("qwen3_5"), "sink").stage(0, 1, keeps_numbers=True)
+    assert profile.layers == ()
+    assert describe(profile).splitlines()[-1].split() == ["0%"] * 4
+
+
+def test_what_calibration_prints_is_what_show_prints() -> None:
+    profile = Profile.for_model(tiny_config("qwen3_5"), [[0] * 4, [0, 1, 2, 3]] * 2)
+    pairs = torch.zeros(4, 4, 4)
+    pairs[[1, 3]] = torch.tensor([10.0, 1.0, 2.0, 3.0])
+    noted = {"num_samples": "3", "num_samples_used": "2"}
+    measured = replace(profile, evidence={"pairs": pairs}, calibration=noted)
+    text = summary(measured, 3.0)
+    table = heads_by_layer(profile)
+    assert [line.split()[0] for line in table] == ["layer", "1", "3", "all", "25%"]
+    assert "\n".join(table) in text
+    assert "60.0% less" in text  # 16 pairs of 40 are left
+
+
+def test_layers_without_attention_are_dealt_no_cards_and_have_no_budget() -> None:
+    categories = torch.zeros(4, 4, dtype=torch.uint8)
+    categories[1] = torch.tensor([1, 2, 3, 0])
+    for seed in range(5):
+        dealt = shuffled_categories(categories, (1, 3), seed)
+        assert not dealt[[0, 2]].any()
+        assert sorted(dealt[[1, 3]].flatten().tolist()) == [0, 0, 0, 0, 0, 1, 2, 3]
+    alone = {"error": torch.zeros(1, 4, 4), "pairs": torch.ones(1, 4, 4)}
+    alone["error"][..., 1:] = 0.01 * torch.arange(1.0, 5.0)[:, None]
+    alone["pairs"][..., 0] = 10
+    beside = {name: torch.cat([x, torch.zeros(3, 4, 4)]) for name, x in alone.items()}
+    chosen = select_categories(alone, 0.012, allocation="global")
+    assert bool(chosen.any()) and not bool(chosen.all())
+    assert select_categories(beside, 0.012, allocation="global")[0].tolist() == chosen[0].tolist()
+
+
+def test_pairs_of_wider_heads_cost_more() -> None:
+    model = without_vision(tiny_model("gemma4/large"))
+    profile = profile_of(model, "gemma4/large")
+    inputs = make_inputs("gemma4/large", NUM_IMAGES)
+    measured = Prober(model, profile.rule)(inputs)
+    found = profile_of_measurements(
+        model, measured, rule=profile.rule, criterion="output_error", budget=1e9
+    )
+    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    prompt = decoder.prepare(inputs).prompt
+    dense, sparse = (
+        float(ProfileMasking(codes).masks(prompt).count_pairs())
+        for codes in (torch.zeros_like(found.categories), found.categories)
+    )
+    assert flops_cut(found) == pytest.approx(1 - sparse / dense)
+
+
+@pytest.mark.parametrize("family", ["gemma4", "internvl"])
+def test_a_reference_of_the_last_logits_alone(family: str) -> None:
+    """Small Gemma 4's last layers compute no rows but those that are kept."""
+    model = tiny_model(family)
+    inputs, profile = make_inputs(family, NUM_IMAGES), profile_of(model, family)
+    whole = reference_logits(model, inputs, profile)
+    last = reference_logits(model, {**inputs, "logits_to_keep": 2}, profile)
+    assert last.shape[1] == 2
+    torch.testing.assert_close(last, whole[:, -2:], atol=2e-5, rtol=0)
+
+
+def test_experts_count_as_far_as_they_are_used() -> None:
+    model = tiny_model("qwen3_vl_moe")
+    profile = profile_of(model, "qwen3_vl_moe")
+    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    hidden, experts = 64, 32
+    config = model.config.get_text_config()
+    attention = 2 * hidden * 64 + 2 * hidden * 32
+    mixture = config.num_experts_per_tok * 3 * hidden * experts + hidden * config.num_experts
+    assert decoder.weights_per_layer == attention + mixture
+
+
+@pytest.mark.parametrize("lowering", ["fused", "split"])
+def test_a_static_cache_of_chunked_layers(lowering: str) -> None:
+    """The full layers' cache tells the history, not that of layers which forget."""
+    if why_not_here("llama4"):
+        pytest.skip(why_not_here("llama4"))
+    model = without_vision(tiny_model("llama4"))
+    inputs, profile = make_inputs("llama4", NUM_IMAGES), profile_of(model, "llama4")
+    span_id, is_sink = profile.rule.template(inputs["input_ids"]).tensors()
+    masks = (profile.categories, span_id.long(), is_sink)
+    expected = run_reference(model, *masks, inputs, use_cache=False).logits
+    num_tokens = span_id.shape[1]
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=num_tokens + 8)
+    torch._dynamo.reset()
+    backend = blindsight_backend(profile, inner="eager", lowering=lowering, model=model)
+    with torch.no_grad():
+        given = {cache_argument(model.forward): cache}
+        found = torch.compile(model, backend=backend)(**inputs, **given, use_cache=True).logits
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    runs = {how for row in backend.report().rows if row.rewritten for how in row.runs}
+    assert runs and all(how.startswith("sparse") for how in runs)

@@ -32,6 +32,7 @@ from transformers.models.gemma3.modeling_gemma3 import (
     get_block_sequence_ids_for_mask,
 )
 
+from blindsight import Profile, TemplateRule, blindsight_backend, use_template
 from blindsight.base_mask import (
     base_mask_of,
     evaluate_expression,
@@ -715,6 +716,67 @@ def test_look_alikes_are_never_taken_for_what_they_are_not(name: str) -> None:
     ):
         (run,) = compiled(hidden(), data)
         check(run, tier=tier, holds=None)
+
+
+class WritesInPlace(torch.nn.Module):
+    """One decoder layer whose mask rests on numbers that the graph writes in place."""
+
+    def __init__(self, into_input: bool) -> None:
+        super().__init__()
+        self.language_model = torch.nn.Module()
+        self.language_model.layers = torch.nn.ModuleList([torch.nn.Module()])
+        self.language_model.layers[0].self_attn = _Attends(into_input)
+
+    def forward(self, x: Tensor, data: Tensor) -> Tensor:
+        result: Tensor = self.language_model.layers[0].self_attn(x, data)
+        return result
+
+
+class _Attends(torch.nn.Module):
+    def __init__(self, into_input: bool) -> None:
+        super().__init__()
+        self._into_input = into_input
+
+    def forward(self, x: Tensor, data: Tensor) -> Tensor:
+        if self._into_input:
+            numbers = data.add_(1) * 2
+        else:
+            own = data * 1
+            own[..., 5] = 1  # tears a group in two
+            numbers = own + 1
+        row, column = numbers[:, None, :, None], numbers[:, None, None]
+        position = torch.arange(x.shape[2])
+        mask = (position <= position[:, None]) | ((row == column) & (row >= 0))
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+@pytest.mark.filterwarnings("ignore:a mask is evaluated element by element")
+@pytest.mark.parametrize("into_input", [False, True])
+def test_what_a_mask_rests_on_is_judged_as_the_graph_leaves_it(into_input: bool) -> None:
+    """Through the backend: what it looks at before the graph runs is written in place, too."""
+    num_tokens = 64
+    span_id = torch.zeros(1, num_tokens, dtype=torch.int32)
+    span_id[:, 2:10], span_id[:, 20:30] = 1, 2
+    is_sink = (span_id > 0) & (span_id != span_id.roll(1, 1))
+    fingerprint = {"architecture": "x", "num_layers": "1", "num_heads": "2", "num_kv_heads": "2"}
+    profile = Profile(
+        torch.tensor([[0, 2]], dtype=torch.uint8),
+        rule=TemplateRule(image_token_ids=(1,)),
+        fingerprint={**fingerprint, "head_dim": "16", "layer_types": "full_attention"},
+    )
+    model = WritesInPlace(into_input).eval()
+    x, data = torch.randn(1, 2, num_tokens, 16), torch.arange(num_tokens)[None] // 8
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
+    ours, theirs = data.clone(), data.clone()
+    with torch.no_grad():
+        expected = model(x, theirs)
+        with use_template(span_id, is_sink):
+            found = torch.compile(model, backend=backend)(x, ours)
+    torch.testing.assert_close(found[:, 0], expected[:, 0], atol=1e-5, rtol=0)  # the dense head
+    assert (found[:, 1] - expected[:, 1]).abs().max() > 1e-3
+    assert torch.equal(ours, theirs)
+    (how,) = {how for row in backend.report().rows for how in row.runs}
+    assert how == ("sparse, ordered, fused" if into_input else "sparse, expressed, fused")
 
 
 def test_mask_from_outside_is_opaque() -> None:

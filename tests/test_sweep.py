@@ -189,7 +189,8 @@ def test_random_points_have_the_density_of_their_point(curve: Sweep) -> None:
 
 def test_shuffling_is_seeded_and_keeps_counts() -> None:
     categories = torch.arange(24).view(4, 6).remainder(4).to(torch.uint8)
-    first, again, other = (shuffled_categories(categories, seed) for seed in (0, 0, 1))
+    layers = range(len(categories))
+    first, again, other = (shuffled_categories(categories, layers, seed) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(first.flatten().bincount(), categories.flatten().bincount())
     assert not torch.equal(first, categories)
