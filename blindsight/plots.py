@@ -84,7 +84,12 @@ def plot_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     figure = _figure(width, height)
     left, bottom = 0.75 / width, 0.55 / height
     axes = figure.add_axes((left, bottom, heads * cell / width, layers * cell / height))
-    for layer in profile.layers:
+    for layer in range(layers):
+        if layer not in profile.layers:
+            kind = profile.layer_types[layer].replace("_", " ")
+            style = {"color": GREY, "size": 5.5, "ha": "center", "va": "center"}
+            axes.text((heads - 1) / 2, layer, f"{kind}: no heads", **style)
+            continue
         for head, code in enumerate(profile.categories[layer].tolist()):
             color = CATEGORY_COLORS[HeadCategory(code)]
             axes.add_patch(_square(head, layer, 0.92, color))
