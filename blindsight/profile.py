@@ -396,6 +396,13 @@ def _check_fingerprint(fingerprint: Mapping[str, str], shape: tuple[int, ...]) -
         raise ValueError(
             f"stage must be written first:stop/layers, got {fingerprint['stage']!r}. {_DAMAGED}"
         )
+    for name in ("num_kv_heads", "head_dim"):
+        numbers = fingerprint[name].split(",")
+        if len(numbers) not in (1, shape[0]) or not all(n.isdigit() and int(n) for n in numbers):
+            raise ValueError(
+                f"{name} must be a positive number, or one for each of {shape[0]} layers, got "
+                f"{fingerprint[name]!r}. {_DAMAGED}"
+            )
     num_types = str(len(fingerprint["layer_types"].split(",")))
     found = fingerprint["num_layers"], fingerprint["num_heads"], num_types
     if found != (str(shape[0]), str(shape[1]), str(shape[0])):

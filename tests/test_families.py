@@ -127,6 +127,8 @@ FAMILIES_HERE = [
     for family in TINY
 ]
 (LLAMA4,) = (each for each in FAMILIES_HERE if each.values == ("llama4",))
+# Their decoders are those of others here.
+TWINS = {"llava", "llava_next", "glm46v", "smolvlm", "deepseek_vl", "qwen3_5_moe", "ovis2"}
 NOT_EXPORTED = {"ernie4_5_vl_moe", *UNLISTED}  # torch.export cannot trace it
 EXPORTED = [each for each in FAMILIES_HERE if each.values[0] not in NOT_EXPORTED]
 # What is before the delimiter that stands right before the placeholders.
@@ -282,8 +284,14 @@ def check_compiled(family: str, *, inner: str = "eager", device: str = "cpu") ->
 
 
 @pytest.mark.filterwarnings("ignore:a mask is read element by element")
-@pytest.mark.parametrize("family", FAMILIES_HERE)
+@pytest.mark.parametrize("family", [each for each in FAMILIES_HERE if each.values[0] not in TWINS])
 def test_the_compiled_model_equals_its_reference(family: str) -> None:
+    check_compiled(family)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", sorted(TWINS))
+def test_a_twin_equals_its_reference(family: str) -> None:
     check_compiled(family)
 
 
@@ -425,6 +433,9 @@ def test_layers_may_have_unlike_head_dims(tmp_path: Any) -> None:
     stage = profile.stage(1, 4, keeps_numbers=False)
     assert [stage.head_dim(layer) for layer in range(3)] == [32, 16, 32]
     stage.validate(config, part_is_fine=True)
+    for wrong in ("16,32", "16,32,16,x", "0", ""):
+        with pytest.raises(ValueError, match="head_dim must be a positive number, or one for each"):
+            replace(profile, fingerprint={**profile.fingerprint, "head_dim": wrong})
     with pytest.raises(ValueError, match="num_kv_heads must be a multiple of world_size, got 2,1"):
         profile.shard(0, 2)
     text = config.get_text_config()

@@ -139,9 +139,9 @@ def test_a_template_is_read_whole() -> None:
 def test_the_profile_of_a_stage(qwen: Any, tmp_path: Path) -> None:
     whole = Profile.for_model(qwen, CATEGORIES)
     anew, kept = (whole.stage(1, 3, keeps_numbers=keeps) for keeps in (False, True))
-    assert anew.categories.tolist() == CATEGORIES[1:3] and anew.layers == range(2)
+    assert anew.categories.tolist() == CATEGORIES[1:3] and anew.layers == (0, 1)
     assert kept.categories.tolist() == [[0] * 4, *CATEGORIES[1:3], [0] * 4]
-    assert kept.layers == range(1, 3) and whole.layers == range(4)
+    assert kept.layers == (1, 2) and whole.layers == (0, 1, 2, 3)
     assert len({profile.digest for profile in (whole, anew, kept)}) == 3
     assert sum(kept.counts().values()) == sum(anew.counts().values()) == 8
     assert "2 layers" in repr(kept)
