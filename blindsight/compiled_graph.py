@@ -201,7 +201,8 @@ class CompiledGraph:
         cache = self._plan.cache
         if cache.length is not None:
             return num_queries + int(args[cache.length])
-        types = [self._profile.layer_types[layer] for layer in self._profile.layers]
+        all_types = self._profile.layer_types
+        types = [all_types[layer] for layer in self._profile.layers]
         grows = cache.before is not None and num_keys > args[cache.before].shape[2]
         slides = any(map(forgets, types)) and len(self._calls) < len(types)
         return num_keys if grows and not slides else None

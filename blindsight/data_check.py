@@ -8,7 +8,6 @@ Shapes: B batch, Q and K lengths of queries and keys, T tokens of the whole sequ
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -150,13 +149,11 @@ def _extract(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
     inputs = placeholders(gm)
     for node in inputs:
         copied[node] = graph.node_copy(node)
-        copied[node].meta = copy.copy(node.meta)
     for node in inputs:
         if node in needed and memory.find(node) in written:
             copied[node] = graph.call_method("clone", (copied[node],))
     for node in whole:
         if node in needed and node.op != "placeholder":
             copied[node] = graph.node_copy(node, copied.__getitem__)
-            copied[node].meta = copy.copy(node.meta)
     graph.output(tuple(copied[node] for node in nodes))
     return fx.GraphModule(gm, graph)

@@ -223,10 +223,10 @@ class Profile:
     def layers(self) -> tuple[int, ...]:
         """The numbers of the layers that it is of, as the model numbers them: with attention."""
         stage = _stage_of(self.fingerprint)
-        numbers = range(self.num_layers)
+        numbers, types = range(self.num_layers), self.layer_types
         if stage is not None and stage.num_layers == self.num_layers:
             numbers = range(stage.first, stage.stop)
-        return tuple(at for at in numbers if attends(self.layer_types[at]))
+        return tuple(at for at in numbers if attends(types[at]))
 
     @property
     def layer_types(self) -> list[str]:

@@ -85,9 +85,10 @@ def reference_logits(
             )
         template = profile.rule.template(inputs["input_ids"])
     layers = attention_layers(model, profile.rule.layer_pattern, profile.layers)
-    kept = inputs.get("logits_to_keep", 0) if shares_keys(model) else 0
+    kept = 0
     if shares_keys(model):  # all rows of all layers are to be computed
-        inputs = {name: value for name, value in inputs.items() if name != "logits_to_keep"}
+        inputs = dict(inputs)
+        kept = inputs.pop("logits_to_keep", 0)
     token = _run.set(_Run(template, profile, layers))
     try:
         with (

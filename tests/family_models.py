@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from models import as_loaded
+
 # one vocabulary for all families: special ids, tags of tiles, then ordinary text
 PAD_ID, START_ID, END_ID, IMAGE_ID, VIDEO_ID, AUDIO_ID = range(6)
 # between the parts of one image: after a row, between tiles, around a tile, before a thumbnail
@@ -111,7 +113,6 @@ class Family:
         images: the same in ids of ours, with pixels.
         text, vision: what its text and vision configs need beside the common sizes.
         config: what the whole config needs.
-        start_ids, end_ids: what opens and closes an image, not always right beside a placeholder.
         typed_ids: what the real processor marks in mm_token_type_ids.
     """
 
@@ -120,8 +121,6 @@ class Family:
     text: Mapping[str, Any] = field(default_factory=dict)
     vision: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
-    start_ids: tuple[int, ...] = (START_ID,)
-    end_ids: tuple[int, ...] = (END_ID,)
     typed_ids: tuple[int, ...] = (IMAGE_ID,)
 
 
@@ -167,11 +166,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
         torch.manual_seed(seed)
         model = model_class._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     _draw_weights(model, torch.Generator().manual_seed(seed))
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-    return model.eval()
+    return as_loaded(model, dtype)
 
 
 def _draw_weights(model: PreTrainedModel, generator: torch.Generator) -> None:
@@ -519,7 +514,6 @@ def _full_in_turn_with(kind: str) -> dict[str, Any]:
 
 
 SLIDING = {**_full_in_turn_with("sliding_attention"), "sliding_window": 16}
-NO_DELIMITERS = {"start_ids": (), "end_ids": ()}
 # rotary embeddings turn half of HEAD_DIM, as in the real ones a quarter
 QWEN3_5_TEXT = {
     **_full_in_turn_with("linear_attention"),
@@ -566,20 +560,13 @@ FAMILIES: dict[str, Family] = {
         _tiles(_internvl, num_tokens=NUM_MERGED),
         vision={"image_size": [IMAGE_SIZE] * 2, "patch_size": [PATCH_SIZE] * 2},
     ),
-    "llava_onevision": Family(
-        "<image>*n", _llava_onevision, config=GRID_PINPOINTS, **NO_DELIMITERS
-    ),
+    "llava_onevision": Family("<image>*n", _llava_onevision, config=GRID_PINPOINTS),
     "mistral3": Family(
         "([IMG]*width [IMG_BREAK])*height, with [IMG_END] in place of the last [IMG_BREAK]",
         _pixtral((ROW_ID,), (END_ID,)),
-        start_ids=(),
     ),
-    "idefics3": Family(
-        IDEFICS3_PROMPT, _tiles(_idefics3, num_tokens=NUM_MERGED, nested=True), end_ids=(START_ID,)
-    ),
-    "smolvlm": Family(
-        IDEFICS3_PROMPT, _tiles(_idefics3, num_tokens=NUM_MERGED, nested=True), end_ids=(START_ID,)
-    ),
+    "idefics3": Family(IDEFICS3_PROMPT, _tiles(_idefics3, num_tokens=NUM_MERGED, nested=True)),
+    "smolvlm": Family(IDEFICS3_PROMPT, _tiles(_idefics3, num_tokens=NUM_MERGED, nested=True)),
     "glm4v": Family(GLM_PROMPT, _grids(QWEN_PATCH), text=_mrope((4, 2, 2))),
     "llama4": Family(
         "<|image_start|> ((<|patch|>*n <|tile_x_separator|>)*columns <|tile_y_separator|>)*rows "
@@ -606,14 +593,11 @@ FAMILIES: dict[str, Family] = {
         vision={"deepstack_visual_indexes": [0]},
     ),
     "qwen3_5_moe": Family(QWEN_PROMPT, _grids(QWEN_PATCH), text=QWEN3_5_TEXT),
-    "llava": Family(
-        "<image>*n", _tiles(_plain(NUM_PATCHES), num_tokens=NUM_PATCHES), **NO_DELIMITERS
-    ),
+    "llava": Family("<image>*n", _tiles(_plain(NUM_PATCHES), num_tokens=NUM_PATCHES)),
     "llava_next": Family(
         "<image>*n",
         _llava_next,
         config=GRID_PINPOINTS,
-        **NO_DELIMITERS,
     ),
     "glm46v": Family(GLM_PROMPT, _grids(QWEN_PATCH), text=_mrope((4, 2, 2))),
     "glm4v_moe": Family(
@@ -653,7 +637,6 @@ FAMILIES: dict[str, Family] = {
     "video_llama_3": Family(
         "<|image_pad|>*n",
         _grids(NUM_CHANNELS * PATCH_SIZE**2, before=(), after=(), merge_sizes=True),
-        **NO_DELIMITERS,
     ),
     "qwen2_5_omni_thinker": Family(
         "<|vision_bos|> <|IMAGE|>*n <|vision_eos|>",
@@ -725,7 +708,6 @@ FAMILIES: dict[str, Family] = {
             "frame_start_token_id": TILE_START_ID,
             "frame_end_token_id": TILE_END_ID,
         },
-        start_ids=(START_ID, GLOBAL_ID),
         typed_ids=(START_ID, END_ID, IMAGE_ID, COLUMN_ID, GLOBAL_ID),
     ),
     "ernie4_5_vl_moe": Family(
@@ -753,7 +735,6 @@ FAMILIES: dict[str, Family] = {
     "deepseek_vl": Family(
         "<image_placeholder>*n",
         _tiles(_plain(NUM_PATCHES), num_tokens=NUM_PATCHES),
-        **NO_DELIMITERS,
     ),
     "idefics2": Family(
         "<fake_token_around_image> (<image>*n <fake_token_around_image>)*tiles",
@@ -768,9 +749,8 @@ FAMILIES: dict[str, Family] = {
                 "num_key_value_heads": 2,
             }
         },
-        end_ids=(START_ID,),
     ),
-    "lighton_ocr": Family("<|image_pad|>*n", _pixtral((), ()), **NO_DELIMITERS),
+    "lighton_ocr": Family("<|image_pad|>*n", _pixtral((), ())),
     "paddleocr_vl": Family(
         "<|IMAGE_START|> <|IMAGE_PLACEHOLDER|>*n <|IMAGE_END|>",
         _grids(NUM_CHANNELS, PATCH_SIZE, PATCH_SIZE),

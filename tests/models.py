@@ -119,6 +119,11 @@ def tiny_model(
             made, attn_implementation=attn_implementation, dtype=torch.float32
         )
     _draw_weights(model, torch.Generator().manual_seed(seed))
+    return as_loaded(model, dtype)
+
+
+def as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model, its weights in a dtype, for inference; buffers stay as they are."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)

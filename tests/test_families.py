@@ -163,6 +163,12 @@ def profile_of(model: Any, family: str) -> Profile:
     return Profile.for_model(model, codes, rule=rule_of(family))
 
 
+def masks_of(profile: Profile, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """What the oracles want to know of a profile and a prompt: categories, spans, sinks."""
+    span_id, is_sink = profile.rule.template(inputs["input_ids"]).tensors()
+    return profile.categories, span_id.long(), is_sink
+
+
 def encoder_of(model: Any) -> Any:
     """The module that makes features of images."""
     inner = getattr(model, "model", model)
@@ -259,8 +265,7 @@ def check_compiled(family: str, *, inner: str = "eager", device: str = "cpu") ->
     model = without_vision(tiny_model(family))
     inputs = make_inputs(family, NUM_IMAGES)
     profile = profile_of(model, family)
-    span_id, is_sink = profile.rule.template(inputs["input_ids"]).tensors()
-    masks = (profile.categories, span_id.long(), is_sink)
+    masks = masks_of(profile, inputs)
     reference = run_reference(model, *masks, inputs, use_cache=False).logits
     reference64 = run_reference(exact_copy(model), *masks, inputs, use_cache=False).logits
     with torch.no_grad():
@@ -311,8 +316,7 @@ def test_an_exported_decoder_equals_its_reference(family: str) -> None:
     model = tiny_model(family)
     inputs = make_inputs(family, NUM_IMAGES)
     profile = profile_of(model, family)
-    span_id, is_sink = profile.rule.template(inputs["input_ids"]).tensors()
-    masks = (profile.categories, span_id.long(), is_sink)
+    masks = masks_of(profile, inputs)
     reference = run_reference(model, *masks, inputs, use_cache=False).logits
     with torch.no_grad():
         is_whole = family.startswith("gemma4")
@@ -327,7 +331,6 @@ def test_generation_equals_its_reference(family: str, cache: str) -> None:
     model = without_vision(tiny_model(family))
     inputs = make_inputs(family, NUM_IMAGES)
     profile = profile_of(model, family)
-    span_id, is_sink = profile.rule.template(inputs["input_ids"]).tensors()
     options: dict[str, Any] = {
         "max_new_tokens": 3,
         "do_sample": False,
@@ -337,7 +340,7 @@ def test_generation_equals_its_reference(family: str, cache: str) -> None:
     }
     if cache == "static":
         options["cache_implementation"] = cache
-    masks = (profile.categories, span_id.long(), is_sink)
+    masks = masks_of(profile, inputs)
     reference = generate_reference(model, *masks, inputs, **options)
     dense = model.generate(**inputs, **options)
     torch._dynamo.reset()
@@ -356,18 +359,17 @@ def test_calibration_counts_and_runs_the_masks_of_the_model(family: str) -> None
     model = without_vision(tiny_model(family))
     inputs = make_inputs(family, NUM_IMAGES)
     profile = profile_of(model, family)
-    template = profile.rule.template(inputs["input_ids"])
+    masks = masks_of(profile, inputs)
     decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
     batch = decoder.prepare(inputs)
     masking = ProfileMasking(profile.categories)
     found = decoder.prefill(batch, masking.masks(batch.prompt)).logits
-    masks = (profile.categories, template.span_id.long(), template.is_sink)
     expected = run_reference(model, *masks, inputs, use_cache=False).logits
     torch.testing.assert_close(found, expected[:, -1], atol=2e-5, rtol=0)
 
     bases = own_masks(model, inputs)
     assert set(bases) == set(profile.layers)
-    keeps = [oracle_keep(template.span_id.long(), template.is_sink, code) for code in range(4)]
+    keeps = [oracle_keep(*masks[1:], code) for code in range(4)]
     visible = torch.zeros(profile.num_layers, 4)
     for layer, base in bases.items():
         visible[layer] = torch.tensor([int((base & keep).sum()) for keep in keeps])
@@ -519,16 +521,14 @@ def test_experts_count_as_far_as_they_are_used() -> None:
 
 
 @pytest.mark.parametrize("lowering", ["fused", "split"])
-def test_a_static_cache_of_chunked_layers(lowering: str) -> None:
+@pytest.mark.parametrize("family", [LLAMA4])
+def test_a_static_cache_of_chunked_layers(family: str, lowering: str) -> None:
     """The full layers' cache tells the history, not that of layers which forget."""
-    if why_not_here("llama4"):
-        pytest.skip(why_not_here("llama4"))
-    model = without_vision(tiny_model("llama4"))
-    inputs, profile = make_inputs("llama4", NUM_IMAGES), profile_of(model, "llama4")
-    span_id, is_sink = profile.rule.template(inputs["input_ids"]).tensors()
-    masks = (profile.categories, span_id.long(), is_sink)
+    model = without_vision(tiny_model(family))
+    inputs, profile = make_inputs(family, NUM_IMAGES), profile_of(model, family)
+    masks = masks_of(profile, inputs)
     expected = run_reference(model, *masks, inputs, use_cache=False).logits
-    num_tokens = span_id.shape[1]
+    num_tokens = inputs["input_ids"].shape[1]
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=num_tokens + 8)
     torch._dynamo.reset()
     backend = blindsight_backend(profile, inner="eager", lowering=lowering, model=model)
