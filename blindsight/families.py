@@ -23,6 +23,7 @@ class Family:
         image_tokens, start_tokens, end_tokens: Names of config attributes that hold token ids.
         parts, start, end: Regular expressions of tokens that only the tokenizer knows: what parts
             an image (its rows, its tiles), what is before it and after it.
+        leading, trailing: The same of the marks of tiles before and after the rest of an image.
         layer_pattern: See :class:`~blindsight.TemplateRule`.
     """
 
@@ -32,6 +33,8 @@ class Family:
     parts: str = ""
     start: str = ""
     end: str = ""
+    leading: str = ""
+    trailing: str = ""
     layer_pattern: str = DEFAULT_LAYER_PATTERN
 
 
@@ -50,8 +53,12 @@ _GEMMA4 = Family(start_tokens=("boi_token_id",), end_tokens=("eoi_token_id",))
 # LLaVA and others write placeholders and nothing else: text must be between two images.
 _BARE = Family(image_tokens=("image_token_id", "image_token_index", "video_token_index"))
 _COHERE = replace(_BARE, start=r"<\|START_OF_IMG\|>", end=r"<\|END_OF_IMG\|>")
-# Each tile of an image is a span of its own.
-_TILES = replace(_BARE, start=r"<row_\d+_col_\d+>|<global-img>", end=r"<fake_token_around_image>")
+_IDEFICS = replace(
+    _BARE,
+    start=r"<row_\d+_col_\d+>|<global-img>",
+    end="<fake_token_around_image>",
+    leading=r"<row_\d+_col_\d+>",
+)
 
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN,
@@ -80,13 +87,14 @@ FAMILIES: dict[str, Family] = {
         end_tokens=("eoi_token_index",),
         parts=r"<\|image\|>|<\|tile_[xy]_separator\|>",
     ),
+    # its tiles and its images look the same: each is a span
     "idefics2": replace(_BARE, start="<fake_token_around_image>", end="<fake_token_around_image>"),
-    "idefics3": _TILES,
-    "smolvlm": _TILES,
+    "idefics3": _IDEFICS,
+    "smolvlm": _IDEFICS,
     "glm4v": _GLM,
     "glm46v": _GLM,
     "glm4v_moe": _GLM,
-    "aya_vision": _COHERE,
+    "aya_vision": replace(_COHERE, leading=r"TILE(_\d+)?"),
     "cohere2_vision": replace(_COHERE, parts=r"<\|IMG_LINE_BREAK\|>"),
     "lfm2_vl": replace(
         _BARE,
@@ -95,7 +103,7 @@ FAMILIES: dict[str, Family] = {
         end=r"<\|image_end\|>",
     ),
     "ovis2": replace(_BARE, parts=r"<IMG_(GRID|COL|ROW)>", start="<IMG_START>", end="<IMG_END>"),
-    "minicpmv4_6": Family(start="<image>|<slice>", end="</image>|</slice>"),
+    "minicpmv4_6": Family(start="<image>|<slice>", end="</image>|</slice>", trailing="<slice>"),
     "kimi_k25": Family(start=r"<\|media_content\|>", end_tokens=("vision_end_token_id",)),
     "ernie4_5_vl_moe": _GLM,
     "exaone4_5": Family(start="<vision>", end="</vision>"),
@@ -197,6 +205,8 @@ def template_rule(model_or_config: Any, tokenizer: Any = None) -> TemplateRule:
         image_token_ids=of_config(family.image_tokens) + of_tokenizer(family.parts),
         start_token_ids=of_config(family.start_tokens) or of_tokenizer(family.start),
         end_token_ids=of_config(family.end_tokens) or of_tokenizer(family.end),
+        leading_tile_ids=of_tokenizer(family.leading),
+        trailing_tile_ids=of_tokenizer(family.trailing),
         layer_pattern=family.layer_pattern,
     )
 

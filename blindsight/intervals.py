@@ -76,7 +76,7 @@ def sorted_bounds(
 
     Args:
         base: What the model's own mask allows.
-        span_id: ``[B, T]``, contiguous runs numbered 1..n, 0 for text.
+        span_id: ``[B, T]``, spans numbered 1..n in prompt order, 0 for text.
         is_sink: ``[B, T]`` bool.
         num_queries: Q, at most T.
         num_keys: K.

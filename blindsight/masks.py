@@ -98,7 +98,7 @@ def keep_intervals(
     """Return what each category keeps, for the last ``num_queries`` tokens of the sequence.
 
     Args:
-        span_id: ``[B, T]`` int32, contiguous runs numbered 1..n, 0 for text.
+        span_id: ``[B, T]`` int32, spans numbered 1..n in prompt order, 0 for text.
         is_sink: ``[B, T]`` bool.
         num_queries: Q, at most T.
         num_keys: K.

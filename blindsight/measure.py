@@ -37,13 +37,14 @@ from blindsight.probe import Call, Losses, empty_losses, measure_losses
 from blindsight.profile import write_whole
 from blindsight.ranks import Ranks, current_ranks
 from blindsight.runtime import compact
-from blindsight.samples import Samples, model_inputs
+from blindsight.samples import Samples, inputs_on, model_inputs
 from blindsight.shards import check_is_whole
 from blindsight.template import Template, TemplateRule
 
 FORMAT = "blindsight-measurements"
 
-_RECOMPILE_LIMIT = 64  # of frames, each with its own number and sizes of images
+# Of frames, each with its own number and sizes of images, and of frames of all models so far.
+_RECOMPILE_LIMITS = {"recompile_limit": 64, "accumulated_recompile_limit": 100_000}
 _NUM_TOKENS = 4  # that may follow a prompt, and are looked at
 _SAVING = 0.05  # of the time may go into writing checkpoints
 
@@ -239,11 +240,7 @@ class Prober:
 
     def __call__(self, inputs: Mapping[str, Any]) -> Measurements:
         """Measure one batch: arguments of the model's forward, with ``input_ids [B, T]``."""
-        device = next(self._model.parameters()).device
-        inputs = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
-        }
+        inputs = inputs_on(self._model, inputs)
         template = self._rule.template(inputs["input_ids"])
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         if template.restricts_queries_from(0):
@@ -266,7 +263,7 @@ class Prober:
             options.pop("logits_to_keep", None)  # the last position is not every prompt's last
         with (
             _gradients_from_embeddings(self._model) if self._next_token else torch.no_grad(),
-            torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT),
+            torch._dynamo.config.patch(_RECOMPILE_LIMITS),
             _untraced(self._towers),
         ):
             logits = self._compiled(**{**inputs, **options}).logits

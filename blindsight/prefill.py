@@ -34,6 +34,7 @@ from blindsight.masks import BaseMask
 from blindsight.profile import Profile
 from blindsight.reference import attention_layers
 from blindsight.runtime import disabled, use_template
+from blindsight.samples import inputs_on
 from blindsight.template import IMAGE, Template, TemplateRule
 
 # Config attributes that say to how many experts a token goes.
@@ -149,10 +150,7 @@ class Decoder:
             ValueError: The decoder is not called as expected, its own masks are no intervals, or
                 its output is not what the model makes its logits of.
         """
-        inputs = {
-            name: value.to(self.device) if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
-        }
+        inputs = inputs_on(self.model, inputs)
         ids = inputs["input_ids"]
         valid = inputs.get("attention_mask", torch.ones_like(ids)).bool()
         if not bool(valid[:, -1].all()):

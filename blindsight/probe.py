@@ -117,13 +117,13 @@ def measure_losses(
     scale = head_dim**-0.5 if scale is None else scale
     for b in range(batch):
         layout = _layout(span_id[b], is_sink[b], visibility.first_span(b))
-        if not layout.spans:
+        if not layout.runs:
             continue
         row = _Row(layout, query[b], key[b], value[b], output[b], visibility, b, scale, key_block)
         row.gradients = [gradient[b] for gradient in gradients]
-        for span in layout.spans:
-            for begin in range(span.begin, span.end, query_block):
-                row.measure(span, begin, min(begin + query_block, span.end), losses)
+        for run in layout.runs:
+            for begin in range(run.begin, run.end, query_block):
+                row.measure(run, begin, min(begin + query_block, run.end), losses)
     return losses
 
 
@@ -180,8 +180,8 @@ def _count_pairs(template: Template, visibility: Visibility) -> Tensor:
     )
 
 
-class _Span(NamedTuple):
-    """A span whose rows are restricted: its tokens, and where the sorted keys have them."""
+class _Run(NamedTuple):
+    """A run of restricted rows of one span, and where the sorted keys have the span."""
 
     begin: int
     end: int
@@ -197,7 +197,7 @@ class _Layout:
         order: ``[T]`` int64, the token at each sorted position.
         tokens: The same as a list.
         starts: Where the sinks begin, and the other tokens of spans.
-        spans: Those that are restricted.
+        runs: The rows that are restricted.
         offsets: ``[T, NUM_OFFSETS + 1]`` float32 flags: the offset of each sorted token in its
             span, and whether it is the last.
         is_sink: ``[T]`` bool, in prompt order.
@@ -206,7 +206,7 @@ class _Layout:
     order: Tensor
     tokens: list[int]
     starts: tuple[int, int]
-    spans: list[_Span]
+    runs: list[_Run]
     offsets: Tensor
     is_sink: Tensor
 
@@ -222,16 +222,21 @@ def _layout(span_id: Tensor, is_sink: Tensor, first_span: Tensor | None) -> _Lay
     first, last = (edge[0] for edge in span_edges(span_id[None]))
     position = torch.arange(len(span_id), device=span_id.device)
     restricted = (span_id > 1) if first_span is None else in_span & ~first_span
-    spans = [
-        _Span(
+    ids, lengths = torch.unique_consecutive(torch.where(restricted, span_id, 0), return_counts=True)
+    ends = lengths.cumsum(0)
+    is_run = ids > 0
+    runs = [
+        _Run(
             begin,
             end,
-            _cut(tokens, starts[0], starts[1], begin, end),
-            _cut(tokens, starts[1], len(tokens), begin, end),
+            _cut(tokens, starts[0], starts[1], *edges),
+            _cut(tokens, starts[1], len(tokens), *edges),
         )
-        for begin, end in zip(
-            position[restricted & (first == position)].tolist(),
-            (position[restricted & (last == position)] + 1).tolist(),
+        for begin, end, *edges in zip(
+            (ends - lengths)[is_run].tolist(),
+            ends[is_run].tolist(),
+            first[ends - 1][is_run].tolist(),
+            (last[ends - 1] + 1)[is_run].tolist(),
             strict=True,
         )
     ]
@@ -239,7 +244,7 @@ def _layout(span_id: Tensor, is_sink: Tensor, first_span: Tensor | None) -> _Lay
     is_last = in_span & (last == position)
     flags = [(offset == at) & ~is_last for at in range(NUM_OFFSETS)] + [is_last]
     offsets = torch.stack(flags, dim=1)[order].float()
-    return _Layout(order, tokens, starts, spans, offsets, is_sink & in_span)
+    return _Layout(order, tokens, starts, runs, offsets, is_sink & in_span)
 
 
 def _cut(tokens: list[int], begin: int, end: int, first: int, stop: int) -> tuple[int, int]:
@@ -305,10 +310,10 @@ class _Row:
         self._group_size = query.shape[0] // key.shape[0]
         self.gradients: list[Tensor] = []
 
-    def measure(self, span: _Span, begin: int, end: int, losses: Losses) -> None:
-        """Add what rows ``begin..end - 1`` of a span lose."""
+    def measure(self, run: _Run, begin: int, end: int, losses: Losses) -> None:
+        """Add what rows ``begin..end - 1`` of a run lose."""
         query = self._query[:, begin:end].to(self._dtype) * self._scale
-        groups = [self._attend(query, begin, group, span) for group in range(_NUM_GROUPS)]
+        groups = [self._attend(query, begin, group, run) for group in range(_NUM_GROUPS)]
         itself = self._attend_to_itself(query, begin)
         dense = _join(groups)
         some = dense.total > 0
@@ -349,12 +354,12 @@ class _Row:
             by_offset = (by_offset * scale_of[group][..., None]).nan_to_num_(nan=0.0)
             losses.offsets[b] += by_offset.double().sum(1)
 
-    def _attend(self, query: Tensor, first: int, group: int, span: _Span) -> _Partial:
+    def _attend(self, query: Tensor, first: int, group: int, run: _Run) -> _Partial:
         """Attend from rows ``first`` and on to one group of keys, a block at a time."""
         stop = first + query.shape[1]
         by_offset = group in (_OTHER_SINKS, _OTHERS)
         partial = self._nothing(query, by_offset)
-        for begin, end in self._blocks(first, stop, group, span):
+        for begin, end in self._blocks(first, stop, group, run):
             scores = self._scores(query, self._sorted_key[:, begin:end])
             columns = self._layout.order[begin:end]
             scores = _masked(scores, self._visibility.block(self._b, first, stop, columns))
@@ -381,16 +386,16 @@ class _Row:
         total = torch.isfinite(scores).to(self._dtype)
         return _Partial(scores, total, value * total[..., None])
 
-    def _blocks(self, first: int, stop: int, group: int, span: _Span) -> Iterator[tuple[int, int]]:
+    def _blocks(self, first: int, stop: int, group: int, run: _Run) -> Iterator[tuple[int, int]]:
         """Yield the blocks of sorted keys of a group that rows ``first..stop - 1`` may see."""
         layout = self._layout
         sinks, others = layout.starts
         ranges: Sequence[tuple[int, int]] = {
             _TEXT: [(0, sinks)],
-            _OWN_SINKS: [span.sinks],
-            _OWN: [span.others],
-            _OTHER_SINKS: [(sinks, span.sinks[0]), (span.sinks[1], others)],
-            _OTHERS: [(others, span.others[0]), (span.others[1], len(layout.tokens))],
+            _OWN_SINKS: [run.sinks],
+            _OWN: [run.others],
+            _OTHER_SINKS: [(sinks, run.sinks[0]), (run.sinks[1], others)],
+            _OTHERS: [(others, run.others[0]), (run.others[1], len(layout.tokens))],
         }[group]
         lowest, highest = self._visibility.extent(self._b, first, stop)
         for begin, end in ranges:

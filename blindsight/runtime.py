@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from blindsight.template import Template, TemplateRule, find_runs_problem
+from blindsight.template import TRAILING, Template, TemplateRule, find_order_problem
 
 T = TypeVar("T")
 
@@ -83,9 +83,9 @@ def _checked_template(span_id: Tensor, is_sink: Tensor) -> Template:
     if is_sink.dtype != torch.bool:
         raise ValueError(f"is_sink must be bool, got {is_sink.dtype}.")
     span_id = span_id.detach().to("cpu", torch.int32).contiguous()
-    problem = find_runs_problem(span_id)
+    problem = find_order_problem(span_id)
     if problem:
-        raise ValueError(f"span_id must number contiguous spans 1..n in prompt order, {problem}.")
+        raise ValueError(f"span_id must number spans 1..n in prompt order, {problem}.")
     return Template(span_id, is_sink.detach().cpu().contiguous())
 
 
@@ -133,7 +133,8 @@ class History:
             return History(self._rule, kinds=torch.cat([self._kinds, kinds], dim=1))
         # A template given by hand says nothing of the tokens that would join its last span.
         new, old = self._rule.template_of_kinds(kinds), self.template
-        if len(kinds) != self.batch or bool(((old.span_id[:, -1] > 0) & (kinds[:, 0] > 0)).any()):
+        joins = (old.span_id[:, -1] > 0) & (kinds[:, 0] > 0) | ((kinds & TRAILING) > 0).any(1)
+        if len(kinds) != self.batch or bool(joins.any()):
             return None
         before = old.span_id.amax(dim=1, keepdim=True)
         span_id = torch.where(new.span_id > 0, new.span_id + before, 0)

@@ -27,6 +27,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -201,6 +203,23 @@ def model_inputs(
     return dict(processor(text=texts, images=images if any(images) else None, **options))
 
 
+def inputs_on(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a model's forward on its device, and pixels in its dtype.
+
+    Most families convert their pixels themselves; Aria, Llama 4 and Kimi do not.
+    """
+    parameter = next(model.parameters())
+    dtype = getattr(model, "dtype", parameter.dtype)
+
+    def on_model(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        is_pixels = name.startswith("pixel_values") and value.is_floating_point()
+        return value.to(parameter.device, dtype if is_pixels else None)
+
+    return {name: on_model(name, value) for name, value in inputs.items()}
+
+
 def load_processor(path: str | os.PathLike[str]) -> Any:
     """Return the processor of a model.
 
@@ -226,8 +245,11 @@ def load_processor(path: str | os.PathLike[str]) -> Any:
             if not {"torchvision", "video"} & set(str(error).lower().replace("`", " ").split()):
                 raise
             config = AutoConfig.from_pretrained(name)
-            return without_videos(PROCESSOR_MAPPING[type(config)]).from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+            try:
+                return without_videos(PROCESSOR_MAPPING[type(config)]).from_pretrained(name)
+            except (AttributeError, TypeError):
+                raise error from None  # some cannot do without that part
+    except (ImportError, OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"model must have a processor, got none in {name!r}: {' '.join(str(error).split())}"
         ) from error

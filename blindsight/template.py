@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 # What a token can be, as bits: one id may be both delimiters (a separator between images).
-TEXT, IMAGE, START, END = 0, 1, 2, 4
+TEXT, IMAGE, START, END, LEADING, TRAILING = 0, 1, 2, 4, 8, 16
+
+_TILES = ("leading_tile_ids", "trailing_tile_ids")
 
 # What the decoders of transformers' multimodal models are called.
 DEFAULT_LAYER_PATTERN = r"(?:language|text)_model(?:\.model)?\.layers\.(\d+)\.self_attn"
@@ -56,11 +58,18 @@ class TemplateRule:
     A span is a maximal run of image tokens, the start delimiter right before it and the end
     delimiter right after it, where there are any. A delimiter without image tokens is text.
 
+    Some families cut an image into tiles, each a run of its own between marks and text. Those
+    runs are one span: leading tiles with the run after them, trailing tiles with the run before.
+    What is written between them, delimiters aside, stays text.
+
     Args:
         image_token_ids: Ids of the tokens of an image (or video): of its placeholders, and of
             what parts its rows and tiles, where a family writes such; at least one.
         start_token_ids: Ids of the delimiter before an image.
         end_token_ids: Ids of the delimiter after an image.
+        leading_tile_ids: Ids of the marks of tiles that come before the rest of their image: a
+            run of image tokens is such a tile if a mark is between it and the run before it.
+        trailing_tile_ids: The same of tiles that come after the rest of their image.
         sink_offsets: Positions relative to a span's first token that are its sinks, clipped
             to the span. ``(0,)`` is the start delimiter, or the first image token where a
             family has no delimiters.
@@ -76,10 +85,14 @@ class TemplateRule:
     end_token_ids: tuple[int, ...] = ()
     sink_offsets: tuple[int, ...] = (0,)
     layer_pattern: str = DEFAULT_LAYER_PATTERN
+    leading_tile_ids: tuple[int, ...] = ()
+    trailing_tile_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("image_token_ids", "start_token_ids", "end_token_ids", "sink_offsets"):
-            object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
+        for field in fields(self):
+            if field.name != "layer_pattern":
+                ids = _int_tuple(field.name, getattr(self, field.name))
+                object.__setattr__(self, field.name, ids)
         if not self.image_token_ids:
             raise ValueError("image_token_ids must name at least one token id, got none.")
         try:
@@ -111,7 +124,9 @@ class TemplateRule:
         return template_rule(config, tokenizer)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        # without tiles as it was before there were any: digests of profiles stay what they are
+        data = {name: value for name, value in asdict(self).items() if value or name not in _TILES}
+        return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> TemplateRule:
@@ -124,14 +139,14 @@ class TemplateRule:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"rule must be JSON, got {text[:80]!r}: {error}.") from None
-        known = {field.name for field in fields(cls)}
-        if not isinstance(data, dict) or set(data) != known:
+        needed = {field.name for field in fields(cls)}.difference(_TILES)
+        if not isinstance(data, dict) or set(data).difference(_TILES) != needed:
             found = sorted(data) if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"rule must be an object with the keys {sorted(known)}, got {found}.")
+            raise ValueError(f"rule must be an object with the keys {sorted(needed)}, got {found}.")
         return cls(**data)
 
     def classify(self, input_ids: Tensor) -> Tensor:
-        """Return what each token is, as bits ``IMAGE``, ``START``, ``END``: ``[B, T]`` uint8."""
+        """Return what each token is, as bits (``IMAGE``, ...): ``[B, T]`` uint8."""
         return self._kinds(input_ids.detach().cpu())
 
     def _kinds(self, ids: Tensor) -> Tensor:
@@ -140,6 +155,8 @@ class TemplateRule:
             (IMAGE, self.image_token_ids),
             (START, self.start_token_ids),
             (END, self.end_token_ids),
+            (LEADING, self.leading_tile_ids),
+            (TRAILING, self.trailing_tile_ids),
         ):
             for token_id in token_ids:
                 kinds = kinds | ((ids == token_id).to(torch.uint8) * bit)
@@ -157,8 +174,35 @@ class TemplateRule:
         closes = (kinds & END).bool() & after_image & ~image & ~opens
         inside = image | opens | closes
         begins = opens | (image & ~after_image & ~_shift(opens, 1))
+        if self.leading_tile_ids or self.trailing_tile_ids:
+            begins &= ~_goes_on(kinds, begins)
         span_id = begins.cumsum(1, dtype=torch.int32) * inside
         return Template(span_id, find_sinks(span_id, self.sink_offsets))
+
+
+def _goes_on(kinds: Tensor, begins: Tensor) -> Tensor:
+    """Whether a run of image tokens goes on with the image of the run before it.
+
+    Args:
+        kinds: ``[B, T]``, see :meth:`TemplateRule.classify`.
+        begins: ``[B, T]`` bool, the first tokens of the runs, delimiters included.
+
+    Returns:
+        ``[B, T]`` bool, of such first tokens.
+    """
+    end_of_run = _latest((kinds & IMAGE).bool(), before=True)
+    is_leading = begins & (_latest((kinds & LEADING).bool()) > end_of_run)
+    is_trailing = begins & (_latest((kinds & TRAILING).bool()) > end_of_run)
+    run_before = _latest(begins, before=True)
+    follows_leading = _latest(is_leading, before=True) == run_before
+    return begins & (run_before >= 0) & (follows_leading | is_trailing)
+
+
+def _latest(flags: Tensor, *, before: bool = False) -> Tensor:
+    """Return where the last flag was, up to each token or ``before`` it: ``[B, T]``, or -1."""
+    position = torch.arange(flags.shape[1], device=flags.device)
+    latest = torch.where(flags, position, -1).cummax(dim=1).values
+    return torch.nn.functional.pad(latest, (1, 0), value=-1)[:, :-1] if before else latest
 
 
 def template_of_ids(input_ids: Tensor, rule: str) -> tuple[Tensor, Tensor]:
@@ -183,26 +227,28 @@ def find_sinks(span_id: Tensor, sink_offsets: Iterable[int]) -> Tensor:
 
 
 def span_edges(span_id: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first and last position of each token's run of equal ids: ``[B, T]`` int64."""
+    """Return the first and last position of each token's span: ``[B, T]`` int64.
+
+    Those of text are some positions, and nothing is to be read from them.
+    """
     num_tokens = span_id.shape[1]
     position = torch.arange(num_tokens, device=span_id.device).expand(span_id.shape)
-    changes = span_id[:, 1:] != span_id[:, :-1]
+    # text counts as the span before it, or as the one after it
+    so_far = span_id.cummax(dim=1).values
+    to_come = torch.where(span_id > 0, span_id, num_tokens + 1).flip(1).cummin(dim=1).values.flip(1)
     edge = torch.ones_like(span_id[:, :1], dtype=torch.bool)
-    begins = torch.cat([edge, changes], dim=1)
-    ends = torch.cat([changes, edge], dim=1)
+    begins = torch.cat([edge, so_far[:, 1:] != so_far[:, :-1]], dim=1)
+    ends = torch.cat([to_come[:, 1:] != to_come[:, :-1], edge], dim=1)
     first = torch.where(begins, position, 0).cummax(dim=1).values
     last = torch.where(ends, position, num_tokens).flip(1).cummin(dim=1).values.flip(1)
     return first, last
 
 
-def find_runs_problem(span_id: Tensor) -> str | None:
-    """Say what keeps ``span_id [B, T]`` from numbering contiguous spans 1..n, if anything."""
-    highest = span_id.cummax(dim=1).values
-    before = torch.cat([torch.zeros_like(highest[:, :1]), highest[:, :-1]], dim=1)
-    previous = torch.cat([torch.zeros_like(span_id[:, :1]), span_id[:, :-1]], dim=1)
-    is_next = span_id == before + 1
-    goes_on = (span_id == previous) & (span_id == before)
-    wrong = (span_id != 0) & ~is_next & ~goes_on
+def find_order_problem(span_id: Tensor) -> str | None:
+    """Say what keeps ``span_id [B, T]`` from numbering spans 1..n in prompt order, if anything."""
+    so_far = span_id.cummax(dim=1).values
+    before = torch.cat([torch.zeros_like(so_far[:, :1]), so_far[:, :-1]], dim=1)
+    wrong = (span_id != 0) & (span_id != before) & (span_id != before + 1)
     if not bool(wrong.any()):
         return None
     row, column = (int(index) for index in wrong.nonzero()[0])

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -122,6 +124,17 @@ class Family:
     vision: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     typed_ids: tuple[int, ...] = (IMAGE_ID,)
+
+
+def why_not_here(family: str) -> str:
+    """Why these transformers cannot run a tiny model, or nothing."""
+    needed = {"molmo2": "5.20", "minicpmv4_6": "5.23"}.get(family, "0")
+    here = Version(transformers.__version__)
+    if Version(needed) > here:
+        return f"the tiny {family} is that of transformers {needed}"
+    if family == "llama4" and here.release[:2] == (5, 24):
+        return "transformers 5.24 reads image_outputs of Llama 4's decoder, which has none"
+    return ""
 
 
 def tiny_config(family: str) -> PreTrainedConfig:

@@ -28,13 +28,19 @@ def oracle_template(
     start_ids: Sequence[int],
     end_ids: Sequence[int],
     sink_offsets: Sequence[int] = (0,),
+    leading_ids: Sequence[int] = (),
+    trailing_ids: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Spans and sinks of a prompt, from its token ids [B, T].
 
     A span is a maximal run of image tokens, plus the start delimiter right before it and the end
     delimiter right after it, where there are any. A delimiter without image tokens is text.
 
-    Sink offsets count from the span's first token and are clipped to the span.
+    A run with a leading mark before it, and no image token in between, is one span with the run
+    after it; a run with such a trailing mark is one span with the run before it.
+
+    Sink offsets count from the span's first token and are clipped to the span; one that falls on
+    text inside the span is none.
 
     Returns:
         span_id: int64 [B, T], 1..n in each row, 0 for text.
@@ -45,10 +51,13 @@ def oracle_template(
     is_sink = torch.zeros(num_rows, num_tokens, dtype=torch.bool)
     for b in range(num_rows):
         ids = input_ids[b].tolist()
-        number = 0
+        spans: list[list[int]] = []  # their tokens
+        to_be_continued = False
+        marks: list[int] = []
         t = 0
         while t < num_tokens:
             if ids[t] not in image_ids:
+                marks.append(ids[t])
                 t += 1
                 continue
             first = t
@@ -57,12 +66,20 @@ def oracle_template(
             last = t - 1
             if first > 0 and ids[first - 1] in start_ids:
                 first -= 1
+                if spans and spans[-1][-1] == first:
+                    spans[-1].pop()  # it is an end delimiter too
             if last + 1 < num_tokens and ids[last + 1] in end_ids:
                 last += 1
-            number += 1
-            span_id[b, first : last + 1] = number
+            if not spans or not (to_be_continued or set(marks) & set(trailing_ids)):
+                spans.append([])
+            spans[-1].extend(range(first, last + 1))
+            to_be_continued = bool(set(marks) & set(leading_ids))
+            marks = []
+        for number, tokens in enumerate(spans, 1):
+            span_id[b, tokens] = number
             for offset in sink_offsets:
-                is_sink[b, min(max(first + offset, first), last)] = True
+                sink = min(max(tokens[0] + offset, tokens[0]), tokens[-1])
+                is_sink[b, sink] |= sink in tokens
     return span_id.to(input_ids.device), is_sink.to(input_ids.device)
 
 

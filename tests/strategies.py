@@ -22,7 +22,7 @@ class Template:
     span_id: torch.Tensor  # int64 [B, T], 0 for text and padding
     is_sink: torch.Tensor  # bool [B, T]
     attention_mask: torch.Tensor  # bool [B, T], True for tokens, False for padding
-    rows: tuple[tuple[tuple[bool, int], ...], ...]
+    rows: tuple[tuple[tuple[int, int], ...], ...]  # span and length of each segment, 0 for text
     pad_side: str
 
     def __repr__(self) -> str:
@@ -46,11 +46,12 @@ def templates(
     """Batches of unlike rows, padded left or right.
 
     A row is text and spans in turn; texts of no tokens make adjacent spans, and the end of the
-    prompt may cut its last segment. A row may be without spans, or without text.
+    prompt may cut its last segment. A span may have text inside. A row may be without spans, or
+    without text.
 
     Args:
         max_spans: spans a row.
-        max_span: tokens a span.
+        max_span: tokens a span, or a part of one.
         max_text: tokens of text between spans.
         max_batch: rows.
         max_sinks: sink offsets a span; (0,) is the usual draw.
@@ -77,38 +78,46 @@ def templates(
         row_length = sum(length for _, length in row)
         position = num_tokens - row_length if pad_side == "left" else 0
         attention_mask[b, position : position + row_length] = True
-        number = 0
-        for is_span, length in row:
-            if is_span:
-                number += 1
-                span_id[b, position : position + length] = number
-                for offset in sink_offsets:
-                    is_sink[b, position + min(offset, length - 1)] = True
+        for number, length in row:
+            span_id[b, position : position + length] = number
             position += length
+        for number in range(1, int(span_id[b].max()) + 1):
+            tokens = (span_id[b] == number).nonzero().flatten().tolist()
+            for offset in sink_offsets:
+                sink = min(tokens[0] + offset, tokens[-1])
+                is_sink[b, sink] |= sink in tokens
     return Template(span_id, is_sink, attention_mask, rows, pad_side)
 
 
 @st.composite
 def _rows(
     draw: st.DrawFn, *, max_spans: int, max_span: int, max_text: int
-) -> tuple[tuple[bool, int], ...]:
-    pairs = draw(
+) -> tuple[tuple[int, int], ...]:
+    parts = draw(
         st.lists(
-            st.tuples(st.integers(0, max_text), st.integers(1, max_span)),
+            st.tuples(
+                st.integers(0, max_text), st.integers(1, max_span), st.sampled_from([1, 1, 1, 0])
+            ),
             max_size=max_spans,
         )
     )
-    last_text = draw(st.integers(0 if pairs else 1, max(1, max_text)))
-    segments = [
-        segment for text, span in pairs for segment in ((False, text), (True, span)) if segment[1]
-    ]
-    if last_text:
-        segments.append((False, last_text))
+    last_text = draw(st.integers(0 if parts else 1, max(1, max_text)))
+    segments, number = [], 0
+    for text, length, is_new in parts:
+        number = max(1, number + is_new)
+        segments += [(0, text), (number, length)]
+    segments = [segment for segment in [*segments, (0, last_text)] if segment[1]]
     if draw(st.booleans()):
         # the prompt ends inside its last segment
-        is_span, length = segments[-1]
-        segments[-1] = (is_span, draw(st.integers(1, length)))
+        number, length = segments[-1]
+        segments[-1] = (number, draw(st.integers(1, length)))
     return tuple(segments)
+
+
+def runs_of(span_id: torch.Tensor) -> torch.Tensor:
+    """Number the runs of equal ids in each row, 0 for text: int64 [B, T]."""
+    before = torch.nn.functional.pad(span_id, (1, 0))[:, :-1]
+    return ((span_id != before) & (span_id > 0)).cumsum(1) * (span_id > 0)
 
 
 def categories(num_layers: int, num_heads: int) -> st.SearchStrategy[torch.Tensor]:
@@ -274,9 +283,9 @@ def base_masks(
             for start in row:
                 sequence_id[b, start:] += 1
 
-    image_id = template.span_id.clone()
+    image_id = runs_of(template.span_id)  # those of a model that sees them whole have no text
     if draw(st.booleans(), label="delimiters stay causal"):
-        inside = torch.nn.functional.pad(template.span_id, (1, 1))
+        inside = torch.nn.functional.pad(image_id, (1, 1))
         image_id[(inside[:, :-2] != image_id) | (inside[:, 2:] != image_id)] = 0
 
     valid = torch.ones(num_rows, num_keys, dtype=torch.bool)

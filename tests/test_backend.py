@@ -405,7 +405,7 @@ def test_template_of_the_wrong_length(qwen: Any, inputs: Any) -> None:
         (torch.zeros(1, 4, dtype=torch.int), torch.zeros(1, 5).bool(), r"\(1, 4\) and \(1, 5\)"),
         (torch.zeros(1, 4), torch.zeros(1, 4).bool(), r"must hold ints, got torch.float32"),
         (torch.zeros(1, 4, dtype=torch.int), torch.zeros(1, 4), r"is_sink must be bool"),
-        (torch.tensor([[1, 0, 1, 0]]), torch.zeros(1, 4).bool(), r"got 1 at row 0, token 2"),
+        (torch.tensor([[1, 2, 1, 0]]), torch.zeros(1, 4).bool(), r"got 1 at row 0, token 2"),
         (torch.tensor([[2, 2, 0, 0]]), torch.zeros(1, 4).bool(), r"got 2 at row 0, token 0"),
     ],
 )

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from torch.utils._pytree import tree_map
 from transformers import CONFIG_MAPPING, StaticCache
 
@@ -49,6 +47,7 @@ from family_models import (
     make_inputs,
     tiny_config,
     tiny_model,
+    why_not_here,
 )
 from family_models import FAMILIES as TINY
 from oracles import (
@@ -80,7 +79,7 @@ VOCABULARY = {
     "idefics2": {"<fake_token_around_image>": START_ID},
     "idefics3": IDEFICS,
     "smolvlm": IDEFICS,
-    "aya_vision": COHERE,
+    "aya_vision": {**COHERE, **{f"TILE_{i}": tag for i, tag in enumerate(TAGS, 1)}},
     "cohere2_vision": {**COHERE, "<|IMG_LINE_BREAK|>": ROW_ID},
     "lfm2_vl": {
         "<|image_start|>": START_ID,
@@ -105,19 +104,10 @@ VOCABULARY = {
     "exaone4_5": {"<vision>": START_ID, "</vision>": END_ID},
     "aria": {"<fim_prefix>": START_ID, "<fim_suffix>": END_ID},
 }
+# An image is a span that has text between its tiles.
+TILED = {"idefics3", "smolvlm", "aya_vision", "minicpmv4_6"}
 # Each tile of an image is a span.
-TILED = {"idefics2", "idefics3", "smolvlm", "aya_vision", "minicpmv4_6", "molmo2"}
-HERE = Version(transformers.__version__)
-
-
-def why_not_here(family: str) -> str:
-    """Why these transformers cannot run a tiny model, or nothing."""
-    needed = {"molmo2": "5.20", "minicpmv4_6": "5.23"}.get(family, "0")
-    if Version(needed) > HERE:
-        return f"the tiny {family} is that of transformers {needed}"
-    if family == "llama4" and HERE.release[:2] == (5, 24):
-        return "transformers 5.24 reads image_outputs of Llama 4's decoder, which has none"
-    return ""
+IN_PIECES = {"idefics2", "molmo2"}
 
 
 FAMILIES_HERE = [
@@ -235,16 +225,20 @@ def test_images_are_found(family: str) -> None:
     expected = extents(family, ids[0].tolist())
     inside = {at for begin, end in expected for at in range(begin, end)}
     assert not any(span for at, span in enumerate(span_id) if at not in inside)
-    if family in TILED:
+    placeholders = set((ids[0] == IMAGE_ID).nonzero().flatten().tolist())
+    if family in IN_PIECES:
         assert max(span_id) > NUM_IMAGES
-        placeholders = (ids[0] == IMAGE_ID).nonzero().flatten().tolist()
         assert all(span_id[at] for at in placeholders)
         for begin, end in expected[1:]:
-            assert not set(span_id[begin:end]) - {0} & set(span_id[:begin])
-    else:
-        for number, (begin, end) in enumerate(expected, 1):
-            assert span_id[begin:end] == [number] * (end - begin)
-            assert is_sink[begin:end] == [True] + [False] * (end - begin - 1)
+            assert not (set(span_id[begin:end]) - {0}) & set(span_id[:begin])
+        return
+    for number, (begin, end) in enumerate(expected, 1):
+        image = range(begin, end)
+        tokens = [at for at in image if span_id[at] == number]
+        assert {span_id[at] for at in image} <= {0, number}
+        assert placeholders.intersection(image) <= set(tokens)
+        assert [at for at in image if is_sink[at]] == tokens[:1]
+        assert family in TILED or tokens == list(image)
 
 
 def test_what_only_the_tokenizer_knows_is_asked_for() -> None:

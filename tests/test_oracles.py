@@ -535,9 +535,10 @@ def test_drawn_templates_are_consistent(template):
     assert key_valid.any(dim=1).all() and key_valid.all(dim=1).any()
     assert (span_id[~key_valid] == 0).all() and (span_id[is_sink] > 0).all()
     for b, row in enumerate(template.rows):
-        spans = [length for is_span, length in row if is_span]
-        counts = torch.bincount(span_id[b], minlength=len(spans) + 1)
-        assert counts[1:].tolist() == spans
+        spans = torch.zeros(1 + max(number for number, _ in row), dtype=torch.int64)
+        for number, length in row:
+            spans[number] += length
+        assert torch.bincount(span_id[b])[1:].tolist() == spans[1:].tolist()
         ids = span_id[b][span_id[b] > 0]
         assert (ids.diff() >= 0).all()
         padding = (~key_valid[b]).nonzero().flatten()

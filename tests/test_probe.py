@@ -27,7 +27,7 @@ from blindsight.visibility import (
     visibility_of_tensor,
 )
 from models import Image, make_inputs, tiny_model
-from strategies import BaseCase, gqa_heads, templates
+from strategies import BaseCase, gqa_heads, runs_of, templates
 from test_masks import base_of
 
 
@@ -106,9 +106,9 @@ def assert_losses(found: Losses, expected: dict[str, torch.Tensor], tolerance: f
 
 
 def full_case(template: Any, sight: str, window: int | None, delimiters: bool) -> BaseCase:
-    image_id = template.span_id.clone()
+    image_id = runs_of(template.span_id)
     if delimiters:
-        inside = torch.nn.functional.pad(template.span_id, (1, 1))
+        inside = torch.nn.functional.pad(image_id, (1, 1))
         image_id[(inside[:, :-2] != image_id) | (inside[:, 2:] != image_id)] = 0
     num_tokens = template.span_id.shape[1]
     return BaseCase(
@@ -367,6 +367,18 @@ def test_a_model_is_measured_and_its_outputs_stay_as_they_are(family: str) -> No
             assert_losses(layers[layer], expected_losses(*arguments), 1e-5)
             deviation = layers[layer].deviation / layers[layer].norm
             assert (deviation < 1e-10).all()
+
+
+def test_what_was_compiled_before_is_no_hindrance() -> None:
+    """Dynamo counts the frames of all models that share code, and then stops compiling."""
+    rows = [[3, Image(), 2, Image(), 4]]
+    with torch._dynamo.config.patch(accumulated_recompile_limit=2):
+        for _ in range(4):
+            model = tiny_model("gemma3", num_layers=1)
+            found = Prober(model, TemplateRule.from_config(model.config))(
+                make_inputs("gemma3", rows)
+            )
+            assert (found.error[:, :, :, 1:] > 0).all()
 
 
 def test_the_effect_on_the_next_token_is_that_of_a_small_change() -> None:

@@ -77,6 +77,8 @@ rules = st.builds(
     image_token_ids=token_ids.filter(bool),
     start_token_ids=token_ids,
     end_token_ids=token_ids,
+    leading_tile_ids=token_ids,
+    trailing_tile_ids=token_ids,
     sink_offsets=st.lists(st.integers(-4, 4), max_size=3).map(tuple),
     layer_pattern=st.sampled_from([r"layers\.(\d+)\.", "\N{LATIN SMALL LETTER E WITH ACUTE}(.)"]),
 )

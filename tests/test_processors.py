@@ -1,0 +1,112 @@
+"""From images and messages to spans: what the real processors of the families write."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CONFIG_MAPPING
+
+from blindsight import TemplateRule
+from blindsight.calibrate import calibrate
+from blindsight.families import FAMILIES
+from blindsight.measure import Prober
+from blindsight.samples import inputs_on, load_samples, model_inputs
+from family_models import FAMILIES as TINY
+from family_models import IMAGE_ID, IMAGE_SIZE, SPECIAL_IDS, make_inputs, tiny_model, why_not_here
+from family_processors import ROWS, make_processor, why_no_processor
+
+# heights and widths in the side of a tile: two tiles, one, two below each other
+SIZES = ((1, 2), (1, 1), (2, 1))
+# Each tile of an image is a span.
+IN_PIECES = {"idefics2"}
+# Tiny models that their processors do not fit.
+NO_MODEL = {"aria": "its image processor makes images of 490 or 980 pixels"}
+
+
+def conversation(sizes: tuple[tuple[int, int], ...], text: str = " and ") -> dict[str, Any]:
+    generator = np.random.default_rng(0)
+    images = [
+        Image.fromarray(
+            generator.integers(0, 255, (h * IMAGE_SIZE, w * IMAGE_SIZE, 3), dtype=np.uint8)
+        )
+        for h, w in sizes
+    ]
+    content = [{"type": "text", "text": "see"}]
+    for _ in images:
+        content += [{"type": "image"}, {"type": "text", "text": text}]
+    return {"images": images, "messages": [{"role": "user", "content": content}]}
+
+
+def skip_without(family: str) -> None:
+    if reason := why_no_processor(family):
+        pytest.skip(reason)
+
+
+def rule_of(family: str, processor: Any) -> TemplateRule:
+    config_class = CONFIG_MAPPING[family]
+    known = {name: value for name, value in SPECIAL_IDS.items() if hasattr(config_class(), name)}
+    return TemplateRule.from_config(config_class(**known), processor)
+
+
+def test_no_family_is_forgotten() -> None:
+    elsewhere = {"qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"}  # processors of their wholes
+    assert set(ROWS) | elsewhere == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", ROWS)
+def test_what_a_processor_writes_is_found(family: str) -> None:
+    skip_without(family)
+    processor = make_processor(family)
+    samples = load_samples([conversation(SIZES), conversation(SIZES[1:])])
+    ids = model_inputs(processor, list(samples))["input_ids"]
+    span_id, is_sink = rule_of(family, processor).template(ids).tensors()
+    assert (span_id[ids == IMAGE_ID] > 0).all()
+    if family in IN_PIECES:
+        return
+    assert span_id.amax(1).tolist() == [3, 2]
+    assert torch.equal(is_sink.sum(1), span_id.amax(1))
+    for row, sizes in enumerate((SIZES, SIZES[1:])):
+        for number, size in enumerate(sizes, 1):
+            (twice,) = load_samples([conversation((size, size))])
+            expected = (model_inputs(processor, [twice])["input_ids"] == IMAGE_ID).sum() / 2
+            assert (ids[row] == IMAGE_ID)[span_id[row] == number].sum() == expected > 1
+
+
+def runs(families: Any) -> list[Any]:
+    return [
+        pytest.param(
+            family, marks=[] if family in {"internvl", "idefics3"} else [pytest.mark.nightly]
+        )
+        for family in families
+        if family in TINY
+    ]
+
+
+@pytest.mark.parametrize("family", runs(ROWS))
+def test_a_model_is_calibrated(family: str) -> None:
+    """In bfloat16, as checkpoints are: not every family converts its pixels."""
+    skip_without(family)
+    if reason := why_not_here(family) or NO_MODEL.get(family):
+        pytest.skip(reason)
+    model = tiny_model(family, torch.bfloat16)
+    samples = [conversation(SIZES), conversation(SIZES[1:])]
+    profile = calibrate(
+        model, make_processor(family), samples, batch_size=2, budget=0.1, progress=False
+    )
+    assert profile.calibration["num_samples"] == "2"
+    assert all(torch.isfinite(tensor).all() for tensor in profile.evidence.values())
+
+
+@pytest.mark.parametrize("family", ["aria", "kimi_k25"])
+def test_pixels_become_what_the_model_computes_in(family: str) -> None:
+    model, inputs = tiny_model(family, torch.bfloat16), make_inputs(family, 3)
+    timestamps = {"second_per_grid_ts": torch.tensor([0.1])}
+    found = inputs_on(model, {**inputs, **timestamps, "names": ["a"]})
+    assert found["pixel_values"].dtype == torch.bfloat16
+    assert found["second_per_grid_ts"].dtype == torch.float32
+    assert found["input_ids"].dtype == torch.int64 and found["names"] == ["a"]
+    processor = type("Tokenizer", (), {"get_vocab": lambda self: ROWS[family].tokens})()
+    measured = Prober(model, TemplateRule.from_config(model.config, processor))(inputs)
+    assert (measured.error.amax((0, 1, 2)) > 0).tolist() == [False, True, True, True]

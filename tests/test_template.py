@@ -1,0 +1,109 @@
+"""Where the images of a prompt are: the rule against the oracle, on random tokens."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blindsight import TemplateRule
+from blindsight.template import span_edges, template_of_ids
+from oracles import oracle_template
+from strategies import Template, templates
+
+TEXT, IMAGE, PART, START, END, BOTH, LEADING, TRAILING = range(8)
+SINK_OFFSETS = (0, 2, 2**20)
+TILED = TemplateRule(
+    image_token_ids=(IMAGE, PART),
+    start_token_ids=(START, BOTH),
+    end_token_ids=(END, BOTH),
+    sink_offsets=SINK_OFFSETS,
+    leading_tile_ids=(LEADING,),
+    trailing_tile_ids=(TRAILING,),
+)
+UNTILED = TemplateRule((IMAGE, PART), (START, BOTH), (END, BOTH), SINK_OFFSETS)
+# marks that are delimiters too, as in SmolVLM and MiniCPM-V
+DELIMITED = TemplateRule(
+    image_token_ids=(IMAGE, PART),
+    start_token_ids=(START, BOTH, LEADING, TRAILING),
+    end_token_ids=(END, BOTH),
+    sink_offsets=SINK_OFFSETS,
+    leading_tile_ids=(LEADING,),
+    trailing_tile_ids=(TRAILING,),
+)
+
+RULES = st.sampled_from([TILED, UNTILED, DELIMITED])
+# mostly images, so that runs are long enough for every offset
+TOKENS = st.sampled_from([IMAGE, IMAGE, IMAGE, IMAGE, *range(8)])
+ROWS = st.integers(1, 60).flatmap(
+    lambda length: st.lists(
+        st.lists(TOKENS, min_size=length, max_size=length), min_size=1, max_size=2
+    )
+)
+
+
+def oracle_of(rule: TemplateRule, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return oracle_template(
+        ids,
+        rule.image_token_ids,
+        rule.start_token_ids,
+        rule.end_token_ids,
+        rule.sink_offsets,
+        rule.leading_tile_ids,
+        rule.trailing_tile_ids,
+    )
+
+
+@given(rule=RULES, rows=ROWS)
+def test_the_rule_equals_its_definition(rule: TemplateRule, rows: list[list[int]]) -> None:
+    ids = torch.tensor(rows)
+    span_id, is_sink = oracle_of(rule, ids)
+    for found in (rule.template(ids).tensors(), template_of_ids(ids, rule.to_json())):
+        assert torch.equal(found[0].long(), span_id)
+        assert torch.equal(found[1], is_sink)
+
+
+@given(rule=RULES, rows=ROWS, data=st.data())
+def test_tokens_to_come_change_nothing(
+    rule: TemplateRule, rows: list[list[int]], data: st.DataObject
+) -> None:
+    """But for a start delimiter right at the end, whose image is not known yet."""
+    ids = torch.tensor(rows)
+    length = data.draw(st.integers(1, ids.shape[1]))
+    first, whole = rule.template(ids[:, :length]), rule.template(ids)
+    is_known = ~torch.isin(ids[:, :length], torch.tensor(rule.start_token_ids))
+    is_known[:, :-1] = True
+    assert torch.equal(first.span_id[is_known], whole.span_id[:, :length][is_known])
+
+
+L, T = LEADING, TRAILING
+
+
+@pytest.mark.parametrize(
+    ("rule", "ids", "span_id"),
+    [
+        # Idefics 3: tiles, then the whole; an image of one; a prompt that ends in a tile
+        (DELIMITED, [L, 1, 1, 4, L, 1, 0, L, 1, 0, 3, 1, 4, 3, 1, 4], "1111110110111222"),
+        (DELIMITED, [3, 1, 4, 0, L, 1, 0, 0], "11102200"),
+        # MiniCPM-V: the whole, then tiles
+        (DELIMITED, [3, 1, 1, 4, T, 1, 4, 0, T, 1, 4, 0, 3, 1, 4], "111111101110222"),
+        # a tile that has nothing before it; a mark without an image after it
+        (DELIMITED, [T, 1, 4, 0, 3, 1, 4, 0, T, 0], "1110222000"),
+        # marks that are text, not next to their tile
+        (TILED, [L, 0, 1, 0, L, 0, 0, 1, 0, 1, 0, 1], "001000010102"),
+    ],
+)
+def test_tiles_of_an_image_are_one_span(rule: TemplateRule, ids: list[int], span_id: str) -> None:
+    found, is_sink = rule.template(torch.tensor([ids])).tensors()
+    assert "".join(map(str, found[0].tolist())) == span_id
+    expected, sinks = oracle_of(rule, torch.tensor([ids]))
+    assert torch.equal(found.long(), expected) and torch.equal(is_sink, sinks)
+
+
+@given(drawn=templates(max_spans=6, max_span=8, max_text=3))
+def test_edges_are_the_first_and_last_token_of_a_span(drawn: Template) -> None:
+    first, last = span_edges(drawn.span_id)
+    for b, spans in enumerate(drawn.span_id.tolist()):
+        for t, span in enumerate(spans):
+            if span:
+                tokens = [at for at, other in enumerate(spans) if other == span]
+                assert (first[b, t], last[b, t]) == (tokens[0], tokens[-1])
