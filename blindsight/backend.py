@@ -17,7 +17,7 @@ from blindsight.inner import Inner
 from blindsight.layers import LayerMap
 from blindsight.lowering import Lowering
 from blindsight.passes.contract import PassList
-from blindsight.passes.find_attention import is_token_ids
+from blindsight.passes.find_attention import is_token_ids, is_video_grid
 from blindsight.profile import Profile
 from blindsight.report import Report
 from blindsight.runtime import Runtime, compact
@@ -115,9 +115,9 @@ class BlindsightBackend:
 
 
 def watch_forward(model: nn.Module, runtime: Runtime) -> list[RemovableHandle]:
-    """Let a model that itself runs eagerly show its ``input_ids`` (only its layers are compiled).
+    """Let a model that itself runs eagerly show its prompts (only its layers are compiled).
 
-    Where the model is compiled the hooks trace to nothing: its graphs show the ids.
+    Where the model is compiled the hooks trace to nothing: its graphs show them.
     """
     reference = weakref.ref(runtime)
 
@@ -128,6 +128,9 @@ def watch_forward(model: nn.Module, runtime: Runtime) -> list[RemovableHandle]:
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if state is not None and isinstance(input_ids, Tensor) and is_token_ids(input_ids):
             state.observe(input_ids, from_graph=False)
+            grid = kwargs.get("video_grid_thw")
+            if isinstance(grid, Tensor) and is_video_grid(grid):
+                state.observe_videos(grid)
 
     def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():

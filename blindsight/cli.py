@@ -198,6 +198,15 @@ def describe(profile: Profile) -> str:
         f"fingerprint  {shape}",
         f"images       token ids {_ids(rule.image_token_ids)}, between "
         f"{_ids(rule.start_token_ids)} and {_ids(rule.end_token_ids)}",
+        *(
+            f"{name:13}token ids {_ids(ids)}"
+            for name, ids in (
+                ("first tiles", rule.leading_tile_ids),
+                ("later tiles", rule.trailing_tile_ids),
+                ("videos", rule.video_token_ids),
+            )
+            if ids
+        ),
         f"sinks        at {_ids(rule.sink_offsets)} from the start of an image",
         f"layers       {rule.layer_pattern}",
         f"calibration  {', '.join(f'{k}={v}' for k, v in profile.calibration.items()) or 'none'}",

@@ -72,15 +72,15 @@ class CompiledGraph:
 
     def as_callable(self) -> Callable[..., Any]:
         """Return the function that Dynamo shall call for this graph."""
-        watches = self._plan.input_ids is not None or self._plan.runs_head
+        watches = self._plan.runs_head or self._plan.shows_prompt
         if self._own is not None and not (self._calls or watches or self._plan.problem):
             return self._own
         # Dynamo asks for a function's name and attributes; a bound method has them.
         return self._run
 
     def _run(self, *args: Any) -> Any:
-        if self._plan.input_ids is not None:
-            self._runtime.observe(args[self._plan.input_ids])
+        if self._plan.shows_prompt:
+            self._observe(args)
         if self._plan.problem is not None and not is_disabled():
             raise ValueError(self._plan.problem)
         if not self._calls:
@@ -103,6 +103,14 @@ class CompiledGraph:
         self._runtime.serve(layers)
         self._remember(args, outputs, history)
         return outputs
+
+    def _observe(self, args: Sequence[Any]) -> None:
+        if self._plan.input_ids is not None:
+            self._runtime.observe(args[self._plan.input_ids])
+        if self._plan.video_grid is not None:
+            self._runtime.observe_videos(args[self._plan.video_grid])
+        if self._plan.positions is not None:
+            self._runtime.observe_positions(args[self._plan.positions])
 
     def _layers_of(self, args: Sequence[Any]) -> tuple[int, ...]:
         layers = []

@@ -140,7 +140,7 @@ def answer_questions(*, inner: str, progress: Progress) -> Answers:
     )
     said = [processor.tokenizer.batch_decode(x.argmax(-1)[:, None]) for x in (dense, sparse)]
     valid = inputs["attention_mask"].bool()
-    template = profile.rule.template(inputs["input_ids"])
+    template = profile.rule.template_of_inputs(inputs)
     return Answers(
         answers=tuple(
             Answer(

@@ -171,7 +171,7 @@ def _measure(
             )
     finally:
         backend.detach()
-    template = profile.rule.template(inputs["input_ids"])
+    template = profile.rule.template_of_inputs(inputs)
     return Speed(
         model=described,
         num_tokens=template.num_tokens,

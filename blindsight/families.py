@@ -21,6 +21,7 @@ class Family:
 
     Attributes:
         image_tokens, start_tokens, end_tokens: Names of config attributes that hold token ids.
+        video_tokens: The same, of videos whose frames have nothing between them.
         parts, start, end: Regular expressions of tokens that only the tokenizer knows: what parts
             an image (its rows, its tiles), what is before it and after it.
         leading, trailing: The same of the marks of tiles before and after the rest of an image.
@@ -30,6 +31,7 @@ class Family:
     image_tokens: tuple[str, ...] = ("image_token_id", "video_token_id")
     start_tokens: tuple[str, ...] = ()
     end_tokens: tuple[str, ...] = ()
+    video_tokens: tuple[str, ...] = ()
     parts: str = ""
     start: str = ""
     end: str = ""
@@ -39,6 +41,7 @@ class Family:
 
 
 _QWEN = Family(start_tokens=("vision_start_token_id",), end_tokens=("vision_end_token_id",))
+_QWEN2 = replace(_QWEN, video_tokens=("video_token_id",))
 _OMNI = replace(
     _QWEN,
     image_tokens=("image_token_id", "image_token_index", "video_token_id", "video_token_index"),
@@ -61,9 +64,9 @@ _IDEFICS = replace(
 )
 
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": _QWEN,
-    "qwen2_5_vl": _QWEN,
-    "qwen2_5_omni_thinker": _OMNI,
+    "qwen2_vl": _QWEN2,
+    "qwen2_5_vl": _QWEN2,
+    "qwen2_5_omni_thinker": replace(_OMNI, video_tokens=("video_token_id", "video_token_index")),
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,
     "qwen3_omni_moe_thinker": _OMNI,
@@ -106,7 +109,7 @@ FAMILIES: dict[str, Family] = {
     "minicpmv4_6": Family(start="<image>|<slice>", end="</image>|</slice>", trailing="<slice>"),
     "kimi_k25": Family(start=r"<\|media_content\|>", end_tokens=("vision_end_token_id",)),
     "ernie4_5_vl_moe": _GLM,
-    "exaone4_5": Family(start="<vision>", end="</vision>"),
+    "exaone4_5": Family(video_tokens=("video_token_id",), start="<vision>", end="</vision>"),
     "video_llama_3": Family(),
     "aria": replace(_BARE, start="<fim_prefix>", end="<fim_suffix>"),
     "deepseek_vl": _BARE,
@@ -207,6 +210,7 @@ def template_rule(model_or_config: Any, tokenizer: Any = None) -> TemplateRule:
         end_token_ids=of_config(family.end_tokens) or of_tokenizer(family.end),
         leading_tile_ids=of_tokenizer(family.leading),
         trailing_tile_ids=of_tokenizer(family.trailing),
+        video_token_ids=of_config(family.video_tokens),
         layer_pattern=family.layer_pattern,
     )
 

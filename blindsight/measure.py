@@ -241,7 +241,7 @@ class Prober:
     def __call__(self, inputs: Mapping[str, Any]) -> Measurements:
         """Measure one batch: arguments of the model's forward, with ``input_ids [B, T]``."""
         inputs = inputs_on(self._model, inputs)
-        template = self._rule.template(inputs["input_ids"])
+        template = self._rule.template_of_inputs(inputs)
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         if template.restricts_queries_from(0):
             layers, shares = self._run(inputs, template, mask)

@@ -18,9 +18,11 @@ from blindsight.layers import layer_of_path
 from blindsight.passes.find_attention import (
     Attention,
     find_attention,
+    find_axis_positions,
     find_eager_attention,
     find_input_ids,
     find_key_cache,
+    find_video_grid,
     has_attention,
 )
 from blindsight.passes.graph import (
@@ -74,6 +76,7 @@ class Plan:
         calls: The decoder's attention that may be rewritten.
         problem: Why the profile cannot be applied (strict), or None.
         input_ids: Position of the input that shows the prompt's tokens, or None.
+        video_grid, positions: Positions of inputs that show the frames of its videos, or None.
         runs_head: Whether the graph computes logits: when it runs, the decoder has run.
         cache: The cache that tells the sequence's history; one layer's stands for all.
         symbols: Positions of the inputs that are symbolic sizes, by symbol.
@@ -86,10 +89,17 @@ class Plan:
     calls: list[PlannedCall] = field(default_factory=list)
     problem: str | None = None
     input_ids: int | None = None
+    video_grid: int | None = None
+    positions: int | None = None
     runs_head: bool = False
     cache: CacheInputs = field(default_factory=CacheInputs)
     symbols: dict[object, int] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def shows_prompt(self) -> bool:
+        """Whether an input says something of the prompt's images."""
+        return any(at is not None for at in (self.input_ids, self.video_grid, self.positions))
 
     @property
     def device(self) -> torch.device:
@@ -138,6 +148,9 @@ class _Planner:
         if copied is not gm and has_regions(copied):
             copied = inline_regions(copied)
         self.plan = Plan(copied, state.profile, input_ids=find_input_ids(gm), symbols=_symbols(gm))
+        if self._profile.rule.video_token_ids:
+            self.plan.video_grid = find_video_grid(gm)
+            self.plan.positions = find_axis_positions(gm)
         self.plan.numbers = _numbers(gm)
         self.plan.runs_head = any(source_name(x).endswith("lm_head.weight") for x in self._inputs)
         pattern = self._profile.rule.layer_pattern

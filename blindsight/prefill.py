@@ -213,7 +213,8 @@ class Decoder:
         self, inputs: Mapping[str, Any], valid: Tensor, decoder_inputs: Mapping[str, Any]
     ) -> Prompt:
         ids = inputs["input_ids"]
-        template = Template(*(x.to(self.device) for x in self.rule.template(ids).tensors()))
+        template = self.rule.template_of_inputs(inputs)
+        template = Template(*(x.to(self.device) for x in template.tensors()))
         is_image = (self.rule.classify(ids) & IMAGE).bool().to(self.device)
         widths = torch.tensor(self.widths, device=self.device)
         lower, upper, visible = [], [], []

@@ -83,7 +83,7 @@ def reference_logits(
             raise ValueError(
                 f"inputs must have input_ids, or a template be given, got {sorted(inputs)}."
             )
-        template = profile.rule.template(inputs["input_ids"])
+        template = profile.rule.template_of_inputs(inputs)
     layers = attention_layers(model, profile.rule.layer_pattern, profile.layers)
     kept = 0
     if shares_keys(model):  # all rows of all layers are to be computed

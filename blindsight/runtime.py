@@ -23,7 +23,16 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from blindsight.template import TRAILING, Template, TemplateRule, find_order_problem
+from blindsight.template import (
+    FRAME,
+    TRAILING,
+    VIDEO,
+    Template,
+    TemplateRule,
+    count_frames,
+    find_order_problem,
+    mark_frames,
+)
 
 T = TypeVar("T")
 
@@ -172,6 +181,7 @@ class _Pending:
     version: int | None
     kinds: Tensor
     from_graph: bool
+    knows_videos: bool = False
     served: set[int] = field(default_factory=set)
     joined: dict[int, tuple[History | None, History | None]] = field(default_factory=dict)
     limit_hits: int = 0  # of Dynamo's, when the forward began
@@ -180,6 +190,17 @@ class _Pending:
     def is_text(self) -> bool:
         """Whether no token can belong to an image."""
         return not bool(self.kinds.any())
+
+    def tell_frames(self, num_frames: Tensor) -> None:
+        """Cut the videos into frames, ``[V]``."""
+        self.kinds = mark_frames(self.kinds, num_frames)
+        self.joined.clear()
+        self.knows_videos = True
+
+    @property
+    def lacks_frames(self) -> bool:
+        """Whether there are videos, and nothing has said how many frames they have."""
+        return not self.knows_videos and bool((self.kinds & VIDEO).any())
 
 
 class _Thread(threading.local):
@@ -255,7 +276,7 @@ class Runtime:
             same = pending.source() is input_ids and pending.version == version
             if same and version is None:
                 # Nothing counts what is written to a tensor made in inference mode: look again.
-                same = torch.equal(pending.kinds, self.rule.classify(input_ids))
+                same = torch.equal(pending.kinds & ~FRAME, self.rule.classify(input_ids))
             if same and not pending.served:
                 return
             if pending.from_graph:
@@ -267,6 +288,19 @@ class Runtime:
             from_graph,
             limit_hits=_limit_hits(),
         )
+
+    def observe_videos(self, video_grid_thw: Tensor) -> None:
+        """Take note of the frames of the videos in the forward under way: ``[V, 3]``."""
+        if (pending := self.pending) is not None and pending.lacks_frames:
+            pending.tell_frames(video_grid_thw[:, 0].cpu())
+
+    def observe_positions(self, position_ids: Tensor) -> None:
+        """Take note of positions in time, height and width: ``[3 or 4, B, Q]``."""
+        pending = self.pending
+        if pending is None or position_ids.shape[1:] != pending.kinds.shape:
+            return
+        if pending.lacks_frames:
+            pending.tell_frames(count_frames(pending.kinds, position_ids.cpu()))
 
     def end(self) -> None:
         """Take note that a forward is over of which a hook told the beginning."""
@@ -281,6 +315,13 @@ class Runtime:
     def history(self, pending: _Pending, past: History | None) -> History | None:
         """Return the whole sequence: a cache's tokens (if any) and the forward's own."""
         if id(past) not in pending.joined:
+            if pending.lacks_frames:
+                self.warn_once(
+                    "the frames of a video are not told apart, and count as one image: its "
+                    "video_grid_thw was not seen. Compile the function that takes it (the model's "
+                    "get_video_features), or say where the frames are: "
+                    "blindsight.use_template(*rule.template(input_ids, video_grid_thw).tensors())."
+                )
             if past is None:
                 joined: History | None = History(self.rule, kinds=pending.kinds)
             else:

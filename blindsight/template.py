@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 # What a token can be, as bits: one id may be both delimiters (a separator between images).
-TEXT, IMAGE, START, END, LEADING, TRAILING = 0, 1, 2, 4, 8, 16
+TEXT, IMAGE, START, END, LEADING, TRAILING, VIDEO, FRAME = 0, 1, 2, 4, 8, 16, 32, 64
 
-_TILES = ("leading_tile_ids", "trailing_tile_ids")
+# Left out of a rule's JSON where they are empty: it is then what it was before there were any.
+_OPTIONAL = ("leading_tile_ids", "trailing_tile_ids", "video_token_ids")
 
 # What the decoders of transformers' multimodal models are called.
 DEFAULT_LAYER_PATTERN = r"(?:language|text)_model(?:\.model)?\.layers\.(\d+)\.self_attn"
@@ -62,6 +63,9 @@ class TemplateRule:
     runs are one span: leading tiles with the run after them, trailing tiles with the run before.
     What is written between them, delimiters aside, stays text.
 
+    Some write all frames of a video as one run. Where the model's ``video_grid_thw`` is known,
+    each frame is a span; the delimiters go with the first and the last.
+
     Args:
         image_token_ids: Ids of the tokens of an image (or video): of its placeholders, and of
             what parts its rows and tiles, where a family writes such; at least one.
@@ -70,6 +74,7 @@ class TemplateRule:
         leading_tile_ids: Ids of the marks of tiles that come before the rest of their image: a
             run of image tokens is such a tile if a mark is between it and the run before it.
         trailing_tile_ids: The same of tiles that come after the rest of their image.
+        video_token_ids: Those of ``image_token_ids`` whose runs are whole videos.
         sink_offsets: Positions relative to a span's first token that are its sinks, clipped
             to the span. ``(0,)`` is the start delimiter, or the first image token where a
             family has no delimiters.
@@ -87,6 +92,7 @@ class TemplateRule:
     layer_pattern: str = DEFAULT_LAYER_PATTERN
     leading_tile_ids: tuple[int, ...] = ()
     trailing_tile_ids: tuple[int, ...] = ()
+    video_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -95,6 +101,10 @@ class TemplateRule:
                 object.__setattr__(self, field.name, ids)
         if not self.image_token_ids:
             raise ValueError("image_token_ids must name at least one token id, got none.")
+        if unknown := set(self.video_token_ids).difference(self.image_token_ids):
+            raise ValueError(
+                f"video_token_ids must be among image_token_ids, got {sorted(unknown)} beside."
+            )
         try:
             groups = re.compile(self.layer_pattern).groups
         except (re.error, TypeError) as error:
@@ -124,8 +134,9 @@ class TemplateRule:
         return template_rule(config, tokenizer)
 
     def to_json(self) -> str:
-        # without tiles as it was before there were any: digests of profiles stay what they are
-        data = {name: value for name, value in asdict(self).items() if value or name not in _TILES}
+        data = {
+            name: value for name, value in asdict(self).items() if value or name not in _OPTIONAL
+        }
         return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -139,8 +150,8 @@ class TemplateRule:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"rule must be JSON, got {text[:80]!r}: {error}.") from None
-        needed = {field.name for field in fields(cls)}.difference(_TILES)
-        if not isinstance(data, dict) or set(data).difference(_TILES) != needed:
+        needed = {field.name for field in fields(cls)}.difference(_OPTIONAL)
+        if not isinstance(data, dict) or set(data).difference(_OPTIONAL) != needed:
             found = sorted(data) if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"rule must be an object with the keys {sorted(needed)}, got {found}.")
         return cls(**data)
@@ -157,14 +168,28 @@ class TemplateRule:
             (END, self.end_token_ids),
             (LEADING, self.leading_tile_ids),
             (TRAILING, self.trailing_tile_ids),
+            (VIDEO, self.video_token_ids),
         ):
             for token_id in token_ids:
                 kinds = kinds | ((ids == token_id).to(torch.uint8) * bit)
         return kinds
 
-    def template(self, input_ids: Tensor) -> Template:
-        """Return the template of ``input_ids`` ``[B, T]``."""
-        return self.template_of_kinds(self.classify(input_ids))
+    def template(self, input_ids: Tensor, video_grid_thw: Tensor | None = None) -> Template:
+        """Return the template of a prompt.
+
+        Args:
+            input_ids: ``[B, T]``.
+            video_grid_thw: ``[V, 3]``, frames, height and width of each video in patches, as the
+                model takes them. Without it, a video that is one run is one span.
+        """
+        kinds = self.classify(input_ids)
+        if video_grid_thw is not None:
+            kinds = mark_frames(kinds, video_grid_thw[:, 0])
+        return self.template_of_kinds(kinds)
+
+    def template_of_inputs(self, inputs: Mapping[str, Any]) -> Template:
+        """Return the template of a prompt, from the arguments of a model's forward."""
+        return self.template(inputs["input_ids"], inputs.get("video_grid_thw"))
 
     def template_of_kinds(self, kinds: Tensor) -> Template:
         """Return the template of classified tokens ``[B, T]`` (see :meth:`classify`)."""
@@ -176,8 +201,58 @@ class TemplateRule:
         begins = opens | (image & ~after_image & ~_shift(opens, 1))
         if self.leading_tile_ids or self.trailing_tile_ids:
             begins &= ~_goes_on(kinds, begins)
+        begins |= (kinds & FRAME).bool()
         span_id = begins.cumsum(1, dtype=torch.int32) * inside
         return Template(span_id, find_sinks(span_id, self.sink_offsets))
+
+
+def mark_frames(kinds: Tensor, num_frames: Tensor) -> Tensor:
+    """Mark where the frames of videos begin, in tokens as :meth:`TemplateRule.classify` has them.
+
+    Videos are left whole where their runs are not as many as told, or cannot be cut into equal
+    frames: frames with text between them are told apart already.
+
+    Args:
+        kinds: ``[B, T]``.
+        num_frames: ``[V]``, of the videos of all rows in turn.
+    """
+    begins, lengths = _videos(kinds)
+    num_frames = num_frames.to(lengths)
+    if len(begins) != len(num_frames) or bool((lengths % num_frames).any()):
+        return kinds
+    marked = kinds.flatten().clone()
+    for begin, length, count in torch.stack([begins, lengths, num_frames], dim=1).tolist():
+        size = length // count
+        marked[begin + size : begin + length : size] |= FRAME
+    return marked.view_as(kinds)
+
+
+def count_frames(kinds: Tensor, position_ids: Tensor) -> Tensor:
+    """Return how many frames each video has, ``[V]``, from rotary positions of three axes.
+
+    A frame's rows and columns are counted from the same corner; so each frame has one token at
+    the height and width of its video's first (M-RoPE, Qwen2-VL, arXiv 2409.12191).
+
+    Args:
+        kinds: ``[B, T]``.
+        position_ids: ``[..., B, T]``, time, height and width at the end of the first axis.
+    """
+    begins, lengths = _videos(kinds)
+    height, width = (axis.flatten().to(begins.device) for axis in position_ids[-2:])
+    counts = [
+        int(((height[run] == height[run.start]) & (width[run] == width[run.start])).sum())
+        for run in map(slice, begins.tolist(), (begins + lengths).tolist())
+    ]
+    return torch.tensor(counts, dtype=torch.int64)
+
+
+def _videos(kinds: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where the runs of video tokens begin in the rows, one after the other; and lengths."""
+    video = (kinds & VIDEO).bool()
+    begins, lasts = (
+        (video & ~_shift(video, steps)).flatten().nonzero().flatten() for steps in (1, -1)
+    )
+    return begins, lasts + 1 - begins
 
 
 def _goes_on(kinds: Tensor, begins: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def warm_up(
             f"lengths must be of at least the {length} tokens of the prompt that is given, got "
             f"{list(lengths)}. Give a shorter prompt: text is added to it, images are not removed."
         )
-    span_id = rule.template(input_ids).span_id
+    span_id = rule.template_of_inputs(inputs).span_id
     if int(span_id.max()) < 2:
         raise ValueError(
             f"inputs must be a prompt with at least two images, got {int(span_id.max())}. With "

@@ -30,6 +30,8 @@ def oracle_template(
     sink_offsets: Sequence[int] = (0,),
     leading_ids: Sequence[int] = (),
     trailing_ids: Sequence[int] = (),
+    video_ids: Sequence[int] = (),
+    num_frames: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Spans and sinks of a prompt, from its token ids [B, T].
 
@@ -38,6 +40,9 @@ def oracle_template(
 
     A run with a leading mark before it, and no image token in between, is one span with the run
     after it; a run with such a trailing mark is one span with the run before it.
+
+    A run of video tokens is cut into as many equal frames as `num_frames` says, a number for each
+    run of all rows in turn; without it videos are whole.
 
     Sink offsets count from the span's first token and are clipped to the span; one that falls on
     text inside the span is none.
@@ -49,8 +54,18 @@ def oracle_template(
     num_rows, num_tokens = input_ids.shape
     span_id = torch.zeros(num_rows, num_tokens, dtype=torch.int64)
     is_sink = torch.zeros(num_rows, num_tokens, dtype=torch.bool)
+    frames_of_videos = iter(num_frames)
     for b in range(num_rows):
         ids = input_ids[b].tolist()
+        later_frames = set()  # where they begin
+        if num_frames:
+            is_video = [token_id in video_ids for token_id in ids]
+            for inside, run in itertools.groupby(range(num_tokens), is_video.__getitem__):
+                if inside:
+                    tokens = list(run)
+                    size, rest = divmod(len(tokens), next(frames_of_videos))
+                    assert rest == 0
+                    later_frames.update(tokens[size::size])
         spans: list[list[int]] = []  # their tokens
         to_be_continued = False
         marks: list[int] = []
@@ -72,7 +87,10 @@ def oracle_template(
                 last += 1
             if not spans or not (to_be_continued or set(marks) & set(trailing_ids)):
                 spans.append([])
-            spans[-1].extend(range(first, last + 1))
+            for token in range(first, last + 1):
+                if token in later_frames:
+                    spans.append([])
+                spans[-1].append(token)
             to_be_continued = bool(set(marks) & set(leading_ids))
             marks = []
         for number, tokens in enumerate(spans, 1):

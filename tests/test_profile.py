@@ -73,7 +73,9 @@ def write(path: Path, tensors: dict[str, torch.Tensor] | None = None, **changes:
 
 token_ids = st.lists(st.integers(0, 300_000), max_size=3).map(tuple)
 rules = st.builds(
-    TemplateRule,
+    lambda image_token_ids, **others: TemplateRule(
+        image_token_ids, video_token_ids=image_token_ids[1:], **others
+    ),
     image_token_ids=token_ids.filter(bool),
     start_token_ids=token_ids,
     end_token_ids=token_ids,
@@ -254,6 +256,19 @@ class TestParts:
             make_profile(**changes)
 
 
+class TestRule:
+    def test_json_is_what_it_was_before_tiles_and_videos(self) -> None:
+        text = (
+            '{"end_token_ids":[4],"image_token_ids":[5,6],"layer_pattern":"layers.(.)",'
+            '"sink_offsets":[0],"start_token_ids":[3]}'
+        )
+        rule = TemplateRule((5, 6), (3,), (4,), layer_pattern="layers.(.)")
+        assert rule.to_json() == text
+        assert TemplateRule.from_json(text) == rule
+        with pytest.raises(ValueError, match="must be an object with the keys"):
+            TemplateRule.from_json(text.replace("sink_offsets", "offsets"))
+
+
 class TestDigest:
     @pytest.mark.parametrize(
         "changes",
@@ -262,10 +277,13 @@ class TestDigest:
             *(
                 {"rule": dataclasses.replace(make_profile().rule, **{name: value})}
                 for name, value in {
-                    "image_token_ids": (1,),
+                    "image_token_ids": (1, 151656),
                     "start_token_ids": (1,),
                     "end_token_ids": (),
                     "sink_offsets": (0, 1),
+                    "leading_tile_ids": (2,),
+                    "trailing_tile_ids": (2,),
+                    "video_token_ids": (),
                     "layer_pattern": r"layers\.(\d+)",
                 }.items()
             ),

@@ -1,5 +1,8 @@
 """Where the images of a prompt are: the rule against the oracle, on random tokens."""
 
+from dataclasses import replace
+from itertools import groupby
+
 import pytest
 import torch
 from hypothesis import given
@@ -41,7 +44,9 @@ ROWS = st.integers(1, 60).flatmap(
 )
 
 
-def oracle_of(rule: TemplateRule, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def oracle_of(
+    rule: TemplateRule, ids: torch.Tensor, num_frames: tuple[int, ...] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
     return oracle_template(
         ids,
         rule.image_token_ids,
@@ -50,6 +55,8 @@ def oracle_of(rule: TemplateRule, ids: torch.Tensor) -> tuple[torch.Tensor, torc
         rule.sink_offsets,
         rule.leading_tile_ids,
         rule.trailing_tile_ids,
+        rule.video_token_ids,
+        num_frames,
     )
 
 
@@ -97,6 +104,61 @@ def test_tiles_of_an_image_are_one_span(rule: TemplateRule, ids: list[int], span
     assert "".join(map(str, found[0].tolist())) == span_id
     expected, sinks = oracle_of(rule, torch.tensor([ids]))
     assert torch.equal(found.long(), expected) and torch.equal(is_sink, sinks)
+
+
+def video_rule(rule: TemplateRule) -> TemplateRule:
+    return replace(rule, video_token_ids=(PART,))
+
+
+@given(rule=RULES.map(video_rule), rows=ROWS, data=st.data())
+def test_frames_of_videos_are_spans(
+    rule: TemplateRule, rows: list[list[int]], data: st.DataObject
+) -> None:
+    # each video token is a few
+    ids = torch.tensor(rows).repeat_interleave(torch.where(torch.tensor(rows[0]) == PART, 6, 1), 1)
+    runs = [
+        len(list(run))
+        for row in ids.tolist()
+        for is_video, run in groupby(row, lambda token: token == PART)
+        if is_video
+    ]
+    num_frames = tuple(
+        data.draw(st.sampled_from([n for n in range(1, length + 1) if length % n == 0]))
+        for length in runs
+    )
+    grid = torch.tensor([[count, 2, 2] for count in num_frames]).view(-1, 3)
+    span_id, is_sink = oracle_of(rule, ids, num_frames)
+    found = rule.template(ids, grid)
+    assert torch.equal(found.span_id.long(), span_id)
+    assert torch.equal(found.is_sink, is_sink)
+
+
+V = PART
+
+
+@pytest.mark.parametrize(
+    ("ids", "frames", "span_id"),
+    [
+        ([START, V, V, V, V, END, 0, V, V, V], [2, 3], "1112220345"),
+        ([START, V, V, V, V, END, 0, V, V, V], [4, 1], "1123440555"),
+        # frames that are runs of their own; an odd number of tokens; no video at all
+        ([START, V, V, END, 0, START, V, V, END], [2], "111102222"),
+        ([START, V, V, V, END], [2], "11111"),
+        ([START, IMAGE, IMAGE, END], [2], "1111"),
+        ([START, IMAGE, IMAGE, END], [], "1111"),
+    ],
+)
+def test_videos_that_are_cut_and_that_are_not(
+    ids: list[int], frames: list[int], span_id: str
+) -> None:
+    grid = torch.tensor([[count, 2, 2] for count in frames], dtype=torch.int64).view(-1, 3)
+    found = video_rule(UNTILED).template(torch.tensor([ids]), grid)
+    assert "".join(map(str, found.span_id[0].tolist())) == span_id
+
+
+def test_video_tokens_are_image_tokens() -> None:
+    with pytest.raises(ValueError, match=r"video_token_ids must be among.*got \[9\] beside"):
+        TemplateRule(image_token_ids=(1, 2), video_token_ids=(2, 9))
 
 
 @given(drawn=templates(max_spans=6, max_span=8, max_text=3))

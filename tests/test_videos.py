@@ -1,0 +1,194 @@
+"""Videos whose frames have nothing between them: each frame is a span."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import family_models
+import models
+from blindsight import Profile, TemplateRule, blindsight_backend
+from blindsight.families import FAMILIES
+from blindsight.measure import Prober
+from blindsight.prefill import Decoder
+from blindsight.reference import reference_logits
+from models import END_ID, FIRST_TEXT_ID, IMAGE_ID, PAD_ID, START_ID, VIDEO_ID, VOCAB_SIZE
+from oracles import (
+    assert_close_to_reference,
+    generate_reference,
+    oracle_template,
+    reference_copy,
+    run_reference,
+)
+
+PATCH_DIM, MERGE = 96, 2
+# frames, height and width in patches
+GRIDS = [[3, 4, 4], [2, 4, 8], [4, 4, 4]]
+
+
+def tiny_model(family: str) -> Any:
+    source = models if family in models.FAMILIES else family_models
+    model = source.tiny_model(family)
+    (vision,) = (part for name, part in model.named_modules() if name.endswith("visual"))
+    vision.forward = torch._dynamo.disable(vision.forward)  # most of a test's time
+    return model
+
+
+def placeholders(grid: list[int], token_id: int) -> list[int]:
+    frames, height, width = grid
+    return [START_ID, *[token_id] * (frames * height * width // MERGE**2), END_ID]
+
+
+def make_inputs(seed: int = 0, num_texts: int = 4) -> dict[str, torch.Tensor]:
+    """Two prompts, one with two videos, one with a video and an image, padded on the left."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def text(length: int) -> list[int]:
+        return torch.randint(FIRST_TEXT_ID, VOCAB_SIZE, (length,), generator=generator).tolist()
+
+    def pixels(*grids: list[int]) -> torch.Tensor:
+        num_patches = int(torch.tensor(grids).prod(-1).sum())
+        return torch.randn(num_patches, PATCH_DIM, generator=generator).bfloat16().float()
+
+    image = [1, 4, 6]
+    rows = [
+        [*text(num_texts), *placeholders(GRIDS[0], VIDEO_ID), *text(2)],
+        [*text(2), *placeholders(GRIDS[2], VIDEO_ID), *text(1), *placeholders(image, IMAGE_ID)],
+    ]
+    rows[0] += [*placeholders(GRIDS[1], VIDEO_ID), *text(5)]
+    rows[1] += text(3)
+    length = max(map(len, rows))
+    ids = torch.tensor([[PAD_ID] * (length - len(row)) + row for row in rows])
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != PAD_ID).long(),
+        "mm_token_type_ids": (ids == IMAGE_ID).long() + 2 * (ids == VIDEO_ID).long(),
+        "pixel_values": pixels(image),
+        "image_grid_thw": torch.tensor([image]),
+        "pixel_values_videos": pixels(*GRIDS),
+        "video_grid_thw": torch.tensor(GRIDS),
+    }
+
+
+def inputs_of(family: str, **options: int) -> dict[str, torch.Tensor]:
+    inputs = make_inputs(**options)
+    if family in ("exaone4_5", "qwen2_5_omni_thinker"):
+        del inputs["mm_token_type_ids"]
+    if family == "qwen2_5_omni_thinker":
+        inputs["video_second_per_grid"] = torch.full((len(GRIDS),), 0.5)
+    return inputs
+
+
+def profile_of(model: Any) -> Profile:
+    num_layers = model.config.get_text_config().num_hidden_layers
+    codes = torch.tensor([[(head + layer) % 4 for head in range(4)] for layer in range(num_layers)])
+    rule = TemplateRule(
+        (IMAGE_ID, VIDEO_ID),
+        (START_ID,),
+        (END_ID,),
+        layer_pattern=FAMILIES[model.config.model_type].layer_pattern,
+        video_token_ids=(VIDEO_ID,),
+    )
+    if model.config.model_type in models.FAMILIES:
+        assert TemplateRule.from_config(model.config) == rule
+    return Profile.for_model(model, codes, rule=rule)
+
+
+def masks_of(
+    profile: Profile, inputs: dict[str, torch.Tensor], *, whole: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    frames = () if whole else tuple(frames for frames, _, _ in GRIDS)
+    ids = inputs["input_ids"]
+    delimiters = ((START_ID,), (END_ID,))
+    template = oracle_template(
+        ids, (IMAGE_ID, VIDEO_ID), *delimiters, video_ids=(VIDEO_ID,), num_frames=frames
+    )
+    return profile.categories, *template
+
+
+def check(model: Any, logits: torch.Tensor, masks: Any, inputs: dict[str, torch.Tensor]) -> None:
+    references = [
+        run_reference(m, *masks, inputs, use_cache=False).logits
+        for m in (model, reference_copy(model))
+    ]
+    with torch.no_grad():
+        dense = model(**inputs, use_cache=False).logits
+    valid = inputs["attention_mask"].bool()
+    assert_close_to_reference(logits, *references, valid)
+    with pytest.raises(AssertionError, match="exceeds the bound"):
+        assert_close_to_reference(dense, *references, valid)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "exaone4_5", "qwen2_5_omni_thinker"])
+def test_frames_are_spans_of_a_compiled_model(family: str) -> None:
+    model = tiny_model(family)
+    profile = profile_of(model)
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
+    compiled = torch.compile(model, backend=backend)
+    for options in ({}, {"seed": 1, "num_texts": 7}):
+        inputs = inputs_of(family, **options)
+        with torch.inference_mode():
+            logits = compiled(**inputs, use_cache=False).logits
+        masks = masks_of(profile, inputs)
+        check(model, logits, masks, inputs)
+        assert torch.equal(profile.rule.template_of_inputs(inputs).span_id.long(), masks[1])
+    expected = reference_logits(model, inputs, profile)
+    valid = inputs["attention_mask"].bool()
+    torch.testing.assert_close(expected[valid], logits[valid], atol=1e-4, rtol=0)
+
+
+def test_layers_that_are_compiled_one_by_one() -> None:
+    """Hooks on the model show its videos."""
+    model = tiny_model("qwen2_5_vl")
+    profile, inputs = profile_of(model), inputs_of("qwen2_5_vl")
+    backend = blindsight_backend(profile, inner="eager", lowering="fused", model=model)
+    for layer in model.model.language_model.layers:
+        layer.compile(backend=backend)
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits
+    for layer in model.model.language_model.layers:
+        layer._compiled_call_impl = None
+    backend.detach()
+    check(model, logits, masks_of(profile, inputs), inputs)
+
+
+def test_frames_that_nobody_shows_are_told() -> None:
+    model = tiny_model("qwen2_5_vl")
+    profile, inputs = profile_of(model), inputs_of("qwen2_5_vl")
+    model.model.get_video_features = torch._dynamo.disable(model.model.get_video_features)
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
+    with torch.no_grad(), pytest.warns(UserWarning, match="frames of a video are not told apart"):
+        logits = torch.compile(model, backend=backend)(**inputs, use_cache=False).logits
+    check(model, logits, masks_of(profile, inputs, whole=True), inputs)
+
+
+def test_generation_with_videos() -> None:
+    model = tiny_model("qwen2_5_vl")
+    profile = profile_of(model)
+    inputs = {
+        name: value[:1] if value.shape[0] == 2 else value
+        for name, value in inputs_of("qwen2_5_vl").items()
+        if name not in ("pixel_values", "image_grid_thw")
+    }
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"][: 3 * 16 + 2 * 32]
+    inputs["video_grid_thw"] = inputs["video_grid_thw"][:2]
+    options = {"max_new_tokens": 4, "do_sample": False}
+    codes, span_id, is_sink = masks_of(profile, inputs)
+    expected = generate_reference(model, codes, span_id, is_sink, inputs, **options)
+    model.compile(backend=blindsight_backend(profile, inner="eager", lowering="fused"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = model.generate(**inputs, **options)
+    model._compiled_call_impl = None
+    assert torch.equal(found, expected)
+
+
+def test_videos_are_measured_and_evaluated() -> None:
+    model = tiny_model("qwen2_5_vl")
+    profile, inputs = profile_of(model), inputs_of("qwen2_5_vl")
+    measured = Prober(model, profile.rule)(inputs)
+    assert measured.error.shape[0] == 2 and (measured.error[..., 1:] > 0).all()
+    span_id = masks_of(profile, inputs)[1]
+    batch = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint).prepare(inputs)
+    assert torch.equal(batch.prompt.template.span_id.long(), span_id)
