@@ -181,7 +181,7 @@ class _Pending:
     version: int | None
     kinds: Tensor
     from_graph: bool
-    knows_videos: bool = False
+    knows_frames: bool = False
     served: set[int] = field(default_factory=set)
     joined: dict[int, tuple[History | None, History | None]] = field(default_factory=dict)
     limit_hits: int = 0  # of Dynamo's, when the forward began
@@ -192,15 +192,16 @@ class _Pending:
         return not bool(self.kinds.any())
 
     def tell_frames(self, num_frames: Tensor) -> None:
-        """Cut the videos into frames, ``[V]``."""
-        self.kinds = mark_frames(self.kinds, num_frames)
-        self.joined.clear()
-        self.knows_videos = True
+        """Cut the videos into as many frames, ``[V]``, if that fits them."""
+        if (marked := mark_frames(self.kinds, num_frames)) is not None:
+            self.kinds = marked
+            self.joined.clear()
+            self.knows_frames = True
 
     @property
     def lacks_frames(self) -> bool:
-        """Whether there are videos, and nothing has said how many frames they have."""
-        return not self.knows_videos and bool((self.kinds & VIDEO).any())
+        """Whether there are videos, and nothing has told their frames apart."""
+        return not self.knows_frames and bool((self.kinds & VIDEO).any())
 
 
 class _Thread(threading.local):
@@ -318,8 +319,8 @@ class Runtime:
             if pending.lacks_frames:
                 self.warn_once(
                     "the frames of a video are not told apart, and count as one image: its "
-                    "video_grid_thw was not seen. Compile the function that takes it (the model's "
-                    "get_video_features), or say where the frames are: "
+                    "video_grid_thw was not seen, or does not fit its tokens. Compile the function "
+                    "that takes it (the model's get_video_features), or say where the frames are: "
                     "blindsight.use_template(*rule.template(input_ids, video_grid_thw).tensors())."
                 )
             if past is None:

@@ -180,11 +180,13 @@ class TemplateRule:
         Args:
             input_ids: ``[B, T]``.
             video_grid_thw: ``[V, 3]``, frames, height and width of each video in patches, as the
-                model takes them. Without it, a video that is one run is one span.
+                model takes them. Without it, or where it does not fit the runs of video tokens, a
+                run is a span.
         """
         kinds = self.classify(input_ids)
         if video_grid_thw is not None:
-            kinds = mark_frames(kinds, video_grid_thw[:, 0])
+            marked = mark_frames(kinds, video_grid_thw[:, 0])
+            kinds = kinds if marked is None else marked
         return self.template_of_kinds(kinds)
 
     def template_of_inputs(self, inputs: Mapping[str, Any]) -> Template:
@@ -206,20 +208,22 @@ class TemplateRule:
         return Template(span_id, find_sinks(span_id, self.sink_offsets))
 
 
-def mark_frames(kinds: Tensor, num_frames: Tensor) -> Tensor:
+def mark_frames(kinds: Tensor, num_frames: Tensor) -> Tensor | None:
     """Mark where the frames of videos begin, in tokens as :meth:`TemplateRule.classify` has them.
-
-    Videos are left whole where their runs are not as many as told, or cannot be cut into equal
-    frames: frames with text between them are told apart already.
 
     Args:
         kinds: ``[B, T]``.
         num_frames: ``[V]``, of the videos of all rows in turn.
+
+    Returns:
+        None where the runs of video tokens are not as many, or cannot be cut into equal frames.
     """
     begins, lengths = _videos(kinds)
     num_frames = num_frames.to(lengths)
-    if len(begins) != len(num_frames) or bool((lengths % num_frames).any()):
-        return kinds
+    if len(begins) != len(num_frames) or bool((num_frames < 1).any()):
+        return None
+    if bool((lengths % num_frames).any()):
+        return None
     marked = kinds.flatten().clone()
     for begin, length, count in torch.stack([begins, lengths, num_frames], dim=1).tolist():
         size = length // count
