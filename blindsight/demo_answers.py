@@ -19,7 +19,7 @@ from torch import Tensor
 from blindsight.backend import blindsight_backend
 from blindsight.categories import summarize_categories
 from blindsight.cost import AttentionFlops, attention_flops
-from blindsight.demo_speed import decoder_of
+from blindsight.prefill import find_decoder
 from blindsight.profile import Profile
 from blindsight.progress import Progress
 from blindsight.reference import reference_logits
@@ -122,7 +122,8 @@ def answer_questions(*, inner: str, progress: Progress) -> Answers:
     inputs = model_inputs(processor, samples)
     # Prompts this short run dense if that is estimated to be faster: not here.
     backend = blindsight_backend(profile, inner=inner, model=model, lowering="fused")
-    decoder_of(model)[0].compile(backend=backend)
+    decoder = find_decoder(model, profile.rule.layer_pattern)
+    decoder.compile(backend=backend)
 
     def last_logits(dense: bool) -> Tensor:
         with disabled() if dense else nullcontext():
@@ -134,7 +135,7 @@ def answer_questions(*, inner: str, progress: Progress) -> Answers:
         dense, _ = progress("compiling (answers, dense)", lambda: last_logits(dense=True))
     finally:
         backend.detach()
-        decoder_of(model)[0]._compiled_call_impl = None
+        decoder._compiled_call_impl = None
     expected, _ = progress(
         "running the reference", lambda: reference_logits(model, inputs, profile)[:, -1]
     )

@@ -20,6 +20,7 @@ from blindsight.categories import NUM_CATEGORIES, summarize_categories
 from blindsight.cost import AttentionFlops, attention_flops
 from blindsight.demo_prompt import DemoOptions, load
 from blindsight.families import cache_argument, cache_of, text_config
+from blindsight.prefill import find_decoder
 from blindsight.profile import Profile
 from blindsight.progress import Progress
 from blindsight.reference import reference_logits
@@ -133,7 +134,9 @@ def _measure(
         eager, _ = progress("running eagerly", lambda: model(**inputs).logits.cpu())
     # Short prompts too: the point is to show what sparse attention does.
     backend = blindsight_backend(profile, inner=options.inner, model=model, lowering="split")
-    compiled, name = (model, "the whole model") if options.whole else decoder_of(model)
+    compiled, name = model, "the whole model"
+    if not options.whole:
+        compiled, name = find_decoder(model, profile.rule.layer_pattern), "the decoder"
     compiled.compile(backend=backend)
 
     def prefill(dense: bool) -> Any:
@@ -238,16 +241,6 @@ def _count_flops(model: nn.Module, profile: Profile, input_ids: Tensor) -> Atten
         )
         dense, sparse = dense + found.dense, sparse + found.sparse
     return AttentionFlops(dense, sparse)
-
-
-def decoder_of(model: nn.Module) -> tuple[nn.Module, str]:
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "language_model":
-            return module, f"the decoder ({name})"
-    raise ValueError(
-        f"model must have a decoder called 'language_model', got {type(model).__name__}. Compile "
-        "the whole model."
-    )
 
 
 def _profile_of(model: nn.Module, options: DemoOptions) -> Profile:
