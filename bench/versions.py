@@ -46,6 +46,8 @@ FILES = (
     "test_probe.py",
     "test_cache.py",
     "test_families.py",
+    "test_processors.py",
+    "test_videos.py",
 )
 EXACT = (
     "test_exactness.py::test_prefill_equals_dense_masks",
