@@ -17,7 +17,7 @@ from blindsight.inner import Inner
 from blindsight.layers import LayerMap
 from blindsight.lowering import Lowering
 from blindsight.passes.contract import PassList
-from blindsight.passes.find_attention import is_token_ids, is_video_grid
+from blindsight.passes.find_attention import is_axis_positions, is_token_ids, is_video_grid
 from blindsight.profile import Profile
 from blindsight.report import Report
 from blindsight.runtime import Runtime, compact
@@ -131,6 +131,9 @@ def watch_forward(model: nn.Module, runtime: Runtime) -> list[RemovableHandle]:
             grid = kwargs.get("video_grid_thw")
             if isinstance(grid, Tensor) and is_video_grid(grid):
                 state.observe_videos(grid)
+            positions = kwargs.get("position_ids")
+            if isinstance(positions, Tensor) and is_axis_positions(positions):
+                state.observe_positions(positions)
 
     def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():

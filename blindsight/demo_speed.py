@@ -26,7 +26,7 @@ from blindsight.progress import Progress
 from blindsight.reference import reference_logits
 from blindsight.report import Report
 from blindsight.runtime import disabled
-from blindsight.template import TemplateRule
+from blindsight.template import Template, TemplateRule
 from blindsight.warmup import append_text
 
 
@@ -181,7 +181,7 @@ def _measure(
         image_tokens=tuple(torch.bincount(template.span_id[0])[1:].tolist()),
         profile=profile,
         compiled=f"{name}, by {options.inner}",
-        flops=_count_flops(model, profile, inputs["input_ids"]),
+        flops=_count_flops(model, profile, template),
         dense_seconds=tuple(seconds[True]),
         sparse_seconds=tuple(seconds[False]),
         compile_seconds={"sparse": first_sparse, "dense": first_dense, "decoding": decoding},
@@ -221,9 +221,8 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).abs().max())
 
 
-def _count_flops(model: nn.Module, profile: Profile, input_ids: Tensor) -> AttentionFlops:
+def _count_flops(model: nn.Module, profile: Profile, template: Template) -> AttentionFlops:
     """Add up the layers, each under its causal mask, sliding window or chunks."""
-    template = profile.rule.template(input_ids)
     config = text_config(model.config)
     itself = torch.arange(template.num_tokens)[None]
     dense = sparse = 0

@@ -46,6 +46,7 @@ _OMNI = replace(
     _QWEN,
     image_tokens=("image_token_id", "image_token_index", "video_token_id", "video_token_index"),
     # its decoder is called `model` in older transformers
+    video_tokens=("video_token_id", "video_token_index"),
     layer_pattern=r"(?:language_model|(?<!_)model)\.layers\.(\d+)\.self_attn",
 )
 _GLM = Family(
@@ -66,7 +67,7 @@ _IDEFICS = replace(
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN2,
     "qwen2_5_vl": _QWEN2,
-    "qwen2_5_omni_thinker": replace(_OMNI, video_tokens=("video_token_id", "video_token_index")),
+    "qwen2_5_omni_thinker": _OMNI,
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,
     "qwen3_omni_moe_thinker": _OMNI,

@@ -23,16 +23,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from blindsight.template import (
-    FRAME,
-    TRAILING,
-    VIDEO,
-    Template,
-    TemplateRule,
-    count_frames,
-    find_order_problem,
-    mark_frames,
-)
+from blindsight.template import IMAGE, TRAILING, Template, TemplateRule, find_order_problem
+from blindsight.videos import FRAME, VIDEO, begins_frame, mark_by_grid, mark_by_positions
 
 T = TypeVar("T")
 
@@ -102,10 +94,16 @@ class History:
     """The tokens of one sequence so far: their kinds, or a template given by hand."""
 
     def __init__(
-        self, rule: TemplateRule, *, kinds: Tensor | None = None, template: Template | None = None
+        self,
+        rule: TemplateRule,
+        *,
+        kinds: Tensor | None = None,
+        corner: Tensor | None = None,
+        template: Template | None = None,
     ) -> None:
         self._rule = rule
         self._kinds = kinds
+        self._corner = corner  # [2, B], height and width of the last token, if it is of a video
         self._template = template
         self._on_device: dict[torch.device, Template] = {}
         self._restricts: dict[int, bool] = {}
@@ -134,26 +132,55 @@ class History:
             self._on_device[device] = Template(*(x.to(device) for x in self.template.tensors()))
         return self._on_device[device]
 
-    def extended(self, kinds: Tensor) -> History | None:
+    def extended(self, new: _Pending) -> History | None:
         """Return the history with new tokens after it, or None where that is ambiguous."""
+        kinds = new.kinds
+        if len(kinds) != self.batch:
+            return None
         if self._kinds is not None:
-            if len(kinds) != self.batch:
-                return None
-            return History(self._rule, kinds=torch.cat([self._kinds, kinds], dim=1))
+            if self._corner is not None and new.corners is not None:
+                begins = self._cuts_video(new) & begins_frame(self._corner, new.corners[..., 0])
+                kinds = torch.cat(
+                    [torch.where(begins, kinds[:, 0] | FRAME, kinds[:, 0])[:, None], kinds[:, 1:]],
+                    dim=1,
+                )
+            return History(
+                self._rule, kinds=torch.cat([self._kinds, kinds], dim=1), corner=new.last_corner
+            )
         # A template given by hand says nothing of the tokens that would join its last span.
-        new, old = self._rule.template_of_kinds(kinds), self.template
-        joins = (old.span_id[:, -1] > 0) & (kinds[:, 0] > 0) | ((kinds & TRAILING) > 0).any(1)
-        if len(kinds) != self.batch or bool(joins.any()):
+        after, old = self._rule.template_of_kinds(kinds), self.template
+        joins = (old.span_id[:, -1] > 0) & (kinds[:, 0] > 0)
+        if bool(joins.any()) or self._may_go_on(kinds):
             return None
         before = old.span_id.amax(dim=1, keepdim=True)
-        span_id = torch.where(new.span_id > 0, new.span_id + before, 0)
+        span_id = torch.where(after.span_id > 0, after.span_id + before, 0)
         return History(
             self._rule,
             template=Template(
                 torch.cat([old.span_id, span_id], dim=1),
-                torch.cat([old.is_sink, new.is_sink], dim=1),
+                torch.cat([old.is_sink, after.is_sink], dim=1),
             ),
         )
+
+    def lacks_frames(self, new: _Pending) -> bool:
+        """Whether new tokens go on with a video, and nothing tells if they begin a frame."""
+        if self._kinds is None or len(new.kinds) != self.batch:
+            return False
+        told = self._corner is not None and new.corners is not None
+        unknown = self._cuts_video(new) & (new.kinds[:, 0] & FRAME == 0)
+        return not told and bool(unknown.any())
+
+    def _cuts_video(self, new: _Pending) -> Tensor:
+        """Whether the last token and the first new one are both of a video: ``[B]`` bool."""
+        assert self._kinds is not None
+        return (self._kinds[:, -1] & new.kinds[:, 0] & VIDEO) > 0
+
+    def _may_go_on(self, kinds: Tensor) -> bool:
+        """Whether new tokens may hold tiles of an image that a template by hand has."""
+        is_image = (kinds & IMAGE).bool()
+        if self._rule.leading_tile_ids and bool(is_image.any()):
+            return bool((self.template.span_id > 0).any())
+        return bool((((kinds & TRAILING) > 0) & (is_image.cumsum(1) == 0)).any())
 
 
 @dataclass
@@ -179,29 +206,43 @@ class _Pending:
 
     source: weakref.ref[Tensor]
     version: int | None
-    kinds: Tensor
+    tokens: Tensor  # what they are, [B, Q]
     from_graph: bool
+    kinds: Tensor = field(init=False)  # the same, frames of videos marked
+    corners: Tensor | None = None  # [2, B, Q], height and width of each token, where they told it
     knows_frames: bool = False
     served: set[int] = field(default_factory=set)
     joined: dict[int, tuple[History | None, History | None]] = field(default_factory=dict)
     limit_hits: int = 0  # of Dynamo's, when the forward began
+
+    def __post_init__(self) -> None:
+        self.kinds = self.tokens
 
     @cached_property
     def is_text(self) -> bool:
         """Whether no token can belong to an image."""
         return not bool(self.kinds.any())
 
-    def tell_frames(self, num_frames: Tensor) -> None:
-        """Cut the videos into as many frames, ``[V]``, if that fits them."""
-        if (marked := mark_frames(self.kinds, num_frames)) is not None:
-            self.kinds = marked
-            self.joined.clear()
-            self.knows_frames = True
+    def tell_frames(self, marked: Tensor | None, corners: Tensor | None = None) -> None:
+        """Take the tokens with their frames marked; None: what was told does not fit."""
+        self.kinds = self.tokens if marked is None else marked
+        self.knows_frames = marked is not None
+        self.corners = None if marked is None else corners
+        self.joined.clear()
 
     @property
-    def lacks_frames(self) -> bool:
-        """Whether there are videos, and nothing has told their frames apart."""
-        return not self.knows_frames and bool((self.kinds & VIDEO).any())
+    def has_videos(self) -> bool:
+        """Whether there are videos that are one run each."""
+        return bool((self.tokens & VIDEO).any())
+
+    @property
+    def told_by_grid(self) -> bool:
+        """Whether it was the model's grids that told the frames apart."""
+        return self.knows_frames and self.corners is None
+
+    @property
+    def last_corner(self) -> Tensor | None:
+        return None if self.corners is None else self.corners[..., -1]
 
 
 class _Thread(threading.local):
@@ -277,7 +318,7 @@ class Runtime:
             same = pending.source() is input_ids and pending.version == version
             if same and version is None:
                 # Nothing counts what is written to a tensor made in inference mode: look again.
-                same = torch.equal(pending.kinds & ~FRAME, self.rule.classify(input_ids))
+                same = torch.equal(pending.tokens, self.rule.classify(input_ids))
             if same and not pending.served:
                 return
             if pending.from_graph:
@@ -292,16 +333,19 @@ class Runtime:
 
     def observe_videos(self, video_grid_thw: Tensor) -> None:
         """Take note of the frames of the videos in the forward under way: ``[V, 3]``."""
-        if (pending := self.pending) is not None and pending.lacks_frames:
-            pending.tell_frames(video_grid_thw[:, 0].cpu())
+        pending = self.pending
+        if pending is not None and not pending.served and pending.has_videos:
+            pending.tell_frames(mark_by_grid(pending.tokens, video_grid_thw.cpu()))
 
     def observe_positions(self, position_ids: Tensor) -> None:
         """Take note of positions in time, height and width: ``[3 or 4, B, Q]``."""
         pending = self.pending
-        if pending is None or position_ids.shape[1:] != pending.kinds.shape:
+        if pending is None or pending.served or not pending.has_videos:
             return
-        if pending.lacks_frames:
-            pending.tell_frames(count_frames(pending.kinds, position_ids.cpu()))
+        if position_ids.shape[1:] == pending.tokens.shape and not pending.told_by_grid:
+            positions = position_ids.cpu()
+            marked = mark_by_positions(pending.tokens, positions)
+            pending.tell_frames(marked, positions[-2:])
 
     def end(self) -> None:
         """Take note that a forward is over of which a hook told the beginning."""
@@ -316,17 +360,19 @@ class Runtime:
     def history(self, pending: _Pending, past: History | None) -> History | None:
         """Return the whole sequence: a cache's tokens (if any) and the forward's own."""
         if id(past) not in pending.joined:
-            if pending.lacks_frames:
+            untold = pending.has_videos and not pending.knows_frames
+            if untold or (past is not None and past.lacks_frames(pending)):
                 self.warn_once(
                     "the frames of a video are not told apart, and count as one image: its "
-                    "video_grid_thw was not seen, or does not fit its tokens. Compile the function "
-                    "that takes it (the model's get_video_features), or say where the frames are: "
+                    "video_grid_thw was not seen, or does not fit its tokens. Say where they are: "
                     "blindsight.use_template(*rule.template(input_ids, video_grid_thw).tensors())."
                 )
             if past is None:
-                joined: History | None = History(self.rule, kinds=pending.kinds)
+                joined: History | None = History(
+                    self.rule, kinds=pending.kinds, corner=pending.last_corner
+                )
             else:
-                joined = past.extended(pending.kinds)
+                joined = past.extended(pending)
             pending.joined[id(past)] = (past, joined)
         return pending.joined[id(past)][1]
 

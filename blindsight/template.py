@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blindsight.videos import FRAME, VIDEO, mark_by_grid
+
 # What a token can be, as bits: one id may be both delimiters (a separator between images).
-TEXT, IMAGE, START, END, LEADING, TRAILING, VIDEO, FRAME = 0, 1, 2, 4, 8, 16, 32, 64
+# Videos have two more, see blindsight.videos.
+TEXT, IMAGE, START, END, LEADING, TRAILING = 0, 1, 2, 4, 8, 16
 
 # Left out of a rule's JSON where they are empty: it is then what it was before there were any.
 _OPTIONAL = ("leading_tile_ids", "trailing_tile_ids", "video_token_ids")
@@ -72,12 +75,13 @@ class TemplateRule:
         start_token_ids: Ids of the delimiter before an image.
         end_token_ids: Ids of the delimiter after an image.
         leading_tile_ids: Ids of the marks of tiles that come before the rest of their image: a
-            run of image tokens is such a tile if a mark is between it and the run before it.
+            run of image tokens is such a tile if a mark is between it and the run before it, and
+            no start delimiter after the mark (which may be one itself).
         trailing_tile_ids: The same of tiles that come after the rest of their image.
         video_token_ids: Those of ``image_token_ids`` whose runs are whole videos.
         sink_offsets: Positions relative to a span's first token that are its sinks, clipped
-            to the span. ``(0,)`` is the start delimiter, or the first image token where a
-            family has no delimiters.
+            to the span; one that falls on text inside the span is none. ``(0,)`` is the start
+            delimiter, or the first image token where a family has no delimiters.
         layer_pattern: Regular expression with one group, the layer's number, that is searched
             in a module's dotted path to tell decoder attention from everything else.
 
@@ -180,12 +184,12 @@ class TemplateRule:
         Args:
             input_ids: ``[B, T]``.
             video_grid_thw: ``[V, 3]``, frames, height and width of each video in patches, as the
-                model takes them. Without it, or where it does not fit the runs of video tokens, a
-                run is a span.
+                model takes them. Without it, or where it does not fit the tokens, a run of them is
+                a span.
         """
         kinds = self.classify(input_ids)
         if video_grid_thw is not None:
-            marked = mark_frames(kinds, video_grid_thw[:, 0])
+            marked = mark_by_grid(kinds, video_grid_thw)
             kinds = kinds if marked is None else marked
         return self.template_of_kinds(kinds)
 
@@ -203,60 +207,9 @@ class TemplateRule:
         begins = opens | (image & ~after_image & ~_shift(opens, 1))
         if self.leading_tile_ids or self.trailing_tile_ids:
             begins &= ~_goes_on(kinds, begins)
-        begins |= (kinds & FRAME).bool()
+        begins |= (kinds & FRAME).bool() & after_image
         span_id = begins.cumsum(1, dtype=torch.int32) * inside
         return Template(span_id, find_sinks(span_id, self.sink_offsets))
-
-
-def mark_frames(kinds: Tensor, num_frames: Tensor) -> Tensor | None:
-    """Mark where the frames of videos begin, in tokens as :meth:`TemplateRule.classify` has them.
-
-    Args:
-        kinds: ``[B, T]``.
-        num_frames: ``[V]``, of the videos of all rows in turn.
-
-    Returns:
-        None where the runs of video tokens are not as many, or cannot be cut into equal frames.
-    """
-    begins, lengths = _videos(kinds)
-    num_frames = num_frames.to(lengths)
-    if len(begins) != len(num_frames) or bool((num_frames < 1).any()):
-        return None
-    if bool((lengths % num_frames).any()):
-        return None
-    marked = kinds.flatten().clone()
-    for begin, length, count in torch.stack([begins, lengths, num_frames], dim=1).tolist():
-        size = length // count
-        marked[begin + size : begin + length : size] |= FRAME
-    return marked.view_as(kinds)
-
-
-def count_frames(kinds: Tensor, position_ids: Tensor) -> Tensor:
-    """Return how many frames each video has, ``[V]``, from rotary positions of three axes.
-
-    A frame's rows and columns are counted from the same corner; so each frame has one token at
-    the height and width of its video's first (M-RoPE, Qwen2-VL, arXiv 2409.12191).
-
-    Args:
-        kinds: ``[B, T]``.
-        position_ids: ``[..., B, T]``, time, height and width at the end of the first axis.
-    """
-    begins, lengths = _videos(kinds)
-    height, width = (axis.flatten().to(begins.device) for axis in position_ids[-2:])
-    counts = [
-        int(((height[run] == height[run.start]) & (width[run] == width[run.start])).sum())
-        for run in map(slice, begins.tolist(), (begins + lengths).tolist())
-    ]
-    return torch.tensor(counts, dtype=torch.int64)
-
-
-def _videos(kinds: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where the runs of video tokens begin in the rows, one after the other; and lengths."""
-    video = (kinds & VIDEO).bool()
-    begins, lasts = (
-        (video & ~_shift(video, steps)).flatten().nonzero().flatten() for steps in (1, -1)
-    )
-    return begins, lasts + 1 - begins
 
 
 def _goes_on(kinds: Tensor, begins: Tensor) -> Tensor:
@@ -269,9 +222,11 @@ def _goes_on(kinds: Tensor, begins: Tensor) -> Tensor:
     Returns:
         ``[B, T]`` bool, of such first tokens.
     """
+    # a mark counts up to where the next image is said to start, be it the same token
     end_of_run = _latest((kinds & IMAGE).bool(), before=True)
-    is_leading = begins & (_latest((kinds & LEADING).bool()) > end_of_run)
-    is_trailing = begins & (_latest((kinds & TRAILING).bool()) > end_of_run)
+    since = torch.maximum(end_of_run + 1, _latest((kinds & START).bool()))
+    is_leading = begins & (_latest((kinds & LEADING).bool()) >= since)
+    is_trailing = begins & (_latest((kinds & TRAILING).bool()) >= since)
     run_before = _latest(begins, before=True)
     follows_leading = _latest(is_leading, before=True) == run_before
     return begins & (run_before >= 0) & (follows_leading | is_trailing)

@@ -38,11 +38,12 @@ def oracle_template(
     A span is a maximal run of image tokens, plus the start delimiter right before it and the end
     delimiter right after it, where there are any. A delimiter without image tokens is text.
 
-    A run with a leading mark before it, and no image token in between, is one span with the run
-    after it; a run with such a trailing mark is one span with the run before it.
+    A run with a leading mark before it, and neither an image token nor a start delimiter in
+    between, is one span with the run after it; a run with such a trailing mark is one span with
+    the run before it.
 
     A run of video tokens is cut into as many equal frames as `num_frames` says, a number for each
-    run of all rows in turn; without it videos are whole.
+    run of all rows in turn, and each frame is a span; without it videos are whole.
 
     Sink offsets count from the span's first token and are clipped to the span; one that falls on
     text inside the span is none.
@@ -57,7 +58,7 @@ def oracle_template(
     frames_of_videos = iter(num_frames)
     for b in range(num_rows):
         ids = input_ids[b].tolist()
-        later_frames = set()  # where they begin
+        frames = set()  # where they begin
         if num_frames:
             is_video = [token_id in video_ids for token_id in ids]
             for inside, run in itertools.groupby(range(num_tokens), is_video.__getitem__):
@@ -65,14 +66,14 @@ def oracle_template(
                     tokens = list(run)
                     size, rest = divmod(len(tokens), next(frames_of_videos))
                     assert rest == 0
-                    later_frames.update(tokens[size::size])
+                    frames.update(tokens[::size])
         spans: list[list[int]] = []  # their tokens
         to_be_continued = False
         marks: list[int] = []
         t = 0
         while t < num_tokens:
             if ids[t] not in image_ids:
-                marks.append(ids[t])
+                marks = [*([] if ids[t] in start_ids else marks), ids[t]]
                 t += 1
                 continue
             first = t
@@ -88,7 +89,7 @@ def oracle_template(
             if not spans or not (to_be_continued or set(marks) & set(trailing_ids)):
                 spans.append([])
             for token in range(first, last + 1):
-                if token in later_frames:
+                if token in frames and token > first and ids[token - 1] in image_ids:
                     spans.append([])
                 spans[-1].append(token)
             to_be_continued = bool(set(marks) & set(leading_ids))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from blindsight import TemplateRule
 from blindsight.template import span_edges, template_of_ids
+from blindsight.videos import mark_by_positions
 from oracles import oracle_template
 from strategies import Template, templates
 
@@ -97,6 +98,8 @@ L, T = LEADING, TRAILING
         (DELIMITED, [T, 1, 4, 0, 3, 1, 4, 0, T, 0], "1110222000"),
         # marks that are text, not next to their tile
         (TILED, [L, 0, 1, 0, L, 0, 0, 1, 0, 1, 0, 1], "001000010102"),
+        # Aya: the mark of a tile is a word like any other, unless an image has begun
+        (TILED, [3, L, 0, 1, L, 1, 0, 1, 4, 0, L, 0, 3, 0, 1, 4, 0, 3, 1], "0001010110000022033"),
     ],
 )
 def test_tiles_of_an_image_are_one_span(rule: TemplateRule, ids: list[int], span_id: str) -> None:
@@ -126,7 +129,9 @@ def test_frames_of_videos_are_spans(
         data.draw(st.sampled_from([n for n in range(1, length + 1) if length % n == 0]))
         for length in runs
     )
-    grid = torch.tensor([[count, 2, 2] for count in num_frames]).view(-1, 3)
+    grid = torch.tensor(
+        [[n, 2, 2 * length // n] for n, length in zip(num_frames, runs, strict=True)]
+    ).view(-1, 3)
     span_id, is_sink = oracle_of(rule, ids, num_frames)
     found = rule.template(ids, grid)
     assert torch.equal(found.span_id.long(), span_id)
@@ -137,23 +142,73 @@ V = PART
 
 
 @pytest.mark.parametrize(
-    ("ids", "frames", "span_id"),
+    ("ids", "grids", "span_id"),
     [
-        ([START, V, V, V, V, END, 0, V, V, V], [2, 3], "1112220345"),
-        ([START, V, V, V, V, END, 0, V, V, V], [4, 1], "1123440555"),
-        # frames that are runs of their own; an odd number of tokens; no video at all
-        ([START, V, V, END, 0, START, V, V, END], [2], "111102222"),
-        ([START, V, V, V, END], [2], "11111"),
-        ([START, IMAGE, IMAGE, END], [2], "1111"),
+        ([START, V, V, V, V, END, 0, V, V, V], [[2, 2, 4], [3, 2, 2]], "1112220345"),
+        ([START, V, V, V, V, END, 0, V, V, V], [[4, 2, 2], [1, 2, 6]], "1123440555"),
+        # runs that are frames, or some of them (sound is between)
+        ([START, V, V, END, 0, START, V, V, END], [[2, 2, 4]], "111102222"),
+        ([V, V, V, V, 0, V, V, V, V], [[4, 2, 4]], "112203344"),
+        ([V, V, V, 0, V, V, V, V, V], [[4, 2, 4]], "112034455"),
+        # after an image that nothing divides from it
+        ([IMAGE, IMAGE, V, V, V, V], [[2, 2, 4]], "112233"),
+        # other videos: of another size, one that is not there, one too many, none at all
+        ([START, V, V, V, END], [[2, 2, 2]], "11111"),
+        ([START, IMAGE, IMAGE, END], [[2, 2, 2]], "1111"),
+        ([START, V, V, V, V, END], [[2, 2, 2], [0, 2, 2]], "111111"),
+        ([START, V, V, V, V, END], [], "111111"),
         ([START, IMAGE, IMAGE, END], [], "1111"),
     ],
 )
 def test_videos_that_are_cut_and_that_are_not(
-    ids: list[int], frames: list[int], span_id: str
+    ids: list[int], grids: list[list[int]], span_id: str
 ) -> None:
-    grid = torch.tensor([[count, 2, 2] for count in frames], dtype=torch.int64).view(-1, 3)
+    grid = torch.tensor(grids, dtype=torch.int64).view(-1, 3)
     found = video_rule(UNTILED).template(torch.tensor([ids]), grid)
     assert "".join(map(str, found.span_id[0].tolist())) == span_id
+
+
+def test_no_video_is_of_two_rows() -> None:
+    ids = torch.tensor([[START, V, V, END, 0], [START, V, V, V, V]])
+    for grids, cut in (([[1, 2, 4], [2, 2, 4]], True), ([[3, 2, 4]], False)):
+        span_id = video_rule(UNTILED).template(ids, torch.tensor(grids)).span_id
+        assert span_id.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 2, 2] if cut else [1] * 5]
+
+
+@given(
+    grids=st.lists(st.tuples(*[st.integers(1, 4)] * 3), min_size=1, max_size=4),
+    gap=st.integers(0, 2),
+    data=st.data(),
+)
+def test_positions_tell_what_grids_tell(
+    grids: list[tuple[int, int, int]], gap: int, data: st.DataObject
+) -> None:
+    """Positions as M-RoPE defines them; frames may share their time, as Qwen2.5-VL's do."""
+    ids, positions, start = [0], [(0, 0, 0)], 1
+    slow = data.draw(st.booleans())
+    for frames, height, width in grids:
+        ids += [START, *[V] * (frames * height * width), END, *[0] * gap]
+        positions.append((start,) * 3)
+        corner = start + 1
+        positions += [
+            (corner + (0 if slow else t), corner + row, corner + column)
+            for t in range(frames)
+            for row in range(height)
+            for column in range(width)
+        ]
+        start = 1 + max(max(place) for place in positions)
+        positions += [(start + at,) * 3 for at in range(gap + 1)]
+        start += gap + 1
+    rule = video_rule(UNTILED)
+    kinds = rule.classify(torch.tensor([ids]))
+    position_ids = torch.tensor(positions).T[:, None]
+    of_text = torch.arange(len(ids)).expand(4, 1, -1)
+    expected = rule.template(torch.tensor([ids]), torch.tensor(grids)).span_id
+    marked = mark_by_positions(kinds, position_ids)
+    assert marked is not None
+    assert torch.equal(rule.template_of_kinds(marked).span_id, expected)
+    longest = max(frames * height * width for frames, height, width in grids)
+    assert (mark_by_positions(kinds, of_text) is None) == (longest > 1)
 
 
 def test_video_tokens_are_image_tokens() -> None:

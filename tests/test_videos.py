@@ -13,6 +13,7 @@ from blindsight.families import FAMILIES
 from blindsight.measure import Prober
 from blindsight.prefill import Decoder
 from blindsight.reference import reference_logits
+from blindsight.runtime import BlindsightWarning, History, Runtime
 from models import END_ID, FIRST_TEXT_ID, IMAGE_ID, PAD_ID, START_ID, VIDEO_ID, VOCAB_SIZE
 from oracles import (
     assert_close_to_reference,
@@ -73,9 +74,9 @@ def make_inputs(seed: int = 0, num_texts: int = 4) -> dict[str, torch.Tensor]:
 
 def inputs_of(family: str, **options: int) -> dict[str, torch.Tensor]:
     inputs = make_inputs(**options)
-    if family in ("exaone4_5", "qwen2_5_omni_thinker"):
+    if family not in models.FAMILIES:
         del inputs["mm_token_type_ids"]
-    if family == "qwen2_5_omni_thinker":
+    if "omni" in family:
         inputs["video_second_per_grid"] = torch.full((len(GRIDS),), 0.5)
     return inputs
 
@@ -108,10 +109,9 @@ def masks_of(
 
 
 def check(model: Any, logits: torch.Tensor, masks: Any, inputs: dict[str, torch.Tensor]) -> None:
-    references = [
-        run_reference(m, *masks, inputs, use_cache=False).logits
-        for m in (model, reference_copy(model))
-    ]
+    copy64 = reference_copy(model)
+    copy64.set_experts_implementation("eager")  # grouped products are not for fp64
+    references = [run_reference(m, *masks, inputs, use_cache=False).logits for m in (model, copy64)]
     with torch.no_grad():
         dense = model(**inputs, use_cache=False).logits
     valid = inputs["attention_mask"].bool()
@@ -120,13 +120,22 @@ def check(model: Any, logits: torch.Tensor, masks: Any, inputs: dict[str, torch.
         assert_close_to_reference(dense, *references, valid)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "exaone4_5", "qwen2_5_omni_thinker"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen2_5_vl",
+        "exaone4_5",
+        "qwen2_5_omni_thinker",
+        pytest.param("qwen2_vl", marks=pytest.mark.nightly),
+        pytest.param("qwen3_omni_moe_thinker", marks=pytest.mark.nightly),
+    ],
+)
 def test_frames_are_spans_of_a_compiled_model(family: str) -> None:
     model = tiny_model(family)
     profile = profile_of(model)
-    backend = blindsight_backend(profile, inner="eager", lowering="fused")
+    backend = blindsight_backend(profile, inner="eager", lowering="fused", model=model)
     compiled = torch.compile(model, backend=backend)
-    for options in ({}, {"seed": 1, "num_texts": 7}):
+    for options in ({}, {"seed": 1, "num_texts": 7})[: 2 if family == "qwen2_5_vl" else 1]:
         inputs = inputs_of(family, **options)
         with torch.inference_mode():
             logits = compiled(**inputs, use_cache=False).logits
@@ -163,42 +172,136 @@ def test_frames_that_nobody_shows_are_told() -> None:
     check(model, logits, masks_of(profile, inputs, whole=True), inputs)
 
 
-def test_generation_with_videos() -> None:
-    model = tiny_model("qwen2_5_vl")
-    profile = profile_of(model)
+def first_prompt(family: str) -> dict[str, torch.Tensor]:
+    """The prompt with two videos, without its padding."""
+    inputs = inputs_of(family)
+    inputs.pop("pixel_values"), inputs.pop("image_grid_thw")
+    begin = int(inputs["attention_mask"][0].argmax())
     inputs = {
-        name: value[:1] if value.shape[0] == 2 else value
-        for name, value in inputs_of("qwen2_5_vl").items()
-        if name not in ("pixel_values", "image_grid_thw")
+        name: value[:1, begin:] if value.shape[0] == 2 else value for name, value in inputs.items()
     }
-    inputs["pixel_values_videos"] = inputs["pixel_values_videos"][: 3 * 16 + 2 * 32]
     inputs["video_grid_thw"] = inputs["video_grid_thw"][:2]
-    options = {
-        "max_new_tokens": 4,
-        "do_sample": False,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    }
+    num_patches = int(inputs["video_grid_thw"].prod(-1).sum())
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"][:num_patches]
+    return inputs
+
+
+GENERATION = {
+    "max_new_tokens": 4,
+    "do_sample": False,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("chunk", "one_by_one"),
+    [
+        (None, False),
+        (10, True),
+        pytest.param(13, False, marks=pytest.mark.nightly),
+        pytest.param(6, True, marks=pytest.mark.nightly),
+        pytest.param(None, True, marks=pytest.mark.nightly),
+    ],
+)
+def test_generation_with_videos(chunk: int | None, one_by_one: bool) -> None:
+    """Positions tell the frames; chunks begin anywhere in them."""
+    model = tiny_model("qwen2_5_vl")
+    profile, inputs = profile_of(model), first_prompt("qwen2_5_vl")
+    options = {**GENERATION, **({} if chunk is None else {"prefill_chunk_size": chunk})}
     codes, span_id, is_sink = masks_of(profile, inputs)
-    expected = generate_reference(model, codes, span_id, is_sink, inputs, **options)
-    model.compile(backend=blindsight_backend(profile, inner="eager", lowering="fused"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+    expected = generate_reference(model, codes, span_id, is_sink, inputs, **GENERATION)
+    backend = blindsight_backend(profile, inner="eager", lowering="fused", model=model)
+    parts = model.model.language_model.layers if one_by_one else [model]
+    for part in parts:
+        part.compile(backend=backend)
+    with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=64):
+        warnings.simplefilter("error", BlindsightWarning)
         found = model.generate(**inputs, **options)
-    model._compiled_call_impl = None
+    for part in parts:
+        part._compiled_call_impl = None
+    backend.detach()
     assert torch.equal(found.sequences, expected.sequences)
     for ours, theirs in zip(found.logits, expected.logits, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
     whole = masks_of(profile, inputs, whole=True)[1:]
-    other = generate_reference(model, codes, *whole, inputs, **options)
+    other = generate_reference(model, codes, *whole, inputs, **GENERATION)
     assert (other.logits[0] - expected.logits[0]).abs().max() > 1e-2
+
+
+def test_generation_that_shows_no_frames_says_so() -> None:
+    """EXAONE has the positions of text, and transformers prepares its videos beforehand."""
+    model = tiny_model("exaone4_5")
+    profile, inputs = profile_of(model), first_prompt("exaone4_5")
+    masks = masks_of(profile, inputs, whole=True)
+    expected = generate_reference(model, *masks, inputs, **GENERATION)
+    model.compile(backend=blindsight_backend(profile, inner="eager", lowering="fused", model=model))
+    with pytest.warns(BlindsightWarning, match="frames of a video are not told apart"):
+        found = model.generate(**inputs, **GENERATION)
+    model._compiled_call_impl = None
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def runtime_of(model: Any) -> Runtime:
+    backend = blindsight_backend(profile_of(model), inner="eager", model=model)
+    return backend.state.runtime
+
+
+def spans_of(runtime: Runtime, past: History | None = None) -> tuple[History, str]:
+    assert runtime.pending is not None
+    history = runtime.history(runtime.pending, past)
+    assert history is not None
+    return history, "".join(map(str, history.template.span_id[0].tolist()))
+
+
+def test_a_video_that_comes_frame_by_frame() -> None:
+    """Each call with the grid of its own frame, as one run or in the middle of one."""
+    runtime = runtime_of(tiny_model("qwen2_5_vl"))
+    grid, history, spans = torch.tensor([[1, 4, 4]]), None, ""
+    frame = [VIDEO_ID] * 4
+    for tokens in ([FIRST_TEXT_ID, START_ID, *frame], frame, [*frame, END_ID, FIRST_TEXT_ID]):
+        ids = torch.tensor([tokens])
+        runtime.observe(ids)
+        runtime.observe_videos(grid)
+        history, spans = spans_of(runtime, history)
+    assert spans == "011111" + "2222" + "333330"
+
+
+def test_the_last_grid_that_is_shown_counts() -> None:
+    """The first call failed: its grid did not fit its pixels."""
+    runtime = runtime_of(tiny_model("qwen2_5_vl"))
+    ids = torch.tensor([[START_ID, *[VIDEO_ID] * 8, END_ID]])
+    for frames, expected in ((2, "1111122222"), (4, "1112233444"), (3, "1111111111")):
+        runtime.observe(ids)
+        runtime.observe_videos(torch.tensor([[frames, 4, 32 // frames // 2]]))
+        if frames == 3:
+            with pytest.warns(BlindsightWarning, match="does not fit its tokens"):
+                assert spans_of(runtime)[1] == expected
+        else:
+            assert spans_of(runtime)[1] == expected
+
+
+def test_a_chunk_whose_frames_nobody_tells() -> None:
+    runtime = runtime_of(tiny_model("qwen2_5_vl"))
+    first, second = (torch.tensor([tokens]) for tokens in ([START_ID, VIDEO_ID], [VIDEO_ID] * 3))
+    runtime.observe(first)
+    runtime.observe_positions(torch.tensor([[0, 1], [0, 1], [0, 1]])[:, None])
+    history, _ = spans_of(runtime)
+    runtime.observe(second)
+    with pytest.warns(BlindsightWarning, match="not told apart"):
+        spans_of(runtime, history)
 
 
 def test_videos_are_measured_and_evaluated() -> None:
     model = tiny_model("qwen2_5_vl")
     profile, inputs = profile_of(model), inputs_of("qwen2_5_vl")
-    measured = Prober(model, profile.rule)(inputs)
-    assert measured.error.shape[0] == 2 and (measured.error[..., 1:] > 0).all()
     span_id = masks_of(profile, inputs)[1]
+    prober = Prober(model, profile.rule)
+    seen = []
+    begin = prober._backend.begin
+    prober._backend.begin = lambda template: (seen.append(template), begin(template))[1]
+    prober(inputs)
+    assert torch.equal(seen[0].span_id.long(), span_id)
     batch = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint).prepare(inputs)
     assert torch.equal(batch.prompt.template.span_id.long(), span_id)

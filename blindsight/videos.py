@@ -1,0 +1,86 @@
+"""Where the frames of a video begin, in families that write all frames as one run of tokens.
+
+Shapes: B batch, T tokens, V videos.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+# What a token can be, as bits, beside those of blindsight.template.
+VIDEO, FRAME = 32, 64  # of such a video; the first of a frame
+
+
+def mark_by_grid(kinds: Tensor, video_grid_thw: Tensor) -> Tensor | None:
+    """Mark where frames begin, from what the model is told of its videos.
+
+    Tokens of videos are dealt out to the frames in turn, whatever is written between them.
+
+    Args:
+        kinds: ``[B, T]``, what each token is, as bits.
+        video_grid_thw: ``[V, 3]``, frames, height and width in patches, of the videos of all rows
+            in turn.
+
+    Returns:
+        None where the videos are not those of the tokens.
+    """
+    where = (kinds & VIDEO).flatten().nonzero().flatten()
+    num_frames, heights, widths = video_grid_thw.to(where).unbind(1)
+    if not len(where) and not len(num_frames):
+        return kinds
+    patches = heights * widths
+    total = int((num_frames * patches).sum())
+    if total < 1 or int(num_frames.min()) < 1 or bool((len(where) * patches % total).any()):
+        return None
+    tokens = len(where) * patches // total
+    ends = (num_frames * tokens).cumsum(0)
+    if int(tokens.min()) < 1 or _rows(where[ends - 1], kinds) != _rows(
+        where[ends - num_frames * tokens], kinds
+    ):
+        return None
+    sizes = tokens.repeat_interleave(num_frames)
+    marked = kinds.flatten().clone()
+    marked[where[sizes.cumsum(0) - sizes]] |= FRAME
+    return marked.view_as(kinds)
+
+
+def mark_by_positions(kinds: Tensor, position_ids: Tensor) -> Tensor | None:
+    """Mark where frames begin, from rotary positions of three axes.
+
+    The tokens of a frame go through its rows and columns (M-RoPE of Qwen2-VL, arXiv 2409.12191);
+    a frame begins where that starts again. What the first token of all is, the one before it has
+    to say: see :func:`begins_frame`.
+
+    Args:
+        kinds: ``[B, T]``, what each token is, as bits.
+        position_ids: ``[..., B, T]``, time, height and width at the end of the first axis.
+
+    Returns:
+        None where the positions are those of text.
+    """
+    positions = position_ids[-3:].to(kinds.device)
+    video = (kinds & VIDEO).bool()
+    follows = video & pad(video, (1, 0))[:, :-1]
+    before = pad(positions, (1, 0))[..., :-1]
+    if bool(((positions > before).all(0) & follows).any()):
+        return None
+    begins = video & (~follows | begins_frame(before[-2:], positions[-2:]))
+    begins[:, 0] = False
+    return torch.where(begins, kinds | FRAME, kinds)
+
+
+def begins_frame(before: Tensor, token: Tensor) -> Tensor:
+    """Whether a token of a video begins a frame, from its height and width and those before it.
+
+    Args:
+        before, token: ``[2, ...]``.
+    """
+    height_before, width_before = before.unbind()
+    height, width = token.unbind()
+    return (height < height_before) | (height == height_before) & (width <= width_before)
+
+
+def _rows(positions: Tensor, kinds: Tensor) -> list[int]:
+    return (positions // kinds.shape[1]).tolist()
