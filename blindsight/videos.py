@@ -12,6 +12,8 @@ from torch.nn.functional import pad
 # What a token can be, as bits, beside those of blindsight.template.
 VIDEO, FRAME = 32, 64  # of such a video; the first of a frame
 
+PATCHES_PER_TOKEN = 4  # of a frame: all those families merge 2 x 2
+
 
 def mark_by_grid(kinds: Tensor, video_grid_thw: Tensor) -> Tensor | None:
     """Mark where frames begin, from what the model is told of its videos.
@@ -24,21 +26,20 @@ def mark_by_grid(kinds: Tensor, video_grid_thw: Tensor) -> Tensor | None:
             in turn.
 
     Returns:
-        None where the videos are not those of the tokens.
+        None where those are not the videos of the tokens, or not all of them.
     """
     where = (kinds & VIDEO).flatten().nonzero().flatten()
     num_frames, heights, widths = video_grid_thw.to(where).unbind(1)
-    if not len(where) and not len(num_frames):
-        return kinds
     patches = heights * widths
-    total = int((num_frames * patches).sum())
-    if total < 1 or int(num_frames.min()) < 1 or bool((len(where) * patches % total).any()):
+    if int((num_frames * patches).sum()) != PATCHES_PER_TOKEN * len(where):
         return None
-    tokens = len(where) * patches // total
-    ends = (num_frames * tokens).cumsum(0)
-    if int(tokens.min()) < 1 or _rows(where[ends - 1], kinds) != _rows(
-        where[ends - num_frames * tokens], kinds
-    ):
+    if bool((num_frames < 1).any() | (patches < 1).any() | (patches % PATCHES_PER_TOKEN).any()):
+        return None
+    tokens = patches // PATCHES_PER_TOKEN
+    lengths = num_frames * tokens
+    ends = lengths.cumsum(0)
+    row_of = where // kinds.shape[1]
+    if not torch.equal(row_of[ends - lengths], row_of[ends - 1]):
         return None
     sizes = tokens.repeat_interleave(num_frames)
     marked = kinds.flatten().clone()
@@ -80,7 +81,3 @@ def begins_frame(before: Tensor, token: Tensor) -> Tensor:
     height_before, width_before = before.unbind()
     height, width = token.unbind()
     return (height < height_before) | (height == height_before) & (width <= width_before)
-
-
-def _rows(positions: Tensor, kinds: Tensor) -> list[int]:
-    return (positions // kinds.shape[1]).tolist()

@@ -152,7 +152,8 @@ V = PART
         ([V, V, V, 0, V, V, V, V, V], [[4, 2, 4]], "112034455"),
         # after an image that nothing divides from it
         ([IMAGE, IMAGE, V, V, V, V], [[2, 2, 4]], "112233"),
-        # other videos: of another size, one that is not there, one too many, none at all
+        # a part of a video; others: of another size, not there, one too many, none at all
+        ([START, V, V], [[2, 4, 4]], "111"),
         ([START, V, V, V, END], [[2, 2, 2]], "11111"),
         ([START, IMAGE, IMAGE, END], [[2, 2, 2]], "1111"),
         ([START, V, V, V, V, END], [[2, 2, 2], [0, 2, 2]], "111111"),
@@ -203,7 +204,8 @@ def test_positions_tell_what_grids_tell(
     kinds = rule.classify(torch.tensor([ids]))
     position_ids = torch.tensor(positions).T[:, None]
     of_text = torch.arange(len(ids)).expand(4, 1, -1)
-    expected = rule.template(torch.tensor([ids]), torch.tensor(grids)).span_id
+    patches = torch.tensor(grids) * torch.tensor([1, 2, 2])
+    expected = rule.template(torch.tensor([ids]), patches).span_id
     marked = mark_by_positions(kinds, position_ids)
     assert marked is not None
     assert torch.equal(rule.template_of_kinds(marked).span_id, expected)

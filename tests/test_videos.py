@@ -274,7 +274,7 @@ def test_the_last_grid_that_is_shown_counts() -> None:
     ids = torch.tensor([[START_ID, *[VIDEO_ID] * 8, END_ID]])
     for frames, expected in ((2, "1111122222"), (4, "1112233444"), (3, "1111111111")):
         runtime.observe(ids)
-        runtime.observe_videos(torch.tensor([[frames, 4, 32 // frames // 2]]))
+        runtime.observe_videos(torch.tensor([[frames, 4, 32 // frames // 4]]))
         if frames == 3:
             with pytest.warns(BlindsightWarning, match="does not fit its tokens"):
                 assert spans_of(runtime)[1] == expected
