@@ -23,10 +23,19 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from blindsight.template import IMAGE, TRAILING, Template, TemplateRule, find_order_problem
-from blindsight.videos import FRAME, VIDEO, begins_frame, mark_by_grid, mark_by_positions
+from blindsight.template import IMAGE, Template, TemplateRule, find_order_problem
+from blindsight.videos import (
+    FRAME,
+    VIDEO,
+    begins_frame,
+    is_of_text,
+    mark_by_grid,
+    mark_by_positions,
+)
 
 T = TypeVar("T")
+
+_NO_FRAME = 0xFF ^ FRAME
 
 _given: ContextVar[_Given | None] = ContextVar("blindsight_template", default=None)
 _disabled: ContextVar[bool] = ContextVar("blindsight_disabled", default=False)
@@ -138,19 +147,17 @@ class History:
         if len(kinds) != self.batch:
             return None
         if self._kinds is not None:
-            if self._corner is not None and new.corners is not None:
-                begins = self._cuts_video(new) & begins_frame(self._corner, new.corners[..., 0])
-                kinds = torch.cat(
-                    [torch.where(begins, kinds[:, 0] | FRAME, kinds[:, 0])[:, None], kinds[:, 1:]],
-                    dim=1,
-                )
-            return History(
-                self._rule, kinds=torch.cat([self._kinds, kinds], dim=1), corner=new.last_corner
-            )
-        # A template given by hand says nothing of the tokens that would join its last span.
+            goes_on, _ = self._border(new)
+            first = torch.where(goes_on, kinds[:, 0] & _NO_FRAME, kinds[:, 0])
+            whole = torch.cat([self._kinds, first[:, None], kinds[:, 1:]], dim=1)
+            return History(self._rule, kinds=whole, corner=new.last_corner)
+        # A template given by hand says nothing of the tokens that would join its last span, nor of
+        # marks, which tell what tiles are part of.
         after, old = self._rule.template_of_kinds(kinds), self.template
         joins = (old.span_id[:, -1] > 0) & (kinds[:, 0] > 0)
-        if bool(joins.any()) or self._may_go_on(kinds):
+        if self._rule.leading_tile_ids or self._rule.trailing_tile_ids:
+            joins |= (kinds & IMAGE).bool().any(1)
+        if bool(joins.any()):
             return None
         before = old.span_id.amax(dim=1, keepdim=True)
         span_id = torch.where(after.span_id > 0, after.span_id + before, 0)
@@ -166,21 +173,23 @@ class History:
         """Whether new tokens go on with a video, and nothing tells if they begin a frame."""
         if self._kinds is None or len(new.kinds) != self.batch:
             return False
-        told = self._corner is not None and new.corners is not None
-        unknown = self._cuts_video(new) & (new.kinds[:, 0] & FRAME == 0)
-        return not told and bool(unknown.any())
+        return bool(self._border(new)[1].any())
 
-    def _cuts_video(self, new: _Pending) -> Tensor:
-        """Whether the last token and the first new one are both of a video: ``[B]`` bool."""
+    def _border(self, new: _Pending) -> tuple[Tensor, Tensor]:
+        """Whether the first new token goes on with a frame, and whether that is not known.
+
+        Returns:
+            Two flags ``[B]``; what is not known goes on.
+        """
         assert self._kinds is not None
-        return (self._kinds[:, -1] & new.kinds[:, 0] & VIDEO) > 0
-
-    def _may_go_on(self, kinds: Tensor) -> bool:
-        """Whether new tokens may hold tiles of an image that a template by hand has."""
-        is_image = (kinds & IMAGE).bool()
-        if self._rule.leading_tile_ids and bool(is_image.any()):
-            return bool((self.template.span_id > 0).any())
-        return bool((((kinds & TRAILING) > 0) & (is_image.cumsum(1) == 0)).any())
+        is_cut = (self._kinds[:, -1] & new.kinds[:, 0] & VIDEO) > 0
+        if new.by_grid:  # whose frames are whole
+            return torch.zeros_like(is_cut), torch.zeros_like(is_cut)
+        if self._corner is None or new.corners is None:
+            return is_cut, is_cut
+        corner = new.corners[..., 0]
+        unknown = is_cut & is_of_text(self._corner, corner)
+        return is_cut & (unknown | ~begins_frame(self._corner, corner)), unknown
 
 
 @dataclass
@@ -210,6 +219,7 @@ class _Pending:
     from_graph: bool
     kinds: Tensor = field(init=False)  # the same, frames of videos marked
     corners: Tensor | None = None  # [2, B, Q], height and width of each token, where they told it
+    by_grid: bool = False  # whether the model's grids told it
     knows_frames: bool = False
     served: set[int] = field(default_factory=set)
     joined: dict[int, tuple[History | None, History | None]] = field(default_factory=dict)
@@ -223,11 +233,24 @@ class _Pending:
         """Whether no token can belong to an image."""
         return not bool(self.kinds.any())
 
-    def tell_frames(self, marked: Tensor | None, corners: Tensor | None = None) -> None:
-        """Take the tokens with their frames marked; None: what was told does not fit."""
+    def take_grid(self, video_grid_thw: Tensor) -> None:
+        """Take what the model is told of its videos; the last that is told counts."""
+        marked = mark_by_grid(self.tokens, video_grid_thw)
+        if marked is None and self.corners is not None:
+            return
         self.kinds = self.tokens if marked is None else marked
-        self.knows_frames = marked is not None
-        self.corners = None if marked is None else corners
+        self.knows_frames = self.by_grid = marked is not None
+        self.joined.clear()
+
+    def take_positions(self, height: Tensor, width: Tensor) -> None:
+        """Take the positions of the decoder's queries, if they are not those of text."""
+        marked = mark_by_positions(self.tokens, height, width)
+        if marked is None:
+            return
+        # A grid that says something else is of another call, which failed.
+        self.by_grid &= bool(torch.equal(marked[:, 1:], self.kinds[:, 1:]))
+        self.kinds, self.knows_frames = marked, True
+        self.corners = torch.stack([height, width])
         self.joined.clear()
 
     @property
@@ -236,13 +259,8 @@ class _Pending:
         return bool((self.tokens & VIDEO).any())
 
     @property
-    def told_by_grid(self) -> bool:
-        """Whether it was the model's grids that told the frames apart."""
-        return self.knows_frames and self.corners is None
-
-    @property
     def last_corner(self) -> Tensor | None:
-        return None if self.corners is None else self.corners[..., -1]
+        return None if self.corners is None else self.corners[..., -1].clone()
 
 
 class _Thread(threading.local):
@@ -335,17 +353,17 @@ class Runtime:
         """Take note of the frames of the videos in the forward under way: ``[V, 3]``."""
         pending = self.pending
         if pending is not None and not pending.served and pending.has_videos:
-            pending.tell_frames(mark_by_grid(pending.tokens, video_grid_thw.cpu()))
+            pending.take_grid(video_grid_thw.cpu())
 
     def observe_positions(self, position_ids: Tensor) -> None:
-        """Take note of positions in time, height and width: ``[3 or 4, B, Q]``."""
+        """Take note of positions in (text,) time, height and width: ``[3 or 4, B or 1, Q]``."""
         pending = self.pending
         if pending is None or pending.served or not pending.has_videos:
             return
-        if position_ids.shape[1:] == pending.tokens.shape and not pending.told_by_grid:
-            positions = position_ids.cpu()
-            marked = mark_by_positions(pending.tokens, positions)
-            pending.tell_frames(marked, positions[-2:])
+        batch, num_queries = pending.tokens.shape
+        if position_ids.shape[1] in (1, batch) and position_ids.shape[2] == num_queries:
+            height, width = position_ids[-2:].expand(-1, batch, -1).cpu()
+            pending.take_positions(height, width)
 
     def end(self) -> None:
         """Take note that a forward is over of which a hook told the beginning."""
@@ -361,7 +379,8 @@ class Runtime:
         """Return the whole sequence: a cache's tokens (if any) and the forward's own."""
         if id(past) not in pending.joined:
             untold = pending.has_videos and not pending.knows_frames
-            if untold or (past is not None and past.lacks_frames(pending)):
+            untold = untold or (past is not None and past.lacks_frames(pending))
+            if untold and not is_disabled():
                 self.warn_once(
                     "the frames of a video are not told apart, and count as one image: its "
                     "video_grid_thw was not seen, or does not fit its tokens. Say where they are: "

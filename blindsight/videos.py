@@ -47,28 +47,27 @@ def mark_by_grid(kinds: Tensor, video_grid_thw: Tensor) -> Tensor | None:
     return marked.view_as(kinds)
 
 
-def mark_by_positions(kinds: Tensor, position_ids: Tensor) -> Tensor | None:
-    """Mark where frames begin, from rotary positions of three axes.
+def mark_by_positions(kinds: Tensor, height: Tensor, width: Tensor) -> Tensor | None:
+    """Mark where frames begin, from rotary positions of several axes.
 
     The tokens of a frame go through its rows and columns (M-RoPE of Qwen2-VL, arXiv 2409.12191);
-    a frame begins where that starts again. What the first token of all is, the one before it has
-    to say: see :func:`begins_frame`.
+    a frame begins where that starts again. Whether the first token of all begins one, the token
+    before it has to say: see :func:`begins_frame`.
 
     Args:
         kinds: ``[B, T]``, what each token is, as bits.
-        position_ids: ``[..., B, T]``, time, height and width at the end of the first axis.
+        height, width: ``[B, T]``, positions on these axes.
 
     Returns:
         None where the positions are those of text.
     """
-    positions = position_ids[-3:].to(kinds.device)
     video = (kinds & VIDEO).bool()
-    follows = video & pad(video, (1, 0))[:, :-1]
-    before = pad(positions, (1, 0))[..., :-1]
-    if bool(((positions > before).all(0) & follows).any()):
+    follows = (video & pad(video, (1, 0))[:, :-1])[:, 1:]
+    corners = torch.stack([height, width])
+    before, tokens = corners[..., :-1], corners[..., 1:]
+    if bool((is_of_text(before, tokens) & follows).any()):
         return None
-    begins = video & (~follows | begins_frame(before[-2:], positions[-2:]))
-    begins[:, 0] = False
+    begins = pad(~follows | begins_frame(before, tokens), (1, 0), value=True) & video
     return torch.where(begins, kinds | FRAME, kinds)
 
 
@@ -81,3 +80,8 @@ def begins_frame(before: Tensor, token: Tensor) -> Tensor:
     height_before, width_before = before.unbind()
     height, width = token.unbind()
     return (height < height_before) | (height == height_before) & (width <= width_before)
+
+
+def is_of_text(before: Tensor, token: Tensor) -> Tensor:
+    """Whether both axes grow from one token to the next, as they do in no frame: ``[2, ...]``."""
+    return (token > before).all(0)

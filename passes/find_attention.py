@@ -228,7 +228,7 @@ def is_video_grid(tensor: torch.Tensor) -> bool:
 
 def is_axis_positions(tensor: torch.Tensor) -> bool:
     """Whether a tensor looks like positions in (text,) time, height and width."""
-    return tensor.dim() == 3 and tensor.shape[0] in (3, 4) and not tensor.dtype.is_floating_point
+    return tensor.dim() == 3 and tensor.shape[0] in (3, 4)  # floats in Qwen3-Omni
 
 
 @dataclass(frozen=True)

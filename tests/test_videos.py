@@ -13,7 +13,7 @@ from blindsight.families import FAMILIES
 from blindsight.measure import Prober
 from blindsight.prefill import Decoder
 from blindsight.reference import reference_logits
-from blindsight.runtime import BlindsightWarning, History, Runtime
+from blindsight.runtime import BlindsightWarning, History, Runtime, disabled
 from models import END_ID, FIRST_TEXT_ID, IMAGE_ID, PAD_ID, START_ID, VIDEO_ID, VOCAB_SIZE
 from oracles import (
     assert_close_to_reference,
@@ -181,6 +181,8 @@ def first_prompt(family: str) -> dict[str, torch.Tensor]:
         name: value[:1, begin:] if value.shape[0] == 2 else value for name, value in inputs.items()
     }
     inputs["video_grid_thw"] = inputs["video_grid_thw"][:2]
+    if "video_second_per_grid" in inputs:
+        inputs["video_second_per_grid"] = inputs["video_second_per_grid"][:2]
     num_patches = int(inputs["video_grid_thw"].prod(-1).sum())
     inputs["pixel_values_videos"] = inputs["pixel_values_videos"][:num_patches]
     return inputs
@@ -195,24 +197,26 @@ GENERATION = {
 
 
 @pytest.mark.parametrize(
-    ("chunk", "one_by_one"),
+    ("family", "chunk", "one_by_one"),
     [
-        (None, False),
-        (10, True),
-        pytest.param(13, False, marks=pytest.mark.nightly),
-        pytest.param(6, True, marks=pytest.mark.nightly),
-        pytest.param(None, True, marks=pytest.mark.nightly),
+        ("qwen2_5_vl", None, False),
+        ("qwen2_5_vl", 10, True),
+        pytest.param("qwen2_5_vl", 13, False, marks=pytest.mark.nightly),
+        pytest.param("qwen2_5_vl", 6, True, marks=pytest.mark.nightly),
+        pytest.param("qwen2_5_vl", None, True, marks=pytest.mark.nightly),
+        pytest.param("qwen2_5_omni_thinker", 10, False, marks=pytest.mark.nightly),
+        pytest.param("qwen3_omni_moe_thinker", 10, False, marks=pytest.mark.nightly),
     ],
 )
-def test_generation_with_videos(chunk: int | None, one_by_one: bool) -> None:
+def test_generation_with_videos(family: str, chunk: int | None, one_by_one: bool) -> None:
     """Positions tell the frames; chunks begin anywhere in them."""
-    model = tiny_model("qwen2_5_vl")
-    profile, inputs = profile_of(model), first_prompt("qwen2_5_vl")
+    model = tiny_model(family)
+    profile, inputs = profile_of(model), first_prompt(family)
     options = {**GENERATION, **({} if chunk is None else {"prefill_chunk_size": chunk})}
     codes, span_id, is_sink = masks_of(profile, inputs)
     expected = generate_reference(model, codes, span_id, is_sink, inputs, **GENERATION)
     backend = blindsight_backend(profile, inner="eager", lowering="fused", model=model)
-    parts = model.model.language_model.layers if one_by_one else [model]
+    parts = list(model.model.language_model.layers) if one_by_one else [model]
     for part in parts:
         part.compile(backend=backend)
     with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=64):
@@ -282,15 +286,80 @@ def test_the_last_grid_that_is_shown_counts() -> None:
             assert spans_of(runtime)[1] == expected
 
 
-def test_a_chunk_whose_frames_nobody_tells() -> None:
+def places(*corners: tuple[int, int]) -> torch.Tensor:
+    """Positions of one row: of text, then those of three axes."""
+    height, width = torch.tensor(corners).T
+    text = torch.arange(len(corners))
+    return torch.stack([text, torch.zeros_like(text), height, width])[:, None]
+
+
+# two frames of 2 x 2 tokens
+CORNERS = [(0, 0), (0, 1), (1, 0), (1, 1)] * 2
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 7, 8])
+def test_chunks_may_begin_anywhere(chunk: int) -> None:
+    """Each chunk in the same buffer, as some callers do."""
     runtime = runtime_of(tiny_model("qwen2_5_vl"))
-    first, second = (torch.tensor([tokens]) for tokens in ([START_ID, VIDEO_ID], [VIDEO_ID] * 3))
-    runtime.observe(first)
-    runtime.observe_positions(torch.tensor([[0, 1], [0, 1], [0, 1]])[:, None])
+    ids, history, spans = torch.tensor([[VIDEO_ID] * 8]), None, ""
+    buffer = torch.zeros(4, 1, chunk, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BlindsightWarning)
+        for begin in range(0, 8, chunk):
+            part = ids[:, begin : begin + chunk]
+            positions = buffer[..., : part.shape[1]]
+            positions.copy_(places(*CORNERS[begin : begin + chunk]))
+            runtime.observe(part)
+            runtime.observe_positions(positions)
+            history, spans = spans_of(runtime, history)
+    assert spans == "11112222"
+
+
+@pytest.mark.parametrize("second", [None, [(7, 7), (8, 8)], [(7, 7)]])
+def test_chunks_whose_frames_nobody_tells(second: Any) -> None:
+    """No positions, or those of text."""
+    runtime = runtime_of(tiny_model("qwen2_5_vl"))
+    ids = torch.tensor([[VIDEO_ID] * 4])
+    before, after = ids[:, :2], ids[:, 2 : 3 if second is None else 2 + len(second)]
+    runtime.observe(before)
+    runtime.observe_positions(places(*CORNERS[:2]))
     history, _ = spans_of(runtime)
-    runtime.observe(second)
+    runtime.observe(after)
+    if second is not None:
+        runtime.observe_positions(places(*second))
+    with disabled(), warnings.catch_warnings():
+        warnings.simplefilter("error", BlindsightWarning)
+        spans_of(runtime, history)
+    runtime.pending.joined.clear()
     with pytest.warns(BlindsightWarning, match="not told apart"):
         spans_of(runtime, history)
+
+
+def test_a_video_right_after_an_image() -> None:
+    runtime = runtime_of(tiny_model("qwen2_5_vl"))
+    image, video = [IMAGE_ID] * 2, [VIDEO_ID] * 8
+    corners = [(9, 9)] * 2 + CORNERS
+    for parts in ([image + video], [image, video]):
+        history, begin, spans = None, 0, ""
+        for part in parts:
+            ids = torch.tensor([part])
+            runtime.observe(ids)
+            runtime.observe_positions(places(*corners[begin : begin + len(part)]))
+            history, spans = spans_of(runtime, history)
+            begin += len(part)
+        assert spans == "1122223333"
+
+
+def test_positions_of_the_call_count_more_than_a_grid_of_one_that_failed() -> None:
+    runtime = runtime_of(tiny_model("qwen2_5_vl"))
+    ids = torch.tensor([[VIDEO_ID] * 8])
+    runtime.observe(ids)
+    runtime.observe_videos(torch.tensor([[4, 2, 4]]))
+    assert spans_of(runtime)[1] == "11223344"
+    runtime.observe_positions(places(*CORNERS))
+    assert spans_of(runtime)[1] == "11112222"
+    runtime.observe_videos(torch.tensor([[9, 9, 9]]))  # which are not these videos
+    assert spans_of(runtime)[1] == "11112222"
 
 
 def test_videos_are_measured_and_evaluated() -> None:
