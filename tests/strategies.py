@@ -42,12 +42,12 @@ def templates(
     max_text: int = 50,
     max_batch: int = 3,
     max_sinks: int = 2,
+    text_inside: bool = False,
 ) -> Template:
     """Batches of unlike rows, padded left or right.
 
     A row is text and spans in turn; texts of no tokens make adjacent spans, and the end of the
-    prompt may cut its last segment. A span may have text inside. A row may be without spans, or
-    without text.
+    prompt may cut its last segment. A row may be without spans, or without text.
 
     Args:
         max_spans: spans a row.
@@ -55,10 +55,18 @@ def templates(
         max_text: tokens of text between spans.
         max_batch: rows.
         max_sinks: sink offsets a span; (0,) is the usual draw.
+        text_inside: some spans are several, with text between or without.
     """
     num_rows = draw(st.integers(1, max_batch), label="rows")
     rows = tuple(
-        draw(_rows(max_spans=max_spans, max_span=max_span, max_text=max_text))
+        draw(
+            _rows(
+                max_spans=max_spans,
+                max_span=max_span,
+                max_text=max_text,
+                text_inside=text_inside,
+            )
+        )
         for _ in range(num_rows)
     )
     pad_side = draw(st.sampled_from(["left", "right"]), label="pad_side")
@@ -91,20 +99,21 @@ def templates(
 
 @st.composite
 def _rows(
-    draw: st.DrawFn, *, max_spans: int, max_span: int, max_text: int
+    draw: st.DrawFn, *, max_spans: int, max_span: int, max_text: int, text_inside: bool
 ) -> tuple[tuple[int, int], ...]:
-    parts = draw(
+    pairs = draw(
         st.lists(
-            st.tuples(
-                st.integers(0, max_text), st.integers(1, max_span), st.sampled_from([1, 1, 1, 0])
-            ),
+            st.tuples(st.integers(0, max_text), st.integers(1, max_span)),
             max_size=max_spans,
         )
     )
-    last_text = draw(st.integers(0 if parts else 1, max(1, max_text)))
+    last_text = draw(st.integers(0 if pairs else 1, max(1, max_text)))
+    going_on = frozenset()
+    if text_inside:
+        going_on = draw(st.frozensets(st.integers(2, max(2, max_spans)), min_size=1))
     segments, number = [], 0
-    for text, length, is_new in parts:
-        number = max(1, number + is_new)
+    for part, (text, length) in enumerate(pairs, 1):
+        number += part not in going_on
         segments += [(0, text), (number, length)]
     segments = [segment for segment in [*segments, (0, last_text)] if segment[1]]
     if draw(st.booleans()):
@@ -233,6 +242,7 @@ def base_masks(
     max_span: int = 30,
     max_text: int = 12,
     max_batch: int = 2,
+    text_inside: bool = False,
 ) -> BaseCase:
     """Attention calls with every base mask of interval form, and any of them together.
 
@@ -241,7 +251,13 @@ def base_masks(
     holes; prefills, later chunks of one, sliding and static caches.
     """
     template = draw(
-        templates(max_spans=max_spans, max_span=max_span, max_text=max_text, max_batch=max_batch)
+        templates(
+            max_spans=max_spans,
+            max_span=max_span,
+            max_text=max_text,
+            max_batch=max_batch,
+            text_inside=text_inside,
+        )
     )
     num_rows, num_tokens = template.span_id.shape
     some_length = st.integers(1, num_tokens)

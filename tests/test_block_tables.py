@@ -111,6 +111,13 @@ def test_prompt_order_tables_are_sound(case, block_size):
     check_prompt_order(case, block_size)
 
 
+@settings(max_examples=25)
+@given(base_masks(text_inside=True), block_sizes())
+def test_spans_may_have_text_inside(case, block_size):
+    check_sorted(case, block_size)
+    check_prompt_order(case, block_size)
+
+
 @given(base_masks(), block_sizes())
 def test_tables_of_a_mask_are_its_blocks(case, block_size):
     mask = expected_mask(case)

@@ -35,11 +35,14 @@ def count_pairs(
     return counts
 
 
+TEMPLATES = strategies.templates(**SMALL) | strategies.templates(**SMALL, text_inside=True)
+
+
 def as_template(drawn: strategies.Template) -> Template:
     return Template(drawn.span_id.to(torch.int32), drawn.is_sink)
 
 
-@given(drawn=strategies.templates(**SMALL))
+@given(drawn=TEMPLATES)
 def test_causal_counts_equal_those_of_every_pair(drawn: strategies.Template) -> None:
     num_rows, num_tokens = drawn.span_id.shape
     upper = torch.arange(num_tokens).expand(num_rows, -1)
@@ -48,7 +51,7 @@ def test_causal_counts_equal_those_of_every_pair(drawn: strategies.Template) -> 
     assert counts.tolist() == count_pairs(drawn, torch.zeros_like(upper), upper)
 
 
-@given(drawn=strategies.templates(**SMALL), data=st.data())
+@given(drawn=TEMPLATES, data=st.data())
 def test_counts_under_any_interval_mask(drawn: strategies.Template, data: st.DataObject) -> None:
     num_rows, num_tokens = drawn.span_id.shape
     seed = data.draw(st.integers(0, 2**16))
@@ -63,7 +66,7 @@ def test_counts_under_any_interval_mask(drawn: strategies.Template, data: st.Dat
     assert counts.tolist() == count_pairs(drawn, lower, upper)
 
 
-@given(drawn=strategies.templates(**SMALL), data=st.data())
+@given(drawn=TEMPLATES, data=st.data())
 def test_chunks_add_up_to_the_whole(drawn: strategies.Template, data: st.DataObject) -> None:
     num_tokens = drawn.span_id.shape[1]
     cut = data.draw(st.integers(0, num_tokens))

@@ -135,6 +135,23 @@ def check_mask_mod(case: BaseCase, mask_mod=allowed_sorted, bounds_of=sorted_bou
     assert torch.equal(mask, sort_mask(expected_mask(case)[:, categories.long()], order))
 
 
+def check_prompt_order(case: BaseCase) -> None:
+    keep = keep_intervals(
+        case.template.span_id,
+        case.template.is_sink,
+        case.num_queries,
+        case.num_keys,
+        first_span=case.first_span,
+    )
+    key = torch.arange(case.num_keys)
+    inside = (keep.lower[..., None] <= key) & (key <= keep.upper[..., None])
+    kept = inside | keep.visible[:, :, None]
+    base = case.interval_form()
+    within = (base.lower[..., None] <= key) & (key <= base.upper[..., None])
+    mask = (within & base.valid[:, None])[:, None] & kept
+    assert torch.equal(mask, expected_mask(case))
+
+
 @given(base_masks())
 def test_bounds_allow_what_the_masks_mean(case):
     check_bounds(case)
@@ -152,20 +169,16 @@ def test_mask_mod_allows_what_the_masks_mean(case):
 
 @given(base_masks())
 def test_prompt_order_keeps_what_the_masks_mean(case):
-    keep = keep_intervals(
-        case.template.span_id,
-        case.template.is_sink,
-        case.num_queries,
-        case.num_keys,
-        first_span=case.first_span,
-    )
-    key = torch.arange(case.num_keys)
-    inside = (keep.lower[..., None] <= key) & (key <= keep.upper[..., None])
-    kept = inside | keep.visible[:, :, None]
-    base = case.interval_form()
-    within = (base.lower[..., None] <= key) & (key <= base.upper[..., None])
-    mask = (within & base.valid[:, None])[:, None] & kept
-    assert torch.equal(mask, expected_mask(case))
+    check_prompt_order(case)
+
+
+@settings(max_examples=25)
+@given(base_masks(text_inside=True))
+def test_spans_may_have_text_inside(case):
+    check_bounds(case)
+    check_order(case)
+    check_mask_mod(case)
+    check_prompt_order(case)
 
 
 @given(base_masks())

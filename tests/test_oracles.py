@@ -528,7 +528,7 @@ def test_padding_needs_a_side_and_a_mask(family):
 # ---- strategies
 
 
-@given(template=strategies.templates(max_spans=4, max_span=6, max_text=3))
+@given(template=strategies.templates(max_spans=4, max_span=6, max_text=3, text_inside=True))
 def test_drawn_templates_are_consistent(template):
     span_id, is_sink, key_valid = template.span_id, template.is_sink, template.attention_mask
     assert span_id.shape == is_sink.shape == key_valid.shape

@@ -125,8 +125,11 @@ def full_case(template: Any, sight: str, window: int | None, delimiters: bool) -
     )
 
 
+SMALL = {"max_spans": 5, "max_span": 12, "max_text": 5, "max_batch": 2}
+
+
 @given(
-    template=templates(max_spans=5, max_span=12, max_text=5, max_batch=2),
+    template=templates(**SMALL) | templates(**SMALL, text_inside=True),
     heads=gqa_heads(max_heads=4),
     sight=st.sampled_from(["causal", "causal or image", "all"]),
     window=st.sampled_from([None, None, 1, 7, 20]),

@@ -218,7 +218,7 @@ def test_video_tokens_are_image_tokens() -> None:
         TemplateRule(image_token_ids=(1, 2), video_token_ids=(2, 9))
 
 
-@given(drawn=templates(max_spans=6, max_span=8, max_text=3))
+@given(drawn=templates(max_spans=6, max_span=8, max_text=3, text_inside=True))
 def test_edges_are_the_first_and_last_token_of_a_span(drawn: Template) -> None:
     first, last = span_edges(drawn.span_id)
     for b, spans in enumerate(drawn.span_id.tolist()):
