@@ -280,7 +280,7 @@ def test_layers_of_dense_heads_alone(family: str, monkeypatch: pytest.MonkeyPatc
     ("scenario", "form_name", "lowering"),
     [("left_padding", "ORDERED", "fused"), ("long", "SORTED", "split")],
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [x for x in FAMILIES if x != "qwen2_vl"])  # a twin: nightly
 def test_prefill_on_inductor(
     family: str, scenario: str, form_name: str, lowering: str, form: Any
 ) -> None:

@@ -76,9 +76,7 @@ def test_what_a_processor_writes_is_found(family: str) -> None:
 
 def runs(families: Any) -> list[Any]:
     return [
-        pytest.param(
-            family, marks=[] if family in {"internvl", "idefics3"} else [pytest.mark.nightly]
-        )
+        pytest.param(family, marks=[] if family in {"idefics3"} else [pytest.mark.nightly])
         for family in families
         if family in TINY
     ]
@@ -99,7 +97,7 @@ def test_a_model_is_calibrated(family: str) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in profile.evidence.values())
 
 
-@pytest.mark.parametrize("family", ["aria", "kimi_k25"])
+@pytest.mark.parametrize("family", ["kimi_k25", pytest.param("aria", marks=pytest.mark.nightly)])
 def test_pixels_become_what_the_model_computes_in(family: str) -> None:
     model, inputs = tiny_model(family, torch.bfloat16), make_inputs(family, 3)
     timestamps = {"second_per_grid_ts": torch.tensor([0.1])}

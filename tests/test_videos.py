@@ -127,7 +127,7 @@ def check(model: Any, logits: torch.Tensor, masks: Any, inputs: dict[str, torch.
     [
         "qwen2_5_vl",
         "exaone4_5",
-        "qwen2_5_omni_thinker",
+        pytest.param("qwen2_5_omni_thinker", marks=pytest.mark.nightly),
         pytest.param("qwen2_vl", marks=pytest.mark.nightly),
         pytest.param("qwen3_omni_moe_thinker", marks=pytest.mark.nightly),
     ],
