@@ -45,8 +45,8 @@ _QWEN2 = replace(_QWEN, video_tokens=("video_token_id",))
 _OMNI = replace(
     _QWEN,
     image_tokens=("image_token_id", "image_token_index", "video_token_id", "video_token_index"),
-    # its decoder is called `model` in older transformers
     video_tokens=("video_token_id", "video_token_index"),
+    # its decoder is called `model` in older transformers
     layer_pattern=r"(?:language_model|(?<!_)model)\.layers\.(\d+)\.self_attn",
 )
 _GLM = Family(

@@ -220,7 +220,6 @@ class _Pending:
     kinds: Tensor = field(init=False)  # the same, frames of videos marked
     corners: Tensor | None = None  # [2, B, Q], height and width of each token, where they told it
     by_grid: bool = False  # whether the model's grids told it
-    knows_frames: bool = False
     served: set[int] = field(default_factory=set)
     joined: dict[int, tuple[History | None, History | None]] = field(default_factory=dict)
     limit_hits: int = 0  # of Dynamo's, when the forward began
@@ -239,7 +238,7 @@ class _Pending:
         if marked is None and self.corners is not None:
             return
         self.kinds = self.tokens if marked is None else marked
-        self.knows_frames = self.by_grid = marked is not None
+        self.by_grid = marked is not None
         self.joined.clear()
 
     def take_positions(self, height: Tensor, width: Tensor) -> None:
@@ -249,9 +248,14 @@ class _Pending:
             return
         # A grid that says something else is of another call, which failed.
         self.by_grid &= bool(torch.equal(marked[:, 1:], self.kinds[:, 1:]))
-        self.kinds, self.knows_frames = marked, True
+        self.kinds = marked
         self.corners = torch.stack([height, width])
         self.joined.clear()
+
+    @property
+    def knows_frames(self) -> bool:
+        """Whether anything told the frames of its videos apart."""
+        return self.by_grid or self.corners is not None
 
     @property
     def has_videos(self) -> bool:

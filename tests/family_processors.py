@@ -12,9 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import transformers
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
@@ -45,11 +42,11 @@ from family_models import (
     VIDEO_ID,
     VOCAB_SIZE,
 )
+from processors import character_tokenizer
 
 HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 SIDE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 MERGED = PATCH_SIZE * MERGE_SIZE
-TAGS = range(FIRST_TAG_ID, FIRST_TEXT_ID)
 
 
 @dataclass(frozen=True)
@@ -94,6 +91,22 @@ def _bare(image: str, **options: Any) -> Row:
     return Row(image, {image: IMAGE_ID}, {"image_token": image}, options=options)
 
 
+def _pixtral(image: str, row_end: str, image_end: str) -> Row:
+    return Row(
+        image,
+        {image: IMAGE_ID, row_end: ROW_ID, image_end: END_ID},
+        {"image_token": image, "image_break_token": row_end, "image_end_token": image_end},
+        {"patch_size": MERGED, "size": {"longest_edge": 3 * MERGED}},
+        {"patch_size": PATCH_SIZE, "spatial_merge_size": MERGE_SIZE},
+    )
+
+
+def _tags(written: str) -> dict[str, int]:
+    """Ids of the marks of 2 x 2 tiles."""
+    places = [(row, column) for row in (1, 2) for column in (1, 2)]
+    return {written.format(*place): FIRST_TAG_ID + at for at, place in enumerate(places)}
+
+
 _QWEN = _delimited("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
 _QWEN3 = replace(
     _QWEN,
@@ -103,11 +116,12 @@ _QWEN3 = replace(
         "vision_end_token": "<|vision_end|>",
     },
 )
-_GLM = _delimited("<|begin_of_image|>", "<|image|>", "<|end_of_image|>", "<|video|>")
 # its sizes are those of videos
 _GLM_SIZE = {name: size * TEMPORAL_PATCH_SIZE for name, size in PATCHES["size"].items()}
-_GLM = replace(_GLM, images={**_GLM.images, "size": _GLM_SIZE})
-_FIXED = {"size": SIDE, "do_resize": True}
+_GLM = replace(
+    _delimited("<|begin_of_image|>", "<|image|>", "<|end_of_image|>", "<|video|>"),
+    images={**PATCHES, "temporal_patch_size": TEMPORAL_PATCH_SIZE, "size": _GLM_SIZE},
+)
 _LLAVA = {
     "patch_size": PATCH_SIZE,
     "vision_feature_select_strategy": "full",
@@ -123,7 +137,7 @@ _IDEFICS3 = Row(
         "<image>": IMAGE_ID,
         "<global-img>": GLOBAL_ID,
         "\n": NEWLINE_ID,
-        **{f"<row_{1 + i // 2}_col_{1 + i % 2}>": tag for i, tag in enumerate(list(TAGS)[:4])},
+        **_tags("<row_{}_col_{}>"),
     },
     images={
         "size": {"longest_edge": 2 * IMAGE_SIZE},
@@ -179,28 +193,8 @@ ROWS: dict[str, Row] = {
         {"size": SIDE, "image_grid_pinpoints": _PINPOINTS},
         {"num_image_tokens": NUM_PATCHES, "vision_feature_select_strategy": "full"},
     ),
-    "mistral3": Row(
-        "[IMG]",
-        {"[IMG]": IMAGE_ID, "[IMG_BREAK]": ROW_ID, "[IMG_END]": END_ID},
-        {
-            "image_token": "[IMG]",
-            "image_break_token": "[IMG_BREAK]",
-            "image_end_token": "[IMG_END]",
-        },
-        {"patch_size": MERGED, "size": {"longest_edge": 3 * MERGED}},
-        {"patch_size": PATCH_SIZE, "spatial_merge_size": MERGE_SIZE},
-    ),
-    "lighton_ocr": Row(
-        "<|image_pad|>",
-        {"<|image_pad|>": IMAGE_ID, "<|vision_pad|>": ROW_ID, "<|vision_end|>": END_ID},
-        {
-            "image_token": "<|image_pad|>",
-            "image_break_token": "<|vision_pad|>",
-            "image_end_token": "<|vision_end|>",
-        },
-        {"patch_size": MERGED, "size": {"longest_edge": 3 * MERGED}},
-        {"patch_size": PATCH_SIZE, "spatial_merge_size": MERGE_SIZE},
-    ),
+    "mistral3": _pixtral("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+    "lighton_ocr": _pixtral("<|image_pad|>", "<|vision_pad|>", "<|vision_end|>"),
     "llama4": Row(
         "<|image|>",
         {
@@ -261,10 +255,7 @@ ROWS: dict[str, Row] = {
             "<image>": IMAGE_ID,
             "<|image_end|>": END_ID,
             "<|img_thumbnail|>": GLOBAL_ID,
-            **{
-                f"<|img_row_{1 + i // 2}_col_{1 + i % 2}|>": tag
-                for i, tag in enumerate(list(TAGS)[:4])
-            },
+            **_tags("<|img_row_{}_col_{}|>"),
         },
         {
             "image_token": "<image>",
@@ -387,15 +378,6 @@ _SAME_AS = {"qwen3_vl_moe": "qwen3_vl", "glm4v_moe": "glm4v"}
 _NEED_TORCHVISION = {"gemma4", "mistral3", "minicpmv4_6", "smolvlm"}
 
 
-def why_no_processor(family: str) -> str:
-    """Why there is no processor of a family here, or nothing."""
-    try:
-        make_processor(family)
-    except ImportError as error:
-        return f"the processor of {family}: {' '.join(str(error).split())}"
-    return ""
-
-
 def make_processor(family: str) -> Any:
     """The processor of `family_models.tiny_model(family)`.
 
@@ -433,17 +415,8 @@ def _tokenizer(row: Row) -> PreTrainedTokenizerFast:
     for token in others:
         vocabulary.setdefault(token, FIRST_TEXT_ID + len(vocabulary))
     assert max(vocabulary.values()) < VOCAB_SIZE
-    tokens = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokens.pre_tokenizer = Split(Regex("(?m:.|\n)"), "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokens,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        extra_special_tokens={
-            **{f"special_{token_id}": token for token, token_id in row.tokens.items()},
-            **row.names,
-        },
-    )
+    specials = {f"special_{token_id}": token for token, token_id in row.tokens.items()}
+    return character_tokenizer(vocabulary, extra_special_tokens={**specials, **row.names})
 
 
 def _chat_template(row: Row) -> str:

@@ -43,14 +43,16 @@ def tiny_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
     for character in characters:
         vocabulary[character] = models.FIRST_TEXT_ID + len(vocabulary) - len(SPECIALS)
     assert len(vocabulary) <= models.VOCAB_SIZE
+    names = [name for name in SPECIALS if name not in ("<pad>", "<unk>")]
+    return character_tokenizer(vocabulary, additional_special_tokens=names, **special)
+
+
+def character_tokenizer(vocabulary: dict[str, int], **special: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of these words, where all that is not special is a word for each character."""
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Split(Regex("(?m:.)"), "isolated")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        additional_special_tokens=[name for name in SPECIALS if name not in ("<pad>", "<unk>")],
-        **special,
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", **special
     )
 
 

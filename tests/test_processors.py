@@ -15,7 +15,7 @@ from blindsight.measure import Prober
 from blindsight.samples import inputs_on, load_samples, model_inputs
 from family_models import FAMILIES as TINY
 from family_models import IMAGE_ID, IMAGE_SIZE, SPECIAL_IDS, make_inputs, tiny_model, why_not_here
-from family_processors import ROWS, make_processor, why_no_processor
+from family_processors import ROWS, make_processor
 
 # heights and widths in the side of a tile: two tiles, one, two below each other
 SIZES = ((1, 2), (1, 1), (2, 1))
@@ -25,7 +25,7 @@ IN_PIECES = {"idefics2"}
 NO_MODEL = {"aria": "its image processor makes images of 490 or 980 pixels"}
 
 
-def conversation(sizes: tuple[tuple[int, int], ...], text: str = " and ") -> dict[str, Any]:
+def conversation(sizes: tuple[tuple[int, int], ...]) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     images = [
         Image.fromarray(
@@ -35,13 +35,15 @@ def conversation(sizes: tuple[tuple[int, int], ...], text: str = " and ") -> dic
     ]
     content = [{"type": "text", "text": "see"}]
     for _ in images:
-        content += [{"type": "image"}, {"type": "text", "text": text}]
+        content += [{"type": "image"}, {"type": "text", "text": " and "}]
     return {"images": images, "messages": [{"role": "user", "content": content}]}
 
 
-def skip_without(family: str) -> None:
-    if reason := why_no_processor(family):
-        pytest.skip(reason)
+def processor_or_skip(family: str) -> Any:
+    try:
+        return make_processor(family)
+    except ImportError as error:
+        pytest.skip(f"the processor of {family}: {' '.join(str(error).split())}")
 
 
 def rule_of(family: str, processor: Any) -> TemplateRule:
@@ -57,8 +59,7 @@ def test_no_family_is_forgotten() -> None:
 
 @pytest.mark.parametrize("family", ROWS)
 def test_what_a_processor_writes_is_found(family: str) -> None:
-    skip_without(family)
-    processor = make_processor(family)
+    processor = processor_or_skip(family)
     samples = load_samples([conversation(SIZES), conversation(SIZES[1:])])
     ids = model_inputs(processor, list(samples))["input_ids"]
     span_id, is_sink = rule_of(family, processor).template(ids).tensors()
@@ -85,14 +86,12 @@ def runs(families: Any) -> list[Any]:
 @pytest.mark.parametrize("family", runs(ROWS))
 def test_a_model_is_calibrated(family: str) -> None:
     """In bfloat16, as checkpoints are: not every family converts its pixels."""
-    skip_without(family)
+    processor = processor_or_skip(family)
     if reason := why_not_here(family) or NO_MODEL.get(family):
         pytest.skip(reason)
     model = tiny_model(family, torch.bfloat16)
     samples = [conversation(SIZES), conversation(SIZES[1:])]
-    profile = calibrate(
-        model, make_processor(family), samples, batch_size=2, budget=0.1, progress=False
-    )
+    profile = calibrate(model, processor, samples, batch_size=2, budget=0.1, progress=False)
     assert profile.calibration["num_samples"] == "2"
     assert all(torch.isfinite(tensor).all() for tensor in profile.evidence.values())
 
