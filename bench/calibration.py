@@ -1,13 +1,15 @@
 """What calibration costs: memory and time of the probe, and of a whole calibration.
 
     python bench/calibration.py [--lengths 2000 4000 8000] [--repeats 5]
+    python bench/calibration.py --layers 2 4 [--lengths 4000]
     python bench/calibration.py --model DIR --dataset DIR [--num-samples 64]
 
 The first form measures one layer's probe alone, each length in a process of its own: the peak of
 resident memory over what the inputs take, the peak of live tensors, and the time, beside that of
 the dense attention that it stands next to (`scaled_dot_product_attention` with a boolean mask, what
-the models run, and with `is_causal`). The second runs `blindsight calibrate`. Both append rows to
-bench/results/calibration.jsonl.
+the models run, and with `is_causal`). The second measures one prompt on decoders of so many layers
+of Qwen2.5-VL-3B's widths, with gradients: as it is, and with all kept that layers compute. The
+third runs `blindsight calibrate`. All append rows to bench/results/calibration.jsonl.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 
 import torch
 from common import Config, conditions, print_table
+from prefill import SHAPES
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,6 +38,7 @@ from blindsight.probe import measure_losses
 from blindsight.visibility import visibility_of_form
 
 RESULTS = Path(__file__).parent / "results" / "calibration.jsonl"
+TESTBED = Path(__file__).parent / "testbed" / "model"
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 128
 IMAGE_TOKENS, TEXT_TOKENS = 256, 16
 
@@ -139,6 +143,84 @@ def measure_length(length: int, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_decoder(num_layers: int, length: int, keeps: bool, repeats: int) -> dict[str, Any]:
+    """Return the row of one decoder: peak of resident memory over what there is before, and time.
+
+    Args:
+        num_layers: Of the decoder.
+        length: About so many tokens.
+        keeps: Whether all that layers compute is kept, instead of computed again.
+        repeats: Of the time.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from blindsight import TemplateRule, measure
+
+    if keeps:
+        measure.recompute_layers_pass = lambda gm, *, attention: gm
+    hidden, intermediate, heads, key_heads, _ = SHAPES["qwen2.5-vl-3b"]
+    config = AutoConfig.from_pretrained(TESTBED)
+    config.text_config.update(
+        {
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_attention_heads": heads,
+            "num_key_value_heads": key_heads,
+            "num_hidden_layers": num_layers,
+            "layer_types": num_layers * ["full_attention"],
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [16, 24, 24],
+                "rope_theta": 1e6,
+            },
+        }
+    )
+    config.vision_config.out_hidden_size = hidden
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    prober = measure.Prober(model, TemplateRule.from_config(config), next_token=True)
+
+    def prompt(num_images: int, side: int) -> dict[str, Any]:
+        image = [
+            config.vision_start_token_id,
+            *(side * side * [config.image_token_id]),
+            config.vision_end_token_id,
+        ]
+        text = torch.randint(10, config.text_config.vocab_size, (num_images, TEXT_TOKENS))
+        ids = torch.tensor([[x for row in text.tolist() for x in (*image, *row)]])
+        vision = config.vision_config
+        patches = (vision.spatial_merge_size * side) ** 2
+        size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        grid = [1, vision.spatial_merge_size * side, vision.spatial_merge_size * side]
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "pixel_values": torch.randn(num_images * patches, size),
+            "image_grid_thw": torch.tensor(num_images * [grid]),
+            "mm_token_type_ids": (ids == config.image_token_id).int(),
+        }
+
+    prober(prompt(2, 2))  # compiles
+    inputs = prompt(round(length / (IMAGE_TOKENS + 2 + TEXT_TOKENS)), round(IMAGE_TOKENS**0.5))
+    before = resident_peak(reset=True)
+    found = times(lambda: prober(inputs), repeats)
+    return {
+        "question": "gradients",
+        "what": "everything kept" if keeps else "layers computed again",
+        "num_layers": num_layers,
+        "num_tokens": inputs["input_ids"].shape[1],
+        "shape": "qwen2.5-vl-3b",
+        "dtype": "float32",
+        "n": repeats,
+        "warmup": 1,
+        "seed": 0,
+        "resident_bytes": resident_peak() - before,
+        **found,
+    }
+
+
 def measure_command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the row of one ``blindsight calibrate``."""
     from blindsight.profile import Profile
@@ -175,16 +257,55 @@ def write(rows: list[dict[str, Any]]) -> None:
             file.write(json.dumps({**row, **under}) + "\n")
 
 
+def in_process(*options: object) -> list[dict[str, Any]]:
+    """Return the rows that this file prints with these options."""
+    command = [sys.executable, __file__, *map(str, options)]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    rows: list[dict[str, Any]] = json.loads(found.stdout.splitlines()[-1])
+    return rows
+
+
+def print_decoders(arguments: argparse.Namespace) -> None:
+    """Measure decoders with gradients, each in a process of its own, and print the table."""
+    rows = []
+    for length in arguments.lengths:
+        for num_layers in arguments.layers:
+            options = ["--layers", num_layers, "--lengths", length, "--repeats", arguments.repeats]
+            for keeps in (0, 1):
+                rows += in_process(*options, "--keeps", keeps)
+    write(rows)
+    print_table(
+        ["layers", "tokens", "gradients", "resident peak, MiB", "seconds"],
+        [
+            [
+                str(row["num_layers"]),
+                f"{row['num_tokens']:,}",
+                row["what"],
+                f"{row['resident_bytes'] / 2**20:,.0f}",
+                f"{row['median_ms'] / 1000:.1f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 4000, 8000])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--layers", type=int, nargs="+", help="of decoders, with gradients")
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--keeps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--model")
     parser.add_argument("--dataset")
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=1)
     arguments = parser.parse_args()
+    if arguments.keeps is not None:
+        (num_layers,), (length,) = arguments.layers, arguments.lengths
+        row = measure_decoder(num_layers, length, bool(arguments.keeps), arguments.repeats)
+        print(json.dumps([row]))
+        return
     if arguments.only is not None:
         print(json.dumps(measure_length(arguments.only, arguments.repeats)))
         return
@@ -193,12 +314,12 @@ def main() -> None:
         write([row])
         print(f"{row['seconds']:.1f} s, loading included; heads {row['heads']}")
         return
+    if arguments.layers is not None:
+        print_decoders(arguments)
+        return
     rows = []
     for length in arguments.lengths:
-        command = [sys.executable, __file__, "--only", str(length)]
-        command += ["--repeats", str(arguments.repeats)]
-        found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        rows += json.loads(found.stdout.splitlines()[-1])
+        rows += in_process("--only", length, "--repeats", arguments.repeats)
     write(rows)
     table = []
     before = None

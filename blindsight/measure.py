@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -33,6 +34,7 @@ from blindsight.passes.find_attention import Attention, find_attention, has_atte
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.probe_attention import probe_attention_pass
+from blindsight.passes.recompute_layers import recompute_layers_pass
 from blindsight.probe import Call, Losses, empty_losses, measure_losses
 from blindsight.profile import write_whole
 from blindsight.ranks import Ranks, current_ranks
@@ -40,6 +42,8 @@ from blindsight.runtime import compact
 from blindsight.samples import Samples, inputs_on, model_inputs
 from blindsight.shards import check_is_whole
 from blindsight.template import Template, TemplateRule
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "blindsight-measurements"
 
@@ -108,8 +112,9 @@ def measure(
         processor: Its processor.
         samples: From :func:`~blindsight.samples.load_samples`.
         rule: How the images of a prompt are found, and which tokens are sinks.
-        next_token: Whether to measure the effect on the next token too. That takes gradients, and
-            so the memory of all layers' activations.
+        next_token: Whether to measure the effect on the next token too. That takes gradients, for
+            which every layer is computed once more, and the memory of what attention reads and
+            writes, in all layers.
         batch_size: Prompts that run together.
         padding_side: Of shorter prompts in a batch.
         progress: Whether to show a bar; by default where standard error is a terminal.
@@ -261,32 +266,28 @@ class Prober:
         options = dict(self._options)
         if not bool(mask[:, -1].all()):
             options.pop("logits_to_keep", None)  # the last position is not every prompt's last
-        with (
-            _gradients_from_embeddings(self._model) if self._next_token else torch.no_grad(),
-            torch._dynamo.config.patch(_RECOMPILE_LIMITS),
-            _untraced(self._towers),
-        ):
-            logits = self._compiled(**{**inputs, **options}).logits
-        calls = self._backend.end()
-        expected = with_attention(self._layer_types)
-        if missing := sorted(set(expected) - set(calls)):
-            raise ValueError(
-                f"the attention of layers {compact(expected)} must be met, got none of layers "
-                f"{compact(missing)}. Load the model with "
-                "attn_implementation='sdpa', or give a rule whose layer_pattern fits its modules."
-            )
-        found, shares = _with_gradients(calls, logits, mask) if self._next_token else (calls, None)
-        losses: dict[int, Losses] = {}
-        for layer, part in found.items():
-            assert isinstance(part, Losses)
-            losses[layer] = part
+        with _gradients_from_embeddings(self._model) if self._next_token else torch.no_grad():
+            with torch._dynamo.config.patch(_RECOMPILE_LIMITS), _untraced(self._towers):
+                logits = self._compiled(**{**inputs, **options}).logits
+            calls = self._backend.end()
+            expected = with_attention(self._layer_types)
+            if missing := sorted(set(expected) - set(calls)):
+                raise ValueError(
+                    f"the attention of layers {compact(expected)} must be met, got none of layers "
+                    f"{compact(missing)}. Load the model with attn_implementation='sdpa', or give "
+                    "a rule whose layer_pattern fits its modules."
+                )
+            if self._next_token:
+                losses, shares = _with_gradients(calls, logits, mask)
+            else:
+                losses, shares = {n: x for n, x in calls.items() if isinstance(x, Losses)}, None
         _check_deviation(losses, inputs["input_ids"].shape, self._model)
         return losses, shares
 
 
 def _with_gradients(
     calls: Mapping[int, Losses | Call], logits: Tensor, mask: Tensor
-) -> tuple[dict[int, Losses | Call], Tensor]:
+) -> tuple[dict[int, Losses], Tensor]:
     """Measure calls with the gradients of the likeliest next tokens' log-probabilities.
 
     The KL divergence of a small change is half the mean of its squared effect on the
@@ -300,26 +301,31 @@ def _with_gradients(
     next_logits = logits[at, last if logits.shape[1] == mask.shape[1] else -1]
     log_p = next_logits.float().log_softmax(-1)
     likeliest = log_p.detach().topk(min(_NUM_TOKENS, log_p.shape[-1]), dim=-1)
-    layers = sorted(calls)
-    outputs = []
-    for layer in layers:
-        call = calls[layer]
-        assert isinstance(call, Call)
-        outputs.append(call.output)
-    gradients = []
-    for tokens in likeliest.indices.unbind(1):
-        # Prompts of a batch do not see each other: one backward serves all.
-        chosen = log_p.gather(1, tokens[:, None]).sum()
-        found = torch.autograd.grad(chosen, outputs, retain_graph=True, allow_unused=True)
-        gradients.append(
-            [torch.zeros_like(o) if g is None else g for g, o in zip(found, outputs, strict=True)]
-        )
-    losses: dict[int, Losses | Call] = {}
-    for number, layer in enumerate(layers):
-        call = calls[layer]
-        assert isinstance(call, Call)
-        losses[layer] = call.losses([of_token[number] for of_token in gradients])
+    # Prompts of a batch do not see each other: one number for each token serves all.
+    chosen = log_p.gather(1, likeliest.indices).sum(0)
+    kept = {layer: call for layer, call in calls.items() if isinstance(call, Call)}
+    gradients = _gradients_of(chosen, [call.output for call in kept.values()])
+    losses = {
+        layer: call.losses(of_call)
+        for (layer, call), of_call in zip(kept.items(), gradients, strict=True)
+    }
     return losses, likeliest.values.exp()
+
+
+def _gradients_of(numbers: Tensor, outputs: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Yield, for each output, the gradients of all numbers ``[Y]`` with respect to it."""
+    each = torch.eye(len(numbers), dtype=numbers.dtype, device=numbers.device)
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    found: Sequence[Sequence[Tensor | None]]
+    try:  # all at once: every pass computes the layers again
+        batched = torch.autograd.grad(numbers, outputs, each, is_grads_batched=True, **options)
+        found = [len(each) * (None,) if part is None else part.unbind() for part in batched]
+    except RuntimeError as error:  # an operator that knows no batches, or too little memory
+        logger.info("gradients one after the other: %s", error)
+        passes = [torch.autograd.grad(numbers, outputs, one, **options) for one in each]
+        found = list(zip(*passes, strict=True))
+    for parts, output in zip(found, outputs, strict=True):
+        yield [torch.zeros_like(output) if part is None else part for part in parts]
 
 
 @contextmanager
@@ -441,6 +447,8 @@ class _ProbeBackend:
             return gm.forward
         lifted = [lift_mask(gm, call) for call in calls]
         probe_attention_pass(gm, attention=calls, lifted=lifted, measure=self._measure)
+        if self._measure is Call:
+            gm = recompute_layers_pass(gm, attention=calls)
 
         def run(*args: Any) -> tuple[Any, ...]:
             if self._template is None:
