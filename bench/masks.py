@@ -1,6 +1,7 @@
 """What masks, token order and block tables cost, and how much of the causal area they list.
 
     python bench/masks.py [--quick] [--skip-time]
+    python bench/masks.py --picture bench/results/masks.png
 
 Prints two tables and appends a row for each measurement to bench/results/masks.jsonl.
 
@@ -34,6 +35,8 @@ from blindsight.block_tables import (
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.intervals import sorted_bounds
 from blindsight.masks import causal_base, keep_intervals
+from blindsight.plots import plot_masks
+from blindsight.template import Template
 
 RESULTS = Path(__file__).parent / "results" / "masks.jsonl"
 
@@ -172,7 +175,12 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="what other work disturbs least is one (default)"
     )
+    parser.add_argument("--picture", type=Path, help="draw the masks of a small prompt, no more")
     options = parser.parse_args()
+    if options.picture is not None:
+        span_id, is_sink = Config(4, 14, 3).template()
+        plot_masks(Template(span_id[:, :-56], is_sink[:, :-56]), options.picture)
+        return
     torch.set_num_threads(options.threads)
     given = conditions()
     records: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Pictures: the categories of a profile's heads, and the curve of accuracy over cost.
+"""Pictures: masks, the categories of a profile's heads, and accuracy over cost.
 
 matplotlib is needed only here, and imported only when something is drawn.
 """
@@ -13,10 +13,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from blindsight.categories import HeadCategory
+from blindsight.masks import keep_intervals
 
 if TYPE_CHECKING:
     from blindsight.profile import Profile
+    from blindsight.template import Template
 
 # Told apart by everybody, and in print: M. Okabe and K. Ito, Color universal design, 2008.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#B0608F"
@@ -110,15 +114,67 @@ def plot_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     )
     top = 1 - 0.33 / height
     figure.text(left, top, f"What each head of {name} sees", color=INK, size=11, weight="bold")
-    x = left
-    for category, color in CATEGORY_COLORS.items():
-        label = f" {category.name} {counts[category] / total:.0%} "
-        box = {"boxstyle": "round,pad=0.25", "facecolor": color, "edgecolor": "none"}
-        text = figure.text(
-            x, top - 0.4 / height, label, size=7.5, color=_TEXT_ON.get(category, INK), bbox=box
+    labels = [
+        (f"{category.name} {counts[category] / total:.0%}", color, _TEXT_ON.get(category, INK))
+        for category, color in CATEGORY_COLORS.items()
+    ]
+    _write_row(figure, left * width, height - 0.73, labels)
+    _save(figure, path)
+
+
+def plot_masks(template: Template, path: str | os.PathLike[str]) -> None:
+    """Draw what each category keeps of a causal mask, queries by keys, of the first prompt.
+
+    Args:
+        template: Of a prompt of some dozens of tokens.
+        path: A PNG, PDF or SVG, by its ending.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.colors import ListedColormap
+
+    span_id, is_sink = (part[:1] for part in template.tensors())
+    num_tokens = template.num_tokens
+    keep = keep_intervals(span_id, is_sink, num_tokens, num_tokens)
+    spans, tokens = span_id[0], torch.arange(num_tokens)
+    causal = tokens <= tokens[:, None]
+    own = spans == spans[:, None]
+    of_images = (spans > 0) & (spans[:, None] > 0)
+    # 0: a later key; 1: hidden by the category; the others are seen.
+    kind = torch.where(of_images, torch.where(own, 3, torch.where(is_sink[0], 4, 5)), 2)
+    legend = (
+        ("hidden", "#F1F1F1"),
+        ("text", "#BDBDBD"),
+        ("own image", "#6CC08B"),
+        ("sinks of other images", ORANGE),
+        ("other images", "#2D2A5F"),
+    )
+    colors = ("white", *(color for _, color in legend))
+
+    side, gap, width, height = 1.82, 0.16, 8.0, 2.72
+    figure = _figure(width, height)
+    for at, category in enumerate(CATEGORY_COLORS):
+        lower, upper = (x[0, category, :, None] for x in (keep.lower, keep.upper))
+        kept = ((lower <= tokens) & (tokens <= upper)) | keep.visible[0, category]
+        drawn = torch.where(causal, torch.where(kept, kind, 1), 0)
+        left = 0.14 + at * (side + gap)
+        axes = figure.add_axes((left / width, 0.42 / height, side / width, side / height))
+        axes.imshow(
+            drawn.numpy(), cmap=ListedColormap(colors), vmin=0, vmax=5, interpolation="nearest"
         )
-        extent = text.get_window_extent(figure.canvas.get_renderer())
-        x += extent.width / (width * _DPI) + 0.12 / width  # inches, padding included
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+        share = float((causal & kept).sum() / causal.sum())
+        title = f"{category.name}  {share:.0%}"
+        if at == 0:
+            hint = {"color": GREY, "size": 6.5, "ha": "right", "transform": axes.transAxes}
+            axes.text(1, 0.93, "keys \N{RIGHTWARDS ARROW}", **hint)
+            axes.text(1, 0.83, "queries \N{DOWNWARDS ARROW}", **hint)
+        axes.set_title(title, color=INK, size=8.5, weight="bold", loc="left", pad=5)
+    labels = [(name, color, "white" if color == colors[-1] else INK) for name, color in legend]
+    _write_row(figure, 0.17, 0.15, labels)
     _save(figure, path)
 
 
@@ -286,6 +342,16 @@ def _square(x: float, y: float, side: float, color: str) -> Any:
         facecolor=color,
         edgecolor="none",
     )
+
+
+def _write_row(figure: Any, x: float, y: float, labels: Sequence[tuple[str, str, str]]) -> None:
+    """Write labels beside each other, each with the colors of its box and of its text."""
+    width, height = figure.get_size_inches()
+    for label, color, ink in labels:
+        box = {"boxstyle": "round,pad=0.25", "facecolor": color, "edgecolor": "none"}
+        text = figure.text(x / width, y / height, f" {label} ", size=7.5, color=ink, bbox=box)
+        extent = text.get_window_extent(figure.canvas.get_renderer())
+        x += extent.width / _DPI + 0.12  # inches, padding included
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many of them as there are cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # one example may draw thousands of tokens, or compile
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 

@@ -13,7 +13,7 @@ import torch
 from blindsight.baselines import PruningMasking, WindowMasking, shuffled_categories
 from blindsight.cli import main
 from blindsight.masked_model import Call
-from blindsight.plots import CATEGORY_COLORS, _spread, plot_profile
+from blindsight.plots import CATEGORY_COLORS, _spread, plot_masks, plot_profile
 from blindsight.prefill import Batch, Decoder
 from blindsight.profile import Profile
 from blindsight.selection import select_categories
@@ -29,6 +29,7 @@ from blindsight.sweep_points import (
     selection_of,
     spread_budgets,
 )
+from blindsight.template import Template, find_sinks
 from models import Image, make_inputs, tiny_model
 from processors import tiny_processor
 from questions import Watched, rows, samples
@@ -388,7 +389,9 @@ def test_pictures_are_drawn(curve: Sweep, tmp_path: Path) -> None:
     curve.plot(tmp_path / "sweep.png")
     plot_profile(model_and_profile()[1], tmp_path / "heads.png")
     plot_profile(model_and_profile()[1], tmp_path / "heads.svg")
-    for name in ("sweep.png", "heads.png"):
+    span_id = torch.tensor([[0, 1, 1, 0, 2, 2, 2, 0]], dtype=torch.int32)
+    plot_masks(Template(span_id, find_sinks(span_id, (0,))), tmp_path / "masks.png")
+    for name in ("sweep.png", "heads.png", "masks.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert len(set(CATEGORY_COLORS.values())) == 4
     with pytest.raises(ValueError, match=r"must end in one of .*png.*got 'xyz'"):
