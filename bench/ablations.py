@@ -31,13 +31,13 @@ from blindsight.calibrate import (
     select_categories,
     summarize,
 )
-from blindsight.calibrate_cli import load_model
+from blindsight.calibration.measure import Measurements, measure
+from blindsight.calibration.selection import CRITERIA
+from blindsight.cli.models import load_model
 from blindsight.evaluate import Summary, compare
-from blindsight.measure import Measurements, measure
 from blindsight.profile import Profile
 from blindsight.progress import quiet
 from blindsight.samples import load_processor, load_samples
-from blindsight.selection import CRITERIA
 from blindsight.template import TemplateRule
 
 RESULTS = Path(__file__).parent / "results" / "ablations.jsonl"

@@ -34,8 +34,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blindsight.base_mask import CAUSAL
-from blindsight.probe import measure_losses
-from blindsight.visibility import visibility_of_form
+from blindsight.calibration.probe import measure_losses
+from blindsight.calibration.visibility import visibility_of_form
 
 RESULTS = Path(__file__).parent / "results" / "calibration.jsonl"
 TESTBED = Path(__file__).parent / "testbed" / "model"
@@ -154,7 +154,8 @@ def measure_decoder(num_layers: int, length: int, keeps: bool, repeats: int) -> 
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from blindsight import TemplateRule, measure
+    from blindsight import TemplateRule
+    from blindsight.calibration import measure
 
     if keeps:
         measure.recompute_layers_pass = lambda gm, *, attention: gm

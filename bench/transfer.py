@@ -25,21 +25,21 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from blindsight.calibrate import profile_of, rule_of
-from blindsight.calibrate_cli import load_model
-from blindsight.effect import UNITS, refine, reselect
+from blindsight.calibration.effect import UNITS, refine, reselect
+from blindsight.calibration.measure import Measurements, measurements_of
+from blindsight.calibration.probe import Losses, measure_losses
+from blindsight.calibration.visibility import IntervalVisibility
+from blindsight.cli.models import load_model
 from blindsight.evaluate import compare
+from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks
+from blindsight.evaluation.outcomes import digest_of_weights
+from blindsight.evaluation.prefill import Decoder
+from blindsight.evaluation.summary import Summary
 from blindsight.families import fingerprint
-from blindsight.masked_model import EVERYTHING, Call, Group, Masks
 from blindsight.masks import BaseMask
-from blindsight.measure import Measurements, measurements_of
-from blindsight.outcomes import digest_of_weights
-from blindsight.prefill import Decoder
-from blindsight.probe import Losses, measure_losses
 from blindsight.profile import Profile
 from blindsight.progress import quiet
 from blindsight.samples import Samples, load_processor, load_samples, model_inputs
-from blindsight.summary import Summary
-from blindsight.visibility import IntervalVisibility
 
 sys.path.insert(0, str(Path(__file__).parent / "testbed"))
 from make_dataset import TASKS, parse_grid, write_dataset

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blindsight.calibration.measure import Measurements, measure
+from blindsight.calibration.probe import NUM_OFFSETS
+from blindsight.calibration.selection import CRITERIA, select_categories
 from blindsight.categories import HeadCategory
+from blindsight.evaluation.prefill import check_has_vision
 from blindsight.families import config_of, fingerprint, widths_of
-from blindsight.measure import Measurements, measure
-from blindsight.prefill import check_has_vision
-from blindsight.probe import NUM_OFFSETS
 from blindsight.profile import Profile
 from blindsight.samples import load_samples
-from blindsight.selection import CRITERIA, select_categories
 from blindsight.template import TemplateRule
 
 __all__ = [
@@ -85,8 +85,8 @@ def calibrate(
         num_samples: At most so many samples; by default all.
         seed: Of the choice among them; by default the first ones are taken.
         batch_size: Prompts that run together; results differ by rounding only.
-        criterion, allocation: See :func:`~blindsight.selection.select_categories`. Measuring
-            ``"next_token"`` takes gradients, and so the memory of all layers' activations.
+        criterion, allocation: See :func:`~blindsight.calibration.selection.select_categories`.
+            ``"next_token"`` takes gradients: see :func:`~blindsight.calibration.measure.measure`.
         aggregate: How the losses of the prompts become one: ``"quantile"`` holds on that share of
             them, so that a rare prompt which needs attention between images is seen; ``"mean"``.
         quantile: Which one.
@@ -149,7 +149,7 @@ def profile_of(
 
     Args:
         model: The model, or its config.
-        measurements: From :func:`~blindsight.measure.measure`.
+        measurements: From :func:`~blindsight.calibration.measure.measure`.
         rule: That they were made with.
         budget, criterion, aggregate, quantile, allocation: See :func:`calibrate`.
         calibration: What else to note about where the measurements are from.

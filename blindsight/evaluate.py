@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 import blindsight
-from blindsight.masked_model import ProfileMasking
-from blindsight.outcomes import (
+from blindsight.evaluation.masked_model import ProfileMasking
+from blindsight.evaluation.outcomes import (
     Checkpoint,
     Outcome,
     Point,
@@ -33,13 +33,13 @@ from blindsight.outcomes import (
     digest_of_weights,
     write_text,
 )
-from blindsight.prefill import Batch, CompiledDecoder, Decoder, check_has_vision
+from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder, check_has_vision
+from blindsight.evaluation.summary import Summary, by_task, percent, summarize, table
+from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill
 from blindsight.profile import Profile
 from blindsight.ranks import current_ranks
 from blindsight.samples import Sample
 from blindsight.shards import check_is_whole
-from blindsight.summary import Summary, by_task, percent, summarize, table
-from blindsight.timing import Timing, longest_prompt, time_prefill
 
 ENGINES = ("reference", "compiled")
 _NO_DIFFERENCE = 3.0  # n questions without one: the rate is below 3 / n, at a level of 95 %

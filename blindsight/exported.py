@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from blindsight.evaluation.prefill import Decoder, find_decoder
 from blindsight.lowering import Lowering
 from blindsight.passes.sparse_attention import rewrite
-from blindsight.prefill import Decoder, find_decoder
 from blindsight.profile import Profile
 
 _TEMPLATE = ("span_id", "is_sink")

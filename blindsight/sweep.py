@@ -21,12 +21,10 @@ from torch import Tensor, nn
 
 from blindsight.categories import HeadCategory
 from blindsight.evaluate import conditions, decoder_of, run_header
-from blindsight.masked_model import Masking, ProfileMasking
-from blindsight.outcomes import Checkpoint, Outcome, Point, answer_samples, write_text
-from blindsight.profile import Profile
-from blindsight.samples import Sample
-from blindsight.summary import Summary, by_task, percent, summarize, table
-from blindsight.sweep_points import (
+from blindsight.evaluation.masked_model import Masking, ProfileMasking
+from blindsight.evaluation.outcomes import Checkpoint, Outcome, Point, answer_samples, write_text
+from blindsight.evaluation.summary import Summary, by_task, percent, summarize, table
+from blindsight.evaluation.sweep_points import (
     BY_HEAD,
     MEANINGS,
     RANDOM,
@@ -37,7 +35,9 @@ from blindsight.sweep_points import (
     spread_budgets,
     token_plans,
 )
-from blindsight.timing import Timing, longest_prompt, time_prefill
+from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill
+from blindsight.profile import Profile
+from blindsight.samples import Sample
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Sweep:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from blindsight.sweep_plot import plot_sweep
+        from blindsight.evaluation.sweep_plot import plot_sweep
 
         plot_sweep(self, path)
 

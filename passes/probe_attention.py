@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
-from blindsight.passes.find_attention import Attention
-from blindsight.passes.graph import add_placeholder
-from blindsight.passes.lift_mask import Lifted
-from blindsight.probe import Call, Losses, measure_losses
-from blindsight.visibility import (
+from blindsight.calibration.probe import Call, Losses, measure_losses
+from blindsight.calibration.visibility import (
     visibility_of_expression,
     visibility_of_form,
     visibility_or_given,
 )
+from blindsight.passes.find_attention import Attention
+from blindsight.passes.graph import add_placeholder
+from blindsight.passes.lift_mask import Lifted
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,9 @@ def probe_attention_pass(
         attention: Calls in ``gm``, from :func:`~blindsight.passes.find_attention.find_attention`.
         lifted: What each call's mask was proven to be, from
             :func:`~blindsight.passes.lift_mask.lift_mask`.
-        measure: :func:`~blindsight.probe.measure_losses`; or :class:`~blindsight.probe.Call`, for
-            calls that are measured later, when gradients are known.
+        measure: :func:`~blindsight.calibration.probe.measure_losses`; or
+            :class:`~blindsight.calibration.probe.Call`, for calls that are measured later, when
+            gradients are known.
     """
     del example_inputs
     if not attention:

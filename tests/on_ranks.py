@@ -17,12 +17,12 @@ from torch.distributed._functional_collectives import all_reduce
 from transformers.distributed import DistributedConfig
 
 from blindsight import Profile, blindsight_backend, rewriting, use_template
+from blindsight.calibration.measure import Prober
 from blindsight.choose import choose_layouts
 from blindsight.cli import main as command_line
-from blindsight.measure import Prober
+from blindsight.evaluation.prefill import Decoder
 from blindsight.passes import sparse_attention_pass
 from blindsight.passes.graph import copy_graph_module
-from blindsight.prefill import Decoder
 from models import (
     END_ID,
     IMAGE_ID,

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from blindsight import measure as measuring
 from blindsight.calibrate import (
     calibrate,
     find_sink_offsets,
@@ -20,9 +19,10 @@ from blindsight.calibrate import (
     select_categories,
     summarize,
 )
-from blindsight.calibrate_cli import summary
+from blindsight.calibration import measure as measuring
+from blindsight.calibration.measure import Measurements
 from blindsight.cli import main
-from blindsight.measure import Measurements
+from blindsight.cli.calibrate import summary
 from blindsight.profile import Profile
 from blindsight.samples import load_samples
 from blindsight.template import TemplateRule

@@ -154,7 +154,7 @@ def test_the_answers_of_the_demo_are_right_dense_and_sparse() -> None:
 def test_the_demo_without_the_testbed_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blindsight.demo_answers.MODEL", tmp_path / "gone")
+    monkeypatch.setattr("blindsight.demo.answers.MODEL", tmp_path / "gone")
     found = run_demo(DemoOptions(inner="eager", part="answers"))
     assert found.answers is None
     assert "gone is missing" in str(found)

@@ -20,10 +20,11 @@ from torch import distributed
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import scaled_dot_product_attention
 
-from blindsight import Profile, blindsight_backend, measure
+from blindsight import Profile, blindsight_backend
+from blindsight.calibration import measure
 from blindsight.cli import main
-from blindsight.outcomes import Checkpoint, Outcome
-from blindsight.prefill import Decoder
+from blindsight.evaluation.outcomes import Checkpoint, Outcome
+from blindsight.evaluation.prefill import Decoder
 from blindsight.ranks import Ranks, _ranks, check_is_alone
 from models import generation_options, tiny_model, valid_positions, without_vision
 from on_ranks import categories_of, model_of, profile_of, prompt, template_of

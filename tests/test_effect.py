@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from blindsight.calibration.effect import mean_divergence, refine, reselect
 from blindsight.cli import main
-from blindsight.effect import mean_divergence, refine, reselect
-from blindsight.masked_model import ProfileMasking
-from blindsight.outcomes import divergence
-from blindsight.prefill import Decoder
+from blindsight.evaluation.masked_model import ProfileMasking
+from blindsight.evaluation.outcomes import divergence
+from blindsight.evaluation.prefill import Decoder
+from blindsight.evaluation.sweep_points import selection_of
 from blindsight.profile import Profile
 from blindsight.reference import reference_logits
 from blindsight.samples import model_inputs
-from blindsight.sweep_points import selection_of
 from models import tiny_model
 from processors import tiny_processor
 from questions import rows, samples

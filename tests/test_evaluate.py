@@ -11,20 +11,20 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import blindsight.timing as timing
-from blindsight.bootstrap import Estimate, mean_over_tasks, paired_differences, share
+import blindsight.evaluation.timing as timing
 from blindsight.categories import HeadCategory
 from blindsight.cli import main
 from blindsight.cost import attention_flops
 from blindsight.evaluate import Evaluation, evaluate
-from blindsight.masked_model import EVERYTHING, Call, Group, ProfileMasking, masked
-from blindsight.outcomes import Outcome, divergence
-from blindsight.prefill import Batch, CompiledDecoder, Decoder
+from blindsight.evaluation.bootstrap import Estimate, mean_over_tasks, paired_differences, share
+from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, ProfileMasking, masked
+from blindsight.evaluation.outcomes import Outcome, divergence
+from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
+from blindsight.evaluation.summary import summarize
+from blindsight.evaluation.timing import check_distance, time_prefill
 from blindsight.profile import Profile
 from blindsight.reference import kept_pairs, reference_logits
 from blindsight.samples import load_samples, model_inputs
-from blindsight.summary import summarize
-from blindsight.timing import check_distance, time_prefill
 from models import FAMILIES, Image, make_inputs, tiny_model
 from processors import tiny_processor
 from questions import Watched, rows, samples

@@ -16,11 +16,15 @@ from transformers import CONFIG_MAPPING, StaticCache
 
 import blindsight
 from blindsight import Profile, TemplateRule, blindsight_backend
-from blindsight.baselines import shuffled_categories
 from blindsight.calibrate import flops_cut
 from blindsight.calibrate import profile_of as profile_of_measurements
-from blindsight.calibrate_cli import summary
-from blindsight.cli import describe, heads_by_layer
+from blindsight.calibration.measure import Prober
+from blindsight.calibration.selection import select_categories
+from blindsight.cli.calibrate import summary
+from blindsight.cli.show import describe, heads_by_layer
+from blindsight.evaluation.baselines import shuffled_categories
+from blindsight.evaluation.masked_model import ProfileMasking
+from blindsight.evaluation.prefill import Decoder
 from blindsight.exported import decoder_inputs
 from blindsight.families import (
     DECODER_ATTENTION_CLASSES,
@@ -28,11 +32,7 @@ from blindsight.families import (
     cache_argument,
     fingerprint,
 )
-from blindsight.masked_model import ProfileMasking
-from blindsight.measure import Prober
-from blindsight.prefill import Decoder
 from blindsight.reference import attention_layers, reference_logits
-from blindsight.selection import select_categories
 from family_models import (
     COLUMN_ID,
     END_ID,

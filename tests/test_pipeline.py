@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from blindsight import Profile, blindsight_backend, disabled, use_template
-from blindsight.cli import describe
+from blindsight.cli.show import describe
 from blindsight.runtime import Runtime
 from decoders import PROMPT, check_decoder, decoder_prompt, template_of
 from models import Image, make_inputs, tiny_model

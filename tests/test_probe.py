@@ -16,16 +16,16 @@ from transformers.masking_utils import sdpa_mask
 
 import oracles
 from blindsight.calibrate import find_sink_offsets, select_categories, summarize
-from blindsight.measure import Prober, measurements_of
-from blindsight.probe import NUM_OFFSETS, REGIONS, Losses, measure_losses
-from blindsight.template import TemplateRule, find_sinks
-from blindsight.visibility import (
+from blindsight.calibration.measure import Prober, measurements_of
+from blindsight.calibration.probe import NUM_OFFSETS, REGIONS, Losses, measure_losses
+from blindsight.calibration.visibility import (
     IntervalVisibility,
     Visibility,
     visibility_of_expression,
     visibility_of_form,
     visibility_of_tensor,
 )
+from blindsight.template import TemplateRule, find_sinks
 from models import Image, make_inputs, tiny_model
 from strategies import BaseCase, gqa_heads, runs_of, templates
 from test_masks import base_of

@@ -10,8 +10,8 @@ from transformers import CONFIG_MAPPING
 
 from blindsight import TemplateRule
 from blindsight.calibrate import calibrate
+from blindsight.calibration.measure import Prober
 from blindsight.families import FAMILIES
-from blindsight.measure import Prober
 from blindsight.samples import inputs_on, load_samples, model_inputs
 from family_models import FAMILIES as TINY
 from family_models import IMAGE_ID, IMAGE_SIZE, SPECIAL_IDS, make_inputs, tiny_model, why_not_here

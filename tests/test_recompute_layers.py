@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blindsight.measure import _gradients_of
+from blindsight.calibration.measure import _gradients_of
 from blindsight.passes.find_attention import find_attention
 from blindsight.passes.recompute_layers import Recomputed, recompute_layers_pass
 

@@ -10,15 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from blindsight.baselines import PruningMasking, WindowMasking, shuffled_categories
+from blindsight.calibration.selection import select_categories
 from blindsight.cli import main
-from blindsight.masked_model import Call
-from blindsight.plots import CATEGORY_COLORS, _spread, plot_masks, plot_profile
-from blindsight.prefill import Batch, Decoder
-from blindsight.profile import Profile
-from blindsight.selection import select_categories
-from blindsight.sweep import Sweep, sweep
-from blindsight.sweep_points import (
+from blindsight.evaluation.baselines import PruningMasking, WindowMasking, shuffled_categories
+from blindsight.evaluation.masked_model import Call
+from blindsight.evaluation.prefill import Batch, Decoder
+from blindsight.evaluation.sweep_points import (
     BY_ERROR,
     BY_HEAD,
     BY_LAYER,
@@ -29,6 +26,9 @@ from blindsight.sweep_points import (
     selection_of,
     spread_budgets,
 )
+from blindsight.plots import CATEGORY_COLORS, _spread, plot_masks, plot_profile
+from blindsight.profile import Profile
+from blindsight.sweep import Sweep, sweep
 from blindsight.template import Template, find_sinks
 from models import Image, make_inputs, tiny_model
 from processors import tiny_processor

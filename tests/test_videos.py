@@ -11,9 +11,9 @@ from packaging.version import Version
 import family_models
 import models
 from blindsight import Profile, TemplateRule, blindsight_backend
+from blindsight.calibration.measure import Prober
+from blindsight.evaluation.prefill import Decoder
 from blindsight.families import FAMILIES
-from blindsight.measure import Prober
-from blindsight.prefill import Decoder
 from blindsight.reference import reference_logits
 from blindsight.runtime import BlindsightWarning, History, Runtime, disabled
 from models import END_ID, FIRST_TEXT_ID, IMAGE_ID, PAD_ID, START_ID, VIDEO_ID, VOCAB_SIZE

@@ -12,9 +12,15 @@ from typing import Any
 
 import torch
 
-from blindsight.bootstrap import Differences, Estimate, mean_over_tasks, paired_differences, share
-from blindsight.outcomes import Outcome
-from blindsight.prefill import Decoder
+from blindsight.evaluation.bootstrap import (
+    Differences,
+    Estimate,
+    mean_over_tasks,
+    paired_differences,
+    share,
+)
+from blindsight.evaluation.outcomes import Outcome
+from blindsight.evaluation.prefill import Decoder
 
 
 @dataclass(frozen=True)

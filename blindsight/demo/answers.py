@@ -19,14 +19,14 @@ from torch import Tensor
 from blindsight.backend import blindsight_backend
 from blindsight.categories import summarize_categories
 from blindsight.cost import AttentionFlops, attention_flops
-from blindsight.prefill import find_decoder
+from blindsight.evaluation.prefill import find_decoder
 from blindsight.profile import Profile
 from blindsight.progress import Progress
 from blindsight.reference import reference_logits
 from blindsight.runtime import disabled
 from blindsight.samples import Sample, load_processor, load_samples, model_inputs
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 MODEL = _ROOT / "bench" / "testbed" / "model"
 QUESTIONS = _ROOT / "bench" / "testbed" / "questions"
 PROFILE = _ROOT / "profiles" / "testbed.safetensors"

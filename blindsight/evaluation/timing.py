@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from blindsight.masked_model import ProfileMasking
-from blindsight.outcomes import Outcome
-from blindsight.prefill import Batch, CompiledDecoder, Decoder
+from blindsight.evaluation.masked_model import ProfileMasking
+from blindsight.evaluation.outcomes import Outcome
+from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.profile import Profile
 from blindsight.samples import Sample, model_inputs
 

@@ -114,7 +114,7 @@ class Masks(Groups, Protocol):
 
 
 class Masking(Protocol):
-    """A rule for masks; see :class:`ProfileMasking` and :mod:`blindsight.baselines`."""
+    """A rule for masks; see :class:`ProfileMasking` and :mod:`blindsight.evaluation.baselines`."""
 
     @property
     def key(self) -> str:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from blindsight.calibration.selection import select_categories
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
-from blindsight.masked_model import ProfileMasking
-from blindsight.outcomes import divergence
-from blindsight.prefill import Decoder
+from blindsight.evaluation.masked_model import ProfileMasking
+from blindsight.evaluation.outcomes import divergence
+from blindsight.evaluation.prefill import Decoder
 from blindsight.profile import Profile
 from blindsight.samples import Sample, model_inputs
-from blindsight.selection import select_categories
 
 CRITERION = "next_token"  # its evidence is called "effect"
 UNITS = ("head", "layer")
@@ -51,7 +51,8 @@ def refine(
             looked at.
         profile: With evidence, ``error`` and ``pairs``.
         budget: The most that any one head may change the next token, as the square root of the
-            mean KL divergence in nats; see :func:`~blindsight.selection.select_categories`.
+            mean KL divergence in nats; see
+            :func:`~blindsight.calibration.selection.select_categories`.
         by: ``"head"`` tries every category of every head: L * H * (C - 1) prefills a prompt.
             ``"layer"`` tries SINK in all heads of a layer, L prefills a prompt, and shares the
             layer's divergence out among its heads and their categories by their squared errors.

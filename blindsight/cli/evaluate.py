@@ -143,7 +143,7 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _run_refine(arguments: argparse.Namespace) -> None:
-    from blindsight.effect import refine
+    from blindsight.calibration.effect import refine
     from blindsight.progress import quiet
     from blindsight.ranks import check_is_alone
 
@@ -208,7 +208,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, list[Sample] | Any, 
     """Read what can be wrong before the weights, which take longest."""
     import transformers
 
-    from blindsight.calibrate_cli import load_model
+    from blindsight.cli.models import load_model
     from blindsight.profile import Profile
     from blindsight.ranks import local_device
     from blindsight.samples import load_processor, load_samples

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blindsight.categories import HeadCategory
-from blindsight.masked_model import EVERYTHING, Call, Group, Masks, Prompt
+from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks, Prompt
 
 
 def shuffled_categories(categories: Tensor, layers: Sequence[int], seed: int) -> Tensor:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blindsight.baselines import PruningMasking, WindowMasking, shuffled_categories
-from blindsight.masked_model import Masking, ProfileMasking
+from blindsight.calibration.selection import select_categories
+from blindsight.evaluation.baselines import PruningMasking, WindowMasking, shuffled_categories
+from blindsight.evaluation.masked_model import Masking, ProfileMasking
 from blindsight.profile import Profile
-from blindsight.selection import select_categories
 
 # What a budget selects: evidence, budget -> category codes [L, H].
 Select = Callable[[Mapping[str, Tensor], float], Tensor]
@@ -124,7 +124,7 @@ def token_plans(shares: Sequence[float], widths: Sequence[int]) -> list[Plan]:
     """Return the baselines at some shares of dense attention, those that a decoder can have.
 
     Args:
-        shares: See :mod:`blindsight.baselines`.
+        shares: See :mod:`blindsight.evaluation.baselines`.
         widths: Of the decoder's layers; 0 of one without attention.
     """
     plans = [Plan(WINDOW, share, WindowMasking(share)) for share in shares]

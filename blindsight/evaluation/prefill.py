@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from blindsight.backend import blindsight_backend
 from blindsight.cost import count_visible
+from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks, Prompt, masked
 from blindsight.families import (
     CACHE_ARGUMENTS,
     cache_argument,
@@ -29,7 +30,6 @@ from blindsight.families import (
     with_attention,
 )
 from blindsight.given_mask import intervals_of_elements
-from blindsight.masked_model import EVERYTHING, Call, Group, Masks, Prompt, masked
 from blindsight.masks import BaseMask
 from blindsight.profile import Profile
 from blindsight.reference import attention_layers

@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from blindsight.calibration.visibility import Visibility
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.cost import count_visible
 from blindsight.template import Template, span_edges
-from blindsight.visibility import Visibility
 
 REGIONS = ("own_span", "other_sinks", "text", "other_spans")
 NUM_OFFSETS = 8  # tokens from the start of a span that are told apart, and its last

@@ -1,7 +1,7 @@
 """Run a model on prompts and measure, for each, what every category of every head would lose.
 
 The model runs its own graphs, uncompiled; beside each call of the decoder's attention its losses
-are measured, see :mod:`blindsight.probe`.
+are measured, see :mod:`blindsight.calibration.probe`.
 
 Shapes: N prompts, B batch, L layers, H query heads, C categories, R regions, T tokens.
 """
@@ -28,6 +28,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from blindsight.calibration.probe import Call, Losses, empty_losses, measure_losses
 from blindsight.families import config_of, fingerprint, shares_keys, text_config, with_attention
 from blindsight.layers import LayerMap, layer_of_path
 from blindsight.passes.find_attention import Attention, find_attention, has_attention
@@ -35,7 +36,6 @@ from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.probe_attention import probe_attention_pass
 from blindsight.passes.recompute_layers import recompute_layers_pass
-from blindsight.probe import Call, Losses, empty_losses, measure_losses
 from blindsight.profile import write_whole
 from blindsight.ranks import Ranks, current_ranks
 from blindsight.runtime import compact
@@ -65,7 +65,7 @@ class Measurements:
         lost_mass: ``[N, L, H, C]`` float32, the mean attention weight that a category hides.
         mass: ``[N, L, H, R]`` float32, the mean attention weight in each region.
         offset_mass: ``[N, L, H, NUM_OFFSETS + 1]`` float32, the mean attention weight on tokens
-            of other spans, by offset, see :class:`~blindsight.probe.Losses`.
+            of other spans, by offset, see :class:`~blindsight.calibration.probe.Losses`.
         effect: ``[N, L, H, C]`` float32, how far a category moves the next token after the prompt:
             the root of the KL divergence in nats, to first order; nan if not measured.
         pairs: ``[N, L, C]`` float32, the pairs of a query and a key that a head computes.

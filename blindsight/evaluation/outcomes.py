@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from blindsight.masked_model import Masking, Masks, Prompt
-from blindsight.prefill import Batch, Decoder, Output
+from blindsight.evaluation.masked_model import Masking, Masks, Prompt
+from blindsight.evaluation.prefill import Batch, Decoder, Output
 from blindsight.profile import write_whole
 from blindsight.ranks import current_ranks
 from blindsight.samples import Sample, model_inputs

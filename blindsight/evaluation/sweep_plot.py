@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
-from blindsight.bootstrap import Estimate
+from blindsight.evaluation.bootstrap import Estimate
+from blindsight.evaluation.sweep_points import BY_ERROR, BY_HEAD, BY_LAYER, PRUNING, RANDOM, WINDOW
 from blindsight.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Curve, Panel, plot_curves
 from blindsight.sweep import Sweep, SweepPoint
-from blindsight.sweep_points import BY_ERROR, BY_HEAD, BY_LAYER, PRUNING, RANDOM, WINDOW
 
 _LOOKS = {
     BY_HEAD: ("category by head", BLUE),

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from blindsight import demo_answers, demo_speed
-from blindsight.demo_answers import Answers
-from blindsight.demo_prompt import DemoOptions, load
-from blindsight.demo_speed import Speed
+from blindsight.demo.answers import NUM_STEPS, Answers, answer_questions, find_problem
+from blindsight.demo.prompt import DemoOptions, load
+from blindsight.demo.speed import Speed, measure_speed, num_steps
 from blindsight.progress import Progress, quiet
 
 __all__ = ["DemoOptions", "DemoResult", "load", "run_demo"]
@@ -51,9 +50,9 @@ def run_demo(options: DemoOptions) -> DemoResult:
     # Somebody's own model, images or profile are timed; the testbed is for everybody else.
     own = any(x is not None for x in (options.model, options.images, options.profile))
     asks = options.part in ("answers", "both") and not own
-    problem = demo_answers.find_problem() if asks else None
-    steps = demo_speed.num_steps(options) if options.part != "answers" else 0
-    steps += demo_answers.NUM_STEPS if asks else 0
+    problem = find_problem() if asks else None
+    steps = num_steps(options) if options.part != "answers" else 0
+    steps += NUM_STEPS if asks else 0
     with (
         quiet(),
         torch.no_grad(),
@@ -63,9 +62,9 @@ def run_demo(options: DemoOptions) -> DemoResult:
         progress = Progress(bar)
         answers = speed = None
         if asks and problem is None:
-            answers = demo_answers.answer_questions(inner=options.inner, progress=progress)
+            answers = answer_questions(inner=options.inner, progress=progress)
         # Two models of one class: what Dynamo learned of the first makes it generalise the second.
         torch._dynamo.reset()
         if options.part != "answers" or own:
-            speed = demo_speed.measure_speed(options, progress)
+            speed = measure_speed(options, progress)
     return DemoResult(answers, speed, problem or "")

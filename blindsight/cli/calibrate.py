@@ -69,6 +69,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     import time
 
     from blindsight.calibrate import calibrate
+    from blindsight.cli.models import load_model
     from blindsight.progress import quiet
     from blindsight.ranks import local_device, shared_run
     from blindsight.samples import load_processor, load_samples
@@ -115,38 +116,10 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     print(f"saved to {output}")
 
 
-def load_model(name: str, dtype: str) -> Any:
-    """Load a model that reads images.
-
-    Raises:
-        ValueError: There is none, or it reads text only.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    from blindsight.families import family_of
-    from blindsight.prefill import check_has_vision
-
-    try:
-        config: Any = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        what = " ".join(str(error).split())
-        raise ValueError(
-            f"model must be a folder or a hub id that can be reached, got {name!r}: {what}"
-        ) from error
-    check_has_vision(config)
-    family_of(config)
-    model_class: Any = AutoModelForImageTextToText
-    model = model_class.from_pretrained(
-        name, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-    )
-    return model.eval()
-
-
 def summary(profile: Profile, seconds: float) -> str:
     """Return what a calibration found, as text; ``seconds`` are what it took."""
     from blindsight.calibrate import flops_cut
-    from blindsight.cli import heads_by_layer
+    from blindsight.cli.show import heads_by_layer
 
     noted = profile.calibration
     num_samples, used = int(noted["num_samples"]), int(noted["num_samples_used"])

@@ -1,0 +1,1 @@
+"""What calibration measures of a model, and how it chooses by that."""

@@ -1,0 +1,41 @@
+"""The command line: ``blindsight demo``, ``show``, ``explain`` and so on; see ``--help``.
+
+Each command imports what it needs, so that help does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from blindsight.cli import calibrate, demo, evaluate, show, tune
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return 0, or 2 after an error, which is one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("blindsight: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if arguments.traceback:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"blindsight: error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="blindsight", description="Per-head sparse attention for vision-language models."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    everywhere = argparse.ArgumentParser(add_help=False)
+    everywhere.add_argument("--traceback", action="store_true", help="show where an error is from")
+    for part in (demo, show, tune, calibrate, evaluate):
+        part.add_commands(commands, everywhere)
+    return parser

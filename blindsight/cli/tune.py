@@ -1,0 +1,49 @@
+"""The command ``tune``: measure what attention costs on a device.
+
+Nothing heavy is imported before the command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
+    """Add it to the subparsers of the command line; ``everywhere`` holds what all share."""
+    tune = commands.add_parser(
+        "tune",
+        parents=[everywhere],
+        help="measure this device, for the choice of how to compute attention",
+        description="Measure what attention costs on this device, and keep it for later runs.",
+    )
+    tune.add_argument("--device", default="cpu")
+    tune.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), nargs="+", default=["float32"]
+    )
+    tune.set_defaults(run=_run_tune)
+
+
+def _run_tune(arguments: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from blindsight.cost_model import device_name, save_costs
+    from blindsight.tune import measure_costs
+
+    device = torch.device(arguments.device)
+    for name in arguments.dtype:
+        dtype = getattr(torch, name)
+        with tqdm(total=5, desc=name, leave=False) as bar, torch.inference_mode():
+
+            def progress(text: str, bar: tqdm = bar) -> None:
+                bar.set_postfix_str(text)
+                bar.update()
+
+            costs = measure_costs(device, dtype, progress=progress)
+        path = save_costs(device, dtype, costs)
+        print(
+            f"{device_name(device)}, {name}: a pair of query and key takes {costs.causal:.3g} ns "
+            f"under is_causal, {costs.masked:.3g} under a mask, {costs.flex:.3g} in FlexAttention"
+        )
+    print(f"kept in {path}")

@@ -1,0 +1,1 @@
+"""What evaluation and sweeps run, measure and draw."""
