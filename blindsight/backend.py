@@ -14,13 +14,13 @@ from torch.utils.hooks import RemovableHandle
 
 from blindsight.compiled_graph import CompiledGraph
 from blindsight.inner import Inner
-from blindsight.layers import LayerMap
+from blindsight.layers import LayerMap, compact
 from blindsight.lowering import Lowering
 from blindsight.passes.contract import PassList
 from blindsight.passes.find_attention import is_axis_positions, is_token_ids, is_video_grid
 from blindsight.profile import Profile
 from blindsight.report import Report
-from blindsight.runtime import Runtime, compact
+from blindsight.runtime import Runtime
 from blindsight.state import BackendState
 from blindsight.warmup import warm_up
 

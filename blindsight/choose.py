@@ -19,11 +19,11 @@ from blindsight.block_tables import (
 )
 from blindsight.categories import NUM_CATEGORIES
 from blindsight.cost_model import CallSize, Costs, time_of_groups, time_of_own
+from blindsight.history import History
 from blindsight.intervals import SortedBounds, sorted_bounds
 from blindsight.lowering import Layout, Lowering, fused_layout, split_layout
 from blindsight.masks import BaseMask, Keep, causal_base, keep_intervals
 from blindsight.passes.replace_attention import MaskForm
-from blindsight.runtime import History
 
 # Estimates are rough: sparse attention must promise at least this to be worth its compile time.
 _MIN_GAIN = 1.03

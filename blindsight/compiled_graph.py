@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from blindsight.any_length import CompiledForLengths, SymbolicSizes
 from blindsight.families import forgets
 from blindsight.given_mask import given_inputs
+from blindsight.history import History
 from blindsight.inner import Inner
 from blindsight.lowering import Layout
 from blindsight.passes.graph import copy_graph_module
@@ -23,7 +24,7 @@ from blindsight.passes.replace_attention import TOKEN_INPUTS
 from blindsight.passes.share_layers import share_layers_pass
 from blindsight.plan import plan_graph
 from blindsight.rewriting import Rewriter, Rewriting, tier_of
-from blindsight.runtime import History, is_disabled
+from blindsight.runtime import is_disabled
 from blindsight.state import BackendState
 
 _MAX_VARIANTS = 64  # compiled forms of one graph; the least recently used are dropped

@@ -18,7 +18,7 @@ from blindsight.base_mask import base_mask_of, facts_hold, is_plain_causal
 from blindsight.masks import BaseMask
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import ancestors, fake_tensor, placeholders
-from blindsight.passes.read_mask import MemoryGroups, overwritten
+from blindsight.passes.memory import MemoryGroups, overwritten
 from blindsight.plan import Plan, PlannedCall
 
 

@@ -21,7 +21,7 @@ from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import add_placeholder, fake_tensor, placeholders, same_size
 from blindsight.passes.lift_mask import Lifted
 from blindsight.plan import Plan
-from blindsight.runtime import TensorNotes, version_of
+from blindsight.tensor_notes import TensorNotes, version_of
 
 _ELEMENTS = 2**20  # looked at together: what is derived of them should stay in a core's cache
 

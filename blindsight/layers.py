@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -81,3 +81,14 @@ def layer_of_path(attention: Attention) -> int | None:
         matched = re.search(r"(?:^|\.)layers\.(\d+)\.", attention.path)
         return int(matched.group(1)) if matched else None
     return None
+
+
+def compact(numbers: Sequence[int]) -> str:
+    """Return for example ``"0-3, 7"`` for sorted ints."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)

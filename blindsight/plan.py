@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from blindsight.categories import summarize_categories
 from blindsight.families import DECODER_ATTENTION_CLASSES, forgets
-from blindsight.layers import layer_of_path
+from blindsight.layers import compact, layer_of_path
 from blindsight.passes.find_attention import (
     Attention,
     find_attention,
@@ -36,7 +36,6 @@ from blindsight.passes.graph import (
 from blindsight.passes.lift_mask import Lifted, lift_mask
 from blindsight.profile import Profile
 from blindsight.report import Verdict
-from blindsight.runtime import compact
 from blindsight.shards import is_distributed_tensor, shard_of_call, sharded_weights
 from blindsight.state import BackendState
 

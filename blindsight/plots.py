@@ -363,6 +363,6 @@ def _save(figure: Any, path: str | os.PathLike[str]) -> None:
     # Without the time and version that they would carry, equal pictures are equal files.
     metadata = {"Software": None} if ending == "png" else None
     figure.savefig(buffer, format=ending, dpi=_DPI, facecolor="white", metadata=metadata)
-    from blindsight.profile import write_whole
+    from blindsight.files import write_whole
 
     write_whole(path, buffer.getvalue())

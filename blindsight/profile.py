@@ -9,13 +9,10 @@ import hashlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
@@ -23,21 +20,23 @@ from torch import Tensor
 
 from blindsight.categories import NUM_CATEGORIES, HeadCategory, summarize_categories
 from blindsight.families import attends, config_of, each_layer, fingerprint, in_short
+from blindsight.files import write_whole
+from blindsight.profile_checks import (
+    DAMAGED,
+    FINGERPRINT,
+    FORMAT,
+    METADATA,
+    VERSION,
+    check_categories,
+    check_evidence,
+    check_fingerprint,
+    check_format,
+    check_has_heads,
+    check_keys,
+    parse_categories,
+    strings,
+)
 from blindsight.template import TemplateRule
-
-FORMAT = "blindsight-profile"
-VERSION = "1"
-FINGERPRINT = ("architecture", "num_layers", "num_heads", "num_kv_heads", "head_dim", "layer_types")
-METADATA = ("format", "version", "model", "fingerprint", "rule", "calibration")
-_BY_CATEGORY = (
-    "error",
-    "error_spread",
-    "effect",
-    "lost_mass",
-    "margin",
-    "pairs",
-)  # of the evidence
-_DAMAGED = "The file is damaged or was edited: copy it again, or calibrate again."
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -72,14 +71,14 @@ class Profile:
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        _check_categories(self.categories)
+        check_categories(self.categories)
         if not isinstance(self.rule, TemplateRule):
             raise ValueError(f"rule must be a TemplateRule, got {type(self.rule).__name__}.")
         for name in ("fingerprint", "calibration", "model"):
-            object.__setattr__(self, name, _strings(name, getattr(self, name)))
-        _check_fingerprint(self.fingerprint, tuple(self.categories.shape))
-        _check_has_heads(self.categories, self.layer_types)
-        _check_evidence(self.evidence, tuple(self.categories.shape))
+            object.__setattr__(self, name, strings(name, getattr(self, name)))
+        check_fingerprint(self.fingerprint, tuple(self.categories.shape))
+        check_has_heads(self.categories, self.layer_types)
+        check_evidence(self.evidence, tuple(self.categories.shape))
         evidence = {name: _own(self.evidence[name]) for name in sorted(self.evidence)}
         object.__setattr__(self, "categories", _own(self.categories))
         object.__setattr__(self, "evidence", evidence)
@@ -109,7 +108,7 @@ class Profile:
             "revision": getattr(config, "_commit_hash", None),
         }
         return cls(
-            _parse_categories(categories, types, int(found["num_heads"])),
+            parse_categories(categories, types, int(found["num_heads"])),
             rule=TemplateRule.from_config(config) if rule is None else rule,
             fingerprint=found,
             model={name: str(value) for name, value in identity.items() if value},
@@ -303,12 +302,12 @@ class Profile:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 # Before any tensor is read: a path of gigabytes of weights is a likely mistake.
-                _check_format(metadata)
+                check_format(metadata)
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"file must be safetensors, got {error}. {_DAMAGED}") from None
+            raise ValueError(f"file must be safetensors, got {error}. {DAMAGED}") from None
         try:
-            _check_keys("metadata", metadata, METADATA)
+            check_keys("metadata", metadata, METADATA)
             if "categories" not in tensors:
                 raise ValueError(f"tensors must include 'categories', got {list(tensors)}.")
             profile = cls(
@@ -322,9 +321,9 @@ class Profile:
             if (digest := metadata.get("digest", profile.digest)) != profile.digest:
                 raise ValueError(f"digest must be {profile.digest}, got {digest!r}.")
         except ValueError as error:
-            raise ValueError(f"{error} {_DAMAGED}") from None
+            raise ValueError(f"{error} {DAMAGED}") from None
         except (OverflowError, RecursionError) as error:  # hostile patterns and JSON
-            raise ValueError(f"metadata must be a profile's, got {error}. {_DAMAGED}") from None
+            raise ValueError(f"metadata must be a profile's, got {error}. {DAMAGED}") from None
         return profile
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -355,72 +354,6 @@ class Profile:
         return hash(self.digest)
 
 
-def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all: under another name, synced, and moved into place.
-
-    Raises:
-        OSError: The file cannot be written; what was there before is untouched.
-    """
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".blindsight-{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _check_categories(categories: Tensor) -> None:
-    _check_dtype("categories", categories, torch.uint8)
-    if categories.dim() != 2 or categories.numel() == 0:
-        raise ValueError(
-            f"categories must have shape [num_layers, num_heads], got {list(categories.shape)}."
-        )
-    if (highest := int(categories.max())) >= NUM_CATEGORIES:
-        raise ValueError(f"category codes must be 0..{NUM_CATEGORIES - 1}, got {highest}.")
-
-
-def _check_dtype(name: str, tensor: object, dtype: torch.dtype) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
-        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"{name} must be a {dtype} tensor, got {found}.")
-
-
-def _check_fingerprint(fingerprint: Mapping[str, str], shape: tuple[int, ...]) -> None:
-    _check_keys("fingerprint", fingerprint, FINGERPRINT)
-    if not re.fullmatch(r"\d+:\d+/\d+", fingerprint.get("stage", "0:1/1")):
-        raise ValueError(
-            f"stage must be written first:stop/layers, got {fingerprint['stage']!r}. {_DAMAGED}"
-        )
-    for name in ("num_kv_heads", "head_dim"):
-        numbers = fingerprint[name].split(",")
-        if len(numbers) not in (1, shape[0]) or not all(n.isdigit() and int(n) for n in numbers):
-            raise ValueError(
-                f"{name} must be a positive number, or one for each of {shape[0]} layers, got "
-                f"{fingerprint[name]!r}. {_DAMAGED}"
-            )
-    num_types = str(len(fingerprint["layer_types"].split(",")))
-    found = fingerprint["num_layers"], fingerprint["num_heads"], num_types
-    if found != (str(shape[0]), str(shape[1]), str(shape[0])):
-        raise ValueError(
-            f"fingerprint must have as many layers and heads as the categories {list(shape)}, got "
-            f"num_layers={found[0]}, num_heads={found[1]} and {num_types} layer_types."
-        )
-
-
-def _check_has_heads(categories: Tensor, layer_types: list[str]) -> None:
-    for layer, layer_type in enumerate(layer_types):
-        if not attends(layer_type) and bool(categories[layer].any()):
-            raise ValueError(
-                f"heads of layer {layer}, which is {layer_type}, must be DENSE: it has no "
-                f"attention over keys, got {summarize_categories(categories[layer].tolist())}."
-            )
-
-
 def _of_layers(fingerprint: Mapping[str, str], first: int, stop: int) -> dict[str, str]:
     """Return what differs in the fingerprint of some layers."""
     num_layers = int(fingerprint["num_layers"])
@@ -430,33 +363,6 @@ def _of_layers(fingerprint: Mapping[str, str], first: int, stop: int) -> dict[st
     }
     types = fingerprint["layer_types"].split(",")[first:stop]
     return {"num_layers": str(stop - first), "layer_types": ",".join(types), **numbers}
-
-
-def _check_evidence(evidence: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
-    for name, tensor in evidence.items():
-        if not isinstance(name, str) or name in ("", "categories", "__metadata__"):
-            raise ValueError(f"evidence must have names other than the format's, got {name!r}.")
-        _check_dtype(f"evidence {name!r}", tensor, torch.float32)
-        last: object = NUM_CATEGORIES if name in _BY_CATEGORY else "..."
-        if tensor.shape[:2] != shape or (last != "..." and tensor.shape[2:] != (last,)):
-            raise ValueError(
-                f"evidence {name!r} must have shape [{shape[0]}, {shape[1]}, {last}], "
-                f"got {list(tensor.shape)}."
-            )
-
-
-def _check_format(metadata: Mapping[str, str]) -> None:
-    for name, expected, advice in (
-        ("format", FORMAT, "Give a file that Profile.save wrote."),
-        ("version", VERSION, "Use a release of blindsight that reads it, or calibrate again."),
-    ):
-        if metadata.get(name) != expected:
-            raise ValueError(f"{name} must be {expected!r}, got {metadata.get(name)!r}. {advice}")
-
-
-def _check_keys(name: str, mapping: Mapping[str, str], keys: tuple[str, ...]) -> None:
-    if missing := [key for key in keys if key not in mapping]:
-        raise ValueError(f"{name} must have {', '.join(keys)}, got no {', '.join(missing)}.")
 
 
 class _Stage(NamedTuple):
@@ -481,44 +387,8 @@ def _fingerprint_of(model_or_config: Any) -> dict[str, str]:
         ) from None
 
 
-def _parse_categories(categories: Any, layer_types: list[str], num_heads: int) -> Tensor:
-    """Return ``categories``, array-like or one for all heads, as uint8 ``[L, H]``."""
-    shape = len(layer_types), num_heads
-    if isinstance(categories, Tensor):
-        categories = categories.detach().cpu().tolist()
-    try:
-        entries = np.array(categories, dtype=object)
-    except ValueError as error:  # some ragged lists; of others numpy makes lists as entries
-        raise ValueError(f"categories must have shape {list(shape)}, got {error}.") from None
-    if entries.ndim == 0:
-        entries = np.full(shape, entries.item(), dtype=object)
-        entries[[not attends(name) for name in layer_types]] = HeadCategory.DENSE
-    if entries.shape != shape:
-        raise ValueError(
-            f"categories must have shape [num_layers, num_heads] = {list(shape)}, or be one "
-            f"category for all heads, got shape {list(entries.shape)}."
-        )
-    codes = torch.empty(shape, dtype=torch.uint8)
-    for (layer, head), entry in np.ndenumerate(entries):
-        try:
-            if isinstance(entry, (bool, np.bool_)):
-                raise ValueError(f"category must be a code or a name, got {entry!r}.")
-            codes[layer, head] = HeadCategory.parse(entry)
-        except ValueError as error:
-            raise ValueError(f"layer {layer}, head {head}: {error}") from None
-    return codes
-
-
 def _own(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _strings(name: str, mapping: object) -> dict[str, str]:
-    if not isinstance(mapping, Mapping) or not all(
-        isinstance(text, str) for item in mapping.items() for text in item
-    ):
-        raise ValueError(f"{name} must map strings to strings, got {mapping!r}.")
-    return {key: mapping[key] for key in sorted(mapping)}
 
 
 def _to_json(mapping: Mapping[str, str]) -> str:

@@ -27,8 +27,9 @@ from blindsight.families import (
     shares_keys,
     text_config,
 )
+from blindsight.layers import compact
 from blindsight.profile import Profile
-from blindsight.runtime import compact, disabled
+from blindsight.runtime import disabled
 from blindsight.template import Template
 
 NAME = "blindsight_reference"

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from blindsight.runtime import compact
+from blindsight.layers import compact
 
 
 @dataclass

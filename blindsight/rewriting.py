@@ -18,6 +18,7 @@ from blindsight.choose import Choice, ChoosableCall, best_form, choose_layouts
 from blindsight.cost_model import CallSize, costs_of
 from blindsight.data_check import DataCheck
 from blindsight.given_mask import GivenMasks, add_given_inputs, lifted_of_given
+from blindsight.history import History
 from blindsight.lowering import Layout
 from blindsight.masks import BaseMask
 from blindsight.passes.find_attention import find_attention
@@ -26,7 +27,6 @@ from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.replace_attention import Capacity, MaskForm, replace_attention_pass
 from blindsight.plan import Plan, PlannedCall
 from blindsight.profile import Profile
-from blindsight.runtime import History
 from blindsight.state import BackendState
 
 

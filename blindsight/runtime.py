@@ -17,25 +17,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from blindsight.template import IMAGE, Template, TemplateRule, find_order_problem
-from blindsight.videos import (
-    FRAME,
-    VIDEO,
-    begins_frame,
-    is_of_text,
-    mark_by_grid,
-    mark_by_positions,
-)
-
-T = TypeVar("T")
-
-_NO_FRAME = 0xFF ^ FRAME
+from blindsight.history import History, Pending
+from blindsight.layers import compact
+from blindsight.template import Template, TemplateRule, find_order_problem
+from blindsight.tensor_notes import TensorNotes, version_of
 
 _given: ContextVar[_Given | None] = ContextVar("blindsight_template", default=None)
 _disabled: ContextVar[bool] = ContextVar("blindsight_disabled", default=False)
@@ -99,99 +89,6 @@ def _checked_template(span_id: Tensor, is_sink: Tensor) -> Template:
     return Template(span_id, is_sink.detach().cpu().contiguous())
 
 
-class History:
-    """The tokens of one sequence so far: their kinds, or a template given by hand."""
-
-    def __init__(
-        self,
-        rule: TemplateRule,
-        *,
-        kinds: Tensor | None = None,
-        corner: Tensor | None = None,
-        template: Template | None = None,
-    ) -> None:
-        self._rule = rule
-        self._kinds = kinds
-        self._corner = corner  # [2, B], height and width of the last token, if it is of a video
-        self._template = template
-        self._on_device: dict[torch.device, Template] = {}
-        self._restricts: dict[int, bool] = {}
-        self.memo: dict[object, Any] = {}  # what others found out of this sequence
-        known = kinds if template is None else template.span_id
-        assert known is not None
-        self.batch, self.num_tokens = known.shape
-
-    @property
-    def template(self) -> Template:
-        """The template, computed on first use: decoding never needs it."""
-        if self._template is None:
-            assert self._kinds is not None
-            self._template = self._rule.template_of_kinds(self._kinds)
-        return self._template
-
-    def restricts_queries_from(self, past: int) -> bool:
-        """As the template's, computed once: every layer asks."""
-        if past not in self._restricts:
-            self._restricts[past] = self.template.restricts_queries_from(past)
-        return self._restricts[past]
-
-    def on(self, device: torch.device) -> Template:
-        """Return the template as tensors on a device, copied once."""
-        if device not in self._on_device:
-            self._on_device[device] = Template(*(x.to(device) for x in self.template.tensors()))
-        return self._on_device[device]
-
-    def extended(self, new: _Pending) -> History | None:
-        """Return the history with new tokens after it, or None where that is ambiguous."""
-        kinds = new.kinds
-        if len(kinds) != self.batch:
-            return None
-        if self._kinds is not None:
-            goes_on, _ = self._border(new)
-            first = torch.where(goes_on, kinds[:, 0] & _NO_FRAME, kinds[:, 0])
-            whole = torch.cat([self._kinds, first[:, None], kinds[:, 1:]], dim=1)
-            return History(self._rule, kinds=whole, corner=new.last_corner)
-        # A template given by hand says nothing of the tokens that would join its last span, nor of
-        # marks, which tell what tiles are part of.
-        after, old = self._rule.template_of_kinds(kinds), self.template
-        joins = (old.span_id[:, -1] > 0) & (kinds[:, 0] > 0)
-        if self._rule.leading_tile_ids or self._rule.trailing_tile_ids:
-            joins |= (kinds & IMAGE).bool().any(1)
-        if bool(joins.any()):
-            return None
-        before = old.span_id.amax(dim=1, keepdim=True)
-        span_id = torch.where(after.span_id > 0, after.span_id + before, 0)
-        return History(
-            self._rule,
-            template=Template(
-                torch.cat([old.span_id, span_id], dim=1),
-                torch.cat([old.is_sink, after.is_sink], dim=1),
-            ),
-        )
-
-    def lacks_frames(self, new: _Pending) -> bool:
-        """Whether new tokens go on with a video, and nothing tells if they begin a frame."""
-        if self._kinds is None or len(new.kinds) != self.batch:
-            return False
-        return bool(self._border(new)[1].any())
-
-    def _border(self, new: _Pending) -> tuple[Tensor, Tensor]:
-        """Whether the first new token goes on with a frame, and whether that is not known.
-
-        Returns:
-            Two flags ``[B]``; what is not known goes on.
-        """
-        assert self._kinds is not None
-        is_cut = (self._kinds[:, -1] & new.kinds[:, 0] & VIDEO) > 0
-        if new.by_grid:  # whose frames are whole
-            return torch.zeros_like(is_cut), torch.zeros_like(is_cut)
-        if self._corner is None or new.corners is None:
-            return is_cut, is_cut
-        corner = new.corners[..., 0]
-        unknown = is_cut & is_of_text(self._corner, corner)
-        return is_cut & (unknown | ~begins_frame(self._corner, corner)), unknown
-
-
 @dataclass
 class _Forward:
     """What a backend did under a template given by hand."""
@@ -209,98 +106,9 @@ class _Given:
     forwards: dict[Runtime, _Forward] = field(default_factory=dict)
 
 
-@dataclass
-class _Pending:
-    """The tokens of the forward under way in one thread."""
-
-    source: weakref.ref[Tensor]
-    version: int | None
-    tokens: Tensor  # what they are, [B, Q]
-    from_graph: bool
-    kinds: Tensor = field(init=False)  # the same, frames of videos marked
-    corners: Tensor | None = None  # [2, B, Q], height and width of each token, where they told it
-    by_grid: bool = False  # whether the model's grids told it
-    served: set[int] = field(default_factory=set)
-    joined: dict[int, tuple[History | None, History | None]] = field(default_factory=dict)
-    limit_hits: int = 0  # of Dynamo's, when the forward began
-
-    def __post_init__(self) -> None:
-        self.kinds = self.tokens
-
-    @cached_property
-    def is_text(self) -> bool:
-        """Whether no token can belong to an image."""
-        return not bool(self.kinds.any())
-
-    def take_grid(self, video_grid_thw: Tensor) -> None:
-        """Take what the model is told of its videos; the last that is told counts."""
-        marked = mark_by_grid(self.tokens, video_grid_thw)
-        if marked is None and self.corners is not None:
-            return
-        self.kinds = self.tokens if marked is None else marked
-        self.by_grid = marked is not None
-        self.joined.clear()
-
-    def take_positions(self, height: Tensor, width: Tensor) -> None:
-        """Take the positions of the decoder's queries, if they are not those of text."""
-        marked = mark_by_positions(self.tokens, height, width)
-        if marked is None:
-            return
-        # A grid that says something else is of another call, which failed.
-        self.by_grid &= bool(torch.equal(marked[:, 1:], self.kinds[:, 1:]))
-        self.kinds = marked
-        self.corners = torch.stack([height, width])
-        self.joined.clear()
-
-    @property
-    def knows_frames(self) -> bool:
-        """Whether anything told the frames of its videos apart."""
-        return self.by_grid or self.corners is not None
-
-    @property
-    def has_videos(self) -> bool:
-        """Whether there are videos that are one run each."""
-        return bool((self.tokens & VIDEO).any())
-
-    @property
-    def last_corner(self) -> Tensor | None:
-        return None if self.corners is None else self.corners[..., -1].clone()
-
-
 class _Thread(threading.local):
-    pending: _Pending | None = None
+    pending: Pending | None = None
     decoder_ran: bool = False  # in the backend's graphs, since it last ended
-
-
-class TensorNotes(Generic[T]):
-    """What is known of tensors; a note dies with its tensor, and with any change of it."""
-
-    def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref[Tensor], int | None, T]] = {}
-        self._lock = threading.Lock()
-
-    def get(self, tensor: Tensor) -> T | None:
-        entry = self._entries.get(id(tensor))
-        if entry is None:
-            return None
-        reference, version, note = entry
-        return note if reference() is tensor and version == version_of(tensor) else None
-
-    def put(self, tensor: Tensor, note: T) -> None:
-        number, entries, lock = id(tensor), self._entries, self._lock
-
-        def forget(dead: weakref.ref[Tensor]) -> None:
-            with lock:
-                if number in entries and entries[number][0] is dead:
-                    del entries[number]
-
-        with lock:
-            entries[number] = (weakref.ref(tensor, forget), version_of(tensor), note)
-
-    def drop(self, tensor: Tensor) -> None:
-        """Forget what a tensor holds: something unknown was written to it."""
-        with self._lock:
-            self._entries.pop(id(tensor), None)
 
 
 class Runtime:
@@ -325,7 +133,7 @@ class Runtime:
         self._warned: set[str] = set()
 
     @property
-    def pending(self) -> _Pending | None:
+    def pending(self) -> Pending | None:
         pending = self._thread.pending
         if pending is not None and pending.source() is None:
             # The call that these tokens belong to is over.
@@ -345,7 +153,7 @@ class Runtime:
                 return
             if pending.from_graph:
                 self._check_served(pending, certain=False)
-        self._thread.pending = _Pending(
+        self._thread.pending = Pending(
             weakref.ref(input_ids),
             version,
             self.rule.classify(input_ids),
@@ -379,7 +187,7 @@ class Runtime:
         if _limit_hits() > pending.limit_hits:
             self._check_served(pending, certain=True)
 
-    def history(self, pending: _Pending, past: History | None) -> History | None:
+    def history(self, pending: Pending, past: History | None) -> History | None:
         """Return the whole sequence: a cache's tokens (if any) and the forward's own."""
         if id(past) not in pending.joined:
             untold = pending.has_videos and not pending.knows_frames
@@ -462,7 +270,7 @@ class Runtime:
                 "that was given the model."
             )
 
-    def _check_served(self, pending: _Pending, *, certain: bool) -> None:
+    def _check_served(self, pending: Pending, *, certain: bool) -> None:
         """Complain of layers that a forward ran outside of the backend's graphs.
 
         Args:
@@ -490,7 +298,7 @@ class Runtime:
             raise ValueError(message[0].upper() + message[1:])
         self.warn_once(message)
 
-    def _restricts(self, pending: _Pending) -> bool:
+    def _restricts(self, pending: Pending) -> bool:
         """Whether any query of a forward is one that a category restricts."""
         num_queries = pending.kinds.shape[1]
         known = [joined for _, joined in pending.joined.values() if joined is not None]
@@ -507,21 +315,5 @@ def _limit_hits() -> int:
     return sum(reasons[text] for text in reasons if "recompile limit exceeded" in text)
 
 
-def version_of(tensor: Tensor) -> int | None:
-    """Return the count of in-place changes; None for inference tensors, which keep none."""
-    return None if tensor.is_inference() else tensor._version
-
-
 def is_disabled() -> bool:
     return _disabled.get()
-
-
-def compact(numbers: Sequence[int]) -> str:
-    """Return for example ``"0-3, 7"`` for sorted ints."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)

@@ -9,7 +9,6 @@ Shapes: B batch, H heads, Q query rows, K key columns, T tokens.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,7 +18,6 @@ from torch import fx
 
 from blindsight.base_mask import Expression
 from blindsight.passes.expressions import (
-    ARITHMETIC,
     FLIPPED,
     FOLD,
     MAX_LEAVES,
@@ -39,63 +37,20 @@ from blindsight.passes.expressions import (
     substitute,
     where,
 )
-from blindsight.passes.graph import IN_PLACE_OPERATORS, fake_tensor, same_size
+from blindsight.passes.graph import fake_tensor, same_size
+from blindsight.passes.memory import MemoryGroups, overwritten
+from blindsight.passes.names import FILLS, name_of
 
 _Axis = int | str  # a dimension of a node, a level of vmap, or "b", "h", "q", "k"
 
-_NAMES_OF_OPERATORS = {
-    operator.and_: "and",
-    operator.or_: "or",
-    operator.not_: "",
-    operator.invert: "not",
-    operator.inv: "not",
-}
-_SYNONYMS = {
-    "bitwise_and": "and",
-    "logical_and": "and",
-    "bitwise_or": "or",
-    "logical_or": "or",
-    "bitwise_not": "not",
-    "logical_not": "not",
-    "invert": "not",
-    "bitwise_xor": "xor",
-    "logical_xor": "xor",
-    "less_equal": "le",
-    "less": "lt",
-    "greater_equal": "ge",
-    "greater": "gt",
-    "not_equal": "ne",
-    "radd": "add",
-    "subtract": "sub",
-    "multiply": "mul",
-    "rmul": "mul",
-    "rsub": "rsub",
-    "negative": "neg",
-    "absolute": "abs",
-    "floor_divide": "floordiv",
-    "remainder": "mod",
-    "minimum": "min",
-    "maximum": "max",
-}
 _SAME_VALUES = {"contiguous", "clone", "detach", "alias", "lift_fresh_copy"}
 _CASTS = {
     *("to", "_to_copy", "type", "type_as", "bool", "int", "long", "float", "half", "bfloat16"),
     "double",
 }
-_FILLS = {"new_ones": 1, "ones": 1, "ones_like": 1, "new_zeros": 0, "zeros": 0, "zeros_like": 0}
 _VIEWS = {
     *("getitem", "unsqueeze", "squeeze", "expand", "expand_as", "broadcast_to", "view", "reshape"),
     *("transpose", "swapaxes", "permute", "t", "slice", "select"),
-}
-# Results that never share memory with an argument; what is in no table may.
-_FRESH = {
-    *("and", "or", "xor", "not", "abs", "neg", "where", "masked_fill", "arange", "full"),
-    *("new_full", "full_like", "tril", "triu", "scalar_tensor", "tensor", "rsub", "cumsum"),
-    *("diff", "sum", "pad", "roll", "embedding", "linear", "matmul", "cat", "stack", "rand"),
-    *("index", "scaled_dot_product_attention"),
-    *FLIPPED,
-    *ARITHMETIC,
-    *_FILLS,
 }
 
 
@@ -246,8 +201,8 @@ class MaskReader:
             return self._getitem(node, name)
         if name in _VIEWS or name in _SAME_VALUES or name in _CASTS:
             return self._view(node, name, shape, dtype)
-        if name in _FILLS:
-            return _number(_FILLS[name], dtype)
+        if name in FILLS:
+            return _number(FILLS[name], dtype)
         if name in ("full", "new_full", "full_like", "tensor", "scalar_tensor"):
             at = {"tensor": 0, "scalar_tensor": 0, "new_full": 2}.get(name, 1)
             fill = node.kwargs.get("fill_value", node.args[at] if len(node.args) > at else None)
@@ -577,26 +532,6 @@ class MaskReader:
         return ("load", source, tuple(axes[axis] for axis in range(len(value.shape))))
 
 
-def name_of(node: fx.Node) -> str:
-    """Return what a node does: one name for all spellings of an operation."""
-    target = node.target
-    if node.op in ("placeholder", "get_attr", "output"):
-        return node.op
-    if isinstance(target, str):
-        name = target
-    elif target in _NAMES_OF_OPERATORS:
-        name = _NAMES_OF_OPERATORS[target]
-    elif isinstance(target, torch._ops.OpOverload):
-        name = target.overloadpacket.__name__
-    else:
-        name = getattr(target, "__name__", str(target))
-    if name.startswith("__") and name.endswith("__"):
-        name = {"rand": "and", "ror": "or"}.get(name[2:-2], name[2:-2])
-    if name == "reshape_as" or name == "view_as":
-        return "reshape"
-    return _SYNONYMS.get(name, name)
-
-
 def _kind(operand: _Operand) -> str:
     if isinstance(operand, Value):
         return operand.kind
@@ -704,59 +639,6 @@ def _nesting(nodes: Sequence[fx.Node]) -> dict[fx.Node, tuple[str, ...]]:
         if name_of(node) == "_vmap_decrement_nesting":
             stack = stack[:-1]
     return around
-
-
-class MemoryGroups:
-    """Which nodes may share memory; errs on the side of sharing."""
-
-    def __init__(self, nodes: Sequence[fx.Node]) -> None:
-        self._leader = {node: node for node in nodes}
-        for node in nodes:
-            if name_of(node) in _FRESH:
-                continue
-            # What writes into an argument returns that.
-            written = overwritten(node)
-            for parent in written or node.all_input_nodes:
-                if written or _may_share(node, parent):
-                    self._leader[self.find(parent)] = self.find(node)
-
-    def find(self, node: fx.Node) -> fx.Node:
-        while self._leader[node] is not node:
-            self._leader[node] = self._leader[self._leader[node]]
-            node = self._leader[node]
-        return node
-
-
-def _may_share(node: fx.Node, parent: fx.Node) -> bool:
-    """Whether a result may be a view of an argument."""
-    result, argument = fake_tensor(node), fake_tensor(parent)
-    if argument is None:
-        # An element of what a split returned, say, or a size.
-        held = parent.meta.get("example_value", parent.meta.get("val"))
-        return isinstance(held, tuple | list)
-    if result is None:
-        return node.op != "output"
-    return result.dtype == argument.dtype or name_of(node).startswith("view")
-
-
-def overwritten(node: fx.Node) -> list[fx.Node]:
-    """Return the tensors that a node writes into."""
-    if node.op not in ("call_function", "call_method"):
-        return []
-    name, target = name_of(node), node.target
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        target = getattr(target, "default", target)
-    if isinstance(target, torch._ops.OpOverload):
-        return node.all_input_nodes if target._schema.is_mutable else []
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return node.all_input_nodes if "mutation" in name else []
-    found = [node.kwargs["out"]] if "out" in node.kwargs else []
-    writes = name in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    if writes or node.kwargs.get("inplace") is True:
-        found.append(node.args[0] if node.args else node.kwargs.get("input"))
-    if all(isinstance(written, fx.Node) for written in found):
-        return cast(list[fx.Node], found)
-    return node.all_input_nodes
 
 
 def over_named_axes(value: Value) -> Expression:

@@ -17,7 +17,8 @@ from torch.fx.passes.split_module import split_module
 from torch.utils.checkpoint import checkpoint
 
 from blindsight.passes.find_attention import Attention
-from blindsight.passes.graph import acts, fake_tensor, placeholders
+from blindsight.passes.graph import fake_tensor, placeholders
+from blindsight.passes.memory import overwritten
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +102,7 @@ def _together(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> set[int] | None:
             depth += 1
         elif name.startswith("_exit_") or name.endswith("_decrement_nesting"):
             depth -= 1
-        elif node.op != "get_attr" and acts(node):
-            changed = node.kwargs.get("out") or (node.args or (None,))[0]
+        for changed in overwritten(node):
             begin = made.get(_memory(changed) or 0, -1)
             if begin < 0:
                 return None

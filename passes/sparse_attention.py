@@ -24,14 +24,13 @@ from blindsight.base_mask import is_plain_causal
 from blindsight.cache_keys import source_digest
 from blindsight.families import DECODER_ATTENTION_CLASSES
 from blindsight.flex import constant_rows
-from blindsight.layers import layer_of_path
+from blindsight.layers import compact, layer_of_path
 from blindsight.lowering import Layout, Lowering, fused_layout, split_layout
 from blindsight.passes.find_attention import Attention, find_attention, find_input_ids
 from blindsight.passes.graph import add_placeholder, placeholders, source_name
 from blindsight.passes.lift_mask import Lifted, lift_mask
 from blindsight.passes.replace_attention import TOKEN_INPUTS, replace_attention_pass
 from blindsight.profile import Profile
-from blindsight.runtime import compact
 from blindsight.shards import shard_of_call
 from blindsight.template import template_of_ids
 

@@ -24,11 +24,11 @@ from blindsight.cost_model import (
     time_of_own,
 )
 from blindsight.data_check import _is_plain_causal
+from blindsight.history import History
 from blindsight.lowering import Layout, Lowering, fused_layout, split_layout
 from blindsight.mask_forms import sorted_mask
 from blindsight.masks import BaseMask, causal_base
 from blindsight.passes.replace_attention import MaskForm
-from blindsight.runtime import History
 from blindsight.template import Template
 from models import Image, make_inputs, tiny_model, without_vision
 from oracles import oracle_attention, oracle_keep

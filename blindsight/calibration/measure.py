@@ -30,15 +30,14 @@ from tqdm import tqdm
 
 from blindsight.calibration.probe import Call, Losses, empty_losses, measure_losses
 from blindsight.families import config_of, fingerprint, shares_keys, text_config, with_attention
-from blindsight.layers import LayerMap, layer_of_path
+from blindsight.files import write_whole
+from blindsight.layers import LayerMap, compact, layer_of_path
 from blindsight.passes.find_attention import Attention, find_attention, has_attention
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.probe_attention import probe_attention_pass
 from blindsight.passes.recompute_layers import recompute_layers_pass
-from blindsight.profile import write_whole
 from blindsight.ranks import Ranks, current_ranks
-from blindsight.runtime import compact
 from blindsight.samples import Samples, inputs_on, model_inputs
 from blindsight.shards import check_is_whole
 from blindsight.template import Template, TemplateRule

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from blindsight.evaluation.masked_model import Masking, Masks, Prompt
 from blindsight.evaluation.prefill import Batch, Decoder, Output
-from blindsight.profile import write_whole
+from blindsight.files import write_whole
 from blindsight.ranks import current_ranks
 from blindsight.samples import Sample, model_inputs
 

@@ -1,0 +1,174 @@
+"""The tokens of a sequence: those of the forward under way, and with those of its cache before."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blindsight.template import IMAGE, Template, TemplateRule
+from blindsight.videos import (
+    FRAME,
+    VIDEO,
+    begins_frame,
+    is_of_text,
+    mark_by_grid,
+    mark_by_positions,
+)
+
+_NO_FRAME = 0xFF ^ FRAME
+
+
+class History:
+    """The tokens of one sequence so far: their kinds, or a template given by hand."""
+
+    def __init__(
+        self,
+        rule: TemplateRule,
+        *,
+        kinds: Tensor | None = None,
+        corner: Tensor | None = None,
+        template: Template | None = None,
+    ) -> None:
+        self._rule = rule
+        self._kinds = kinds
+        self._corner = corner  # [2, B], height and width of the last token, if it is of a video
+        self._template = template
+        self._on_device: dict[torch.device, Template] = {}
+        self._restricts: dict[int, bool] = {}
+        self.memo: dict[object, Any] = {}  # what others found out of this sequence
+        known = kinds if template is None else template.span_id
+        assert known is not None
+        self.batch, self.num_tokens = known.shape
+
+    @property
+    def template(self) -> Template:
+        """The template, computed on first use: decoding never needs it."""
+        if self._template is None:
+            assert self._kinds is not None
+            self._template = self._rule.template_of_kinds(self._kinds)
+        return self._template
+
+    def restricts_queries_from(self, past: int) -> bool:
+        """As the template's, computed once: every layer asks."""
+        if past not in self._restricts:
+            self._restricts[past] = self.template.restricts_queries_from(past)
+        return self._restricts[past]
+
+    def on(self, device: torch.device) -> Template:
+        """Return the template as tensors on a device, copied once."""
+        if device not in self._on_device:
+            self._on_device[device] = Template(*(x.to(device) for x in self.template.tensors()))
+        return self._on_device[device]
+
+    def extended(self, new: Pending) -> History | None:
+        """Return the history with new tokens after it, or None where that is ambiguous."""
+        kinds = new.kinds
+        if len(kinds) != self.batch:
+            return None
+        if self._kinds is not None:
+            goes_on, _ = self._border(new)
+            first = torch.where(goes_on, kinds[:, 0] & _NO_FRAME, kinds[:, 0])
+            whole = torch.cat([self._kinds, first[:, None], kinds[:, 1:]], dim=1)
+            return History(self._rule, kinds=whole, corner=new.last_corner)
+        # A template given by hand says nothing of the tokens that would join its last span, nor of
+        # marks, which tell what tiles are part of.
+        after, old = self._rule.template_of_kinds(kinds), self.template
+        joins = (old.span_id[:, -1] > 0) & (kinds[:, 0] > 0)
+        if self._rule.leading_tile_ids or self._rule.trailing_tile_ids:
+            joins |= (kinds & IMAGE).bool().any(1)
+        if bool(joins.any()):
+            return None
+        before = old.span_id.amax(dim=1, keepdim=True)
+        span_id = torch.where(after.span_id > 0, after.span_id + before, 0)
+        return History(
+            self._rule,
+            template=Template(
+                torch.cat([old.span_id, span_id], dim=1),
+                torch.cat([old.is_sink, after.is_sink], dim=1),
+            ),
+        )
+
+    def lacks_frames(self, new: Pending) -> bool:
+        """Whether new tokens go on with a video, and nothing tells if they begin a frame."""
+        if self._kinds is None or len(new.kinds) != self.batch:
+            return False
+        return bool(self._border(new)[1].any())
+
+    def _border(self, new: Pending) -> tuple[Tensor, Tensor]:
+        """Whether the first new token goes on with a frame, and whether that is not known.
+
+        Returns:
+            Two flags ``[B]``; what is not known goes on.
+        """
+        assert self._kinds is not None
+        is_cut = (self._kinds[:, -1] & new.kinds[:, 0] & VIDEO) > 0
+        if new.by_grid:  # whose frames are whole
+            return torch.zeros_like(is_cut), torch.zeros_like(is_cut)
+        if self._corner is None or new.corners is None:
+            return is_cut, is_cut
+        corner = new.corners[..., 0]
+        unknown = is_cut & is_of_text(self._corner, corner)
+        return is_cut & (unknown | ~begins_frame(self._corner, corner)), unknown
+
+
+@dataclass
+class Pending:
+    """The tokens of the forward under way in one thread."""
+
+    source: weakref.ref[Tensor]
+    version: int | None
+    tokens: Tensor  # what they are, [B, Q]
+    from_graph: bool
+    kinds: Tensor = field(init=False)  # the same, frames of videos marked
+    corners: Tensor | None = None  # [2, B, Q], height and width of each token, where they told it
+    by_grid: bool = False  # whether the model's grids told it
+    served: set[int] = field(default_factory=set)
+    joined: dict[int, tuple[History | None, History | None]] = field(default_factory=dict)
+    limit_hits: int = 0  # of Dynamo's, when the forward began
+
+    def __post_init__(self) -> None:
+        self.kinds = self.tokens
+
+    @cached_property
+    def is_text(self) -> bool:
+        """Whether no token can belong to an image."""
+        return not bool(self.kinds.any())
+
+    def take_grid(self, video_grid_thw: Tensor) -> None:
+        """Take what the model is told of its videos; the last that is told counts."""
+        marked = mark_by_grid(self.tokens, video_grid_thw)
+        if marked is None and self.corners is not None:
+            return
+        self.kinds = self.tokens if marked is None else marked
+        self.by_grid = marked is not None
+        self.joined.clear()
+
+    def take_positions(self, height: Tensor, width: Tensor) -> None:
+        """Take the positions of the decoder's queries, if they are not those of text."""
+        marked = mark_by_positions(self.tokens, height, width)
+        if marked is None:
+            return
+        # A grid that says something else is of another call, which failed.
+        self.by_grid &= bool(torch.equal(marked[:, 1:], self.kinds[:, 1:]))
+        self.kinds = marked
+        self.corners = torch.stack([height, width])
+        self.joined.clear()
+
+    @property
+    def knows_frames(self) -> bool:
+        """Whether anything told the frames of its videos apart."""
+        return self.by_grid or self.corners is not None
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether there are videos that are one run each."""
+        return bool((self.tokens & VIDEO).any())
+
+    @property
+    def last_corner(self) -> Tensor | None:
+        return None if self.corners is None else self.corners[..., -1].clone()

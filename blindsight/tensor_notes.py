@@ -1,0 +1,47 @@
+"""What is known of tensors, for as long as they are what they were."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class TensorNotes(Generic[T]):
+    """What is known of tensors; a note dies with its tensor, and with any change of it."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref[Tensor], int | None, T]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, tensor: Tensor) -> T | None:
+        entry = self._entries.get(id(tensor))
+        if entry is None:
+            return None
+        reference, version, note = entry
+        return note if reference() is tensor and version == version_of(tensor) else None
+
+    def put(self, tensor: Tensor, note: T) -> None:
+        number, entries, lock = id(tensor), self._entries, self._lock
+
+        def forget(dead: weakref.ref[Tensor]) -> None:
+            with lock:
+                if number in entries and entries[number][0] is dead:
+                    del entries[number]
+
+        with lock:
+            entries[number] = (weakref.ref(tensor, forget), version_of(tensor), note)
+
+    def drop(self, tensor: Tensor) -> None:
+        """Forget what a tensor holds: something unknown was written to it."""
+        with self._lock:
+            self._entries.pop(id(tensor), None)
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Return the count of in-place changes; None for inference tensors, which keep none."""
+    return None if tensor.is_inference() else tensor._version

@@ -1,0 +1,65 @@
+"""One name for all spellings of an operation."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+_NAMES_OF_OPERATORS = {
+    operator.and_: "and",
+    operator.or_: "or",
+    operator.not_: "",
+    operator.invert: "not",
+    operator.inv: "not",
+}
+_SYNONYMS = {
+    "bitwise_and": "and",
+    "logical_and": "and",
+    "bitwise_or": "or",
+    "logical_or": "or",
+    "bitwise_not": "not",
+    "logical_not": "not",
+    "invert": "not",
+    "bitwise_xor": "xor",
+    "logical_xor": "xor",
+    "less_equal": "le",
+    "less": "lt",
+    "greater_equal": "ge",
+    "greater": "gt",
+    "not_equal": "ne",
+    "radd": "add",
+    "subtract": "sub",
+    "multiply": "mul",
+    "rmul": "mul",
+    "rsub": "rsub",
+    "negative": "neg",
+    "absolute": "abs",
+    "floor_divide": "floordiv",
+    "remainder": "mod",
+    "minimum": "min",
+    "maximum": "max",
+}
+# What fills a new tensor, and with what.
+FILLS = {"new_ones": 1, "ones": 1, "ones_like": 1, "new_zeros": 0, "zeros": 0, "zeros_like": 0}
+
+
+def name_of(node: fx.Node) -> str:
+    """Return what a node does: one name for all spellings of an operation."""
+    target = node.target
+    if node.op in ("placeholder", "get_attr", "output"):
+        return node.op
+    if isinstance(target, str):
+        name = target
+    elif target in _NAMES_OF_OPERATORS:
+        name = _NAMES_OF_OPERATORS[target]
+    elif isinstance(target, torch._ops.OpOverload):
+        name = target.overloadpacket.__name__
+    else:
+        name = getattr(target, "__name__", str(target))
+    if name.startswith("__") and name.endswith("__"):
+        name = {"rand": "and", "ror": "or"}.get(name[2:-2], name[2:-2])
+    if name == "reshape_as" or name == "view_as":
+        return "reshape"
+    return _SYNONYMS.get(name, name)
