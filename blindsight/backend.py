@@ -8,8 +8,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from blindsight.compiled_graph import CompiledGraph
@@ -17,12 +16,12 @@ from blindsight.inner import Inner
 from blindsight.layers import LayerMap, compact
 from blindsight.lowering import Lowering
 from blindsight.passes.contract import PassList
-from blindsight.passes.find_attention import is_axis_positions, is_token_ids, is_video_grid
 from blindsight.profile import Profile
 from blindsight.report import Report
 from blindsight.runtime import Runtime
 from blindsight.state import BackendState
 from blindsight.warmup import warm_up
+from blindsight.watch import watch_forward
 
 
 class BlindsightBackend:
@@ -111,41 +110,12 @@ class BlindsightBackend:
                 "of a pipeline stage, profile.stage(first, stop, keeps_numbers=...)."
             )
         self.state.layer_map = layer_map
-        self._hooks = watch_forward(model, self.state.runtime)
+        reference = weakref.ref(self)
 
+        def is_this(compiler: object) -> bool:
+            return compiler is reference() or compiler is blindsight
 
-def watch_forward(model: nn.Module, runtime: Runtime) -> list[RemovableHandle]:
-    """Let a model that itself runs eagerly show its prompts (only its layers are compiled).
-
-    Where the model is compiled the hooks trace to nothing: its graphs show them.
-    """
-    reference = weakref.ref(runtime)
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        state = reference()
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        if state is not None and isinstance(input_ids, Tensor) and is_token_ids(input_ids):
-            state.observe(input_ids, from_graph=False)
-            grid = kwargs.get("video_grid_thw")
-            if isinstance(grid, Tensor) and is_video_grid(grid):
-                state.observe_videos(grid)
-            positions = kwargs.get("position_ids")
-            if isinstance(positions, Tensor) and is_axis_positions(positions):
-                state.observe_positions(positions)
-
-    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        state = reference()
-        if state is not None:
-            state.end()
-
-    return [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, with_kwargs=True, always_call=True),
-    ]
+        self._hooks = watch_forward(model, self.state.runtime, is_this)
 
 
 def blindsight_backend(

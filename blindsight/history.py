@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blindsight.template import IMAGE, Template, TemplateRule
+from blindsight.tensor_notes import version_of
 from blindsight.videos import (
     FRAME,
     VIDEO,
@@ -123,16 +126,37 @@ class Pending:
     source: weakref.ref[Tensor]
     version: int | None
     tokens: Tensor  # what they are, [B, Q]
-    from_graph: bool
+    call: FrameType | None  # of the model, where nobody will tell its end
     kinds: Tensor = field(init=False)  # the same, frames of videos marked
     corners: Tensor | None = None  # [2, B, Q], height and width of each token, where they told it
     by_grid: bool = False  # whether the model's grids told it
     served: set[int] = field(default_factory=set)
     joined: dict[int, tuple[History | None, History | None]] = field(default_factory=dict)
-    limit_hits: int = 0  # of Dynamo's, when the forward began
 
     def __post_init__(self) -> None:
         self.kinds = self.tokens
+
+    @classmethod
+    def of(cls, input_ids: Tensor, rule: TemplateRule, call: FrameType | None = None) -> Pending:
+        return cls(weakref.ref(input_ids), version_of(input_ids), rule.classify(input_ids), call)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the tensor of these tokens is."""
+        return self.source() is None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the forward that these tokens belong to is."""
+        if self.is_gone:
+            return True
+        if self.call is None:
+            return False
+        try:
+            self.call.clear()
+        except RuntimeError:  # it is running
+            return False
+        return True
 
     @cached_property
     def is_text(self) -> bool:
@@ -172,3 +196,14 @@ class Pending:
     @property
     def last_corner(self) -> Tensor | None:
         return None if self.corners is None else self.corners[..., -1].clone()
+
+
+def current_call() -> FrameType | None:
+    """Return the outermost call of a module that is running in this thread, if any is."""
+    found: FrameType | None = None
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            found = frame
+        frame = frame.f_back
+    return found

@@ -12,20 +12,24 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from blindsight.history import History, Pending
+from blindsight.history import History, Pending, current_call
 from blindsight.layers import compact
 from blindsight.template import Template, TemplateRule, find_order_problem
 from blindsight.tensor_notes import TensorNotes, version_of
+
+RAISE_LIMIT = (
+    "Raise the limit: torch.compile(model, backend=backend, recompile_limit=64), or "
+    "torch._dynamo.config.recompile_limit, in every thread that runs the model."
+)
 
 _given: ContextVar[_Given | None] = ContextVar("blindsight_template", default=None)
 _disabled: ContextVar[bool] = ContextVar("blindsight_disabled", default=False)
@@ -106,8 +110,16 @@ class _Given:
     forwards: dict[Runtime, _Forward] = field(default_factory=dict)
 
 
+class _Watched(NamedTuple):
+    """A forward of which hooks tell the beginning and the end."""
+
+    is_compiled: bool
+    limit_hits: int  # of Dynamo's, when it began
+
+
 class _Thread(threading.local):
     pending: Pending | None = None
+    watched: _Watched | None = None
     decoder_ran: bool = False  # in the backend's graphs, since it last ended
 
 
@@ -135,31 +147,36 @@ class Runtime:
     @property
     def pending(self) -> Pending | None:
         pending = self._thread.pending
-        if pending is not None and pending.source() is None:
-            # The call that these tokens belong to is over.
+        if pending is not None and pending.is_over:
             self._thread.pending = pending = None
         return pending
 
-    def observe(self, input_ids: Tensor, *, from_graph: bool = True) -> None:
-        """Take note of the tokens of the forward that begins, or is under way."""
-        version = version_of(input_ids)
-        pending = self.pending
+    def begin(self, input_ids: Tensor | None, *, is_compiled: bool) -> None:
+        """Take note of the tokens of a forward that begins, of which the end will be told.
+
+        Args:
+            input_ids: ``[B, Q]``, where it is given any.
+            is_compiled: Whether the whole forward is compiled with this backend.
+        """
+        self._thread.watched = _Watched(is_compiled, _limit_hits())
+        self._thread.pending = None if input_ids is None else Pending.of(input_ids, self.rule)
+
+    def observe(self, input_ids: Tensor) -> None:
+        """Take note of the tokens that a graph of a forward shows."""
+        pending, watched = self._thread.pending, self._thread.watched is not None
         if pending is not None:
+            is_over = pending.is_over  # and so what its call held may be gone
+            version = version_of(input_ids)
             same = pending.source() is input_ids and pending.version == version
-            if same and version is None:
+            if same and version is None and not watched:
                 # Nothing counts what is written to a tensor made in inference mode: look again.
                 same = torch.equal(pending.tokens, self.rule.classify(input_ids))
             if same and not pending.served:
-                return
-            if pending.from_graph:
+                if not is_over:
+                    return
+            elif not watched and not pending.is_gone:
                 self._check_served(pending, certain=False)
-        self._thread.pending = Pending(
-            weakref.ref(input_ids),
-            version,
-            self.rule.classify(input_ids),
-            from_graph,
-            limit_hits=_limit_hits(),
-        )
+        self._thread.pending = Pending.of(input_ids, self.rule, None if watched else current_call())
 
     def observe_videos(self, video_grid_thw: Tensor) -> None:
         """Take note of the frames of the videos in the forward under way: ``[V, 3]``."""
@@ -177,14 +194,33 @@ class Runtime:
             height, width = position_ids[-2:].expand(-1, batch, -1).cpu()
             pending.take_positions(height, width)
 
-    def end(self) -> None:
-        """Take note that a forward is over of which a hook told the beginning."""
-        pending = self.pending
-        self._thread.pending = None
-        if pending is None or pending.from_graph or is_disabled():
+    def end(self, *, failed: bool, may_be_compiled: Callable[[], bool]) -> None:
+        """Take note that a forward is over of which the beginning was told.
+
+        Args:
+            failed: Whether it ended with an error.
+            may_be_compiled: Whether any part of the model is.
+        """
+        pending, watched = self._thread.pending, self._thread.watched
+        self._thread.pending = self._thread.watched = None
+        self._thread.decoder_ran = False
+        if failed or watched is None or is_disabled():
             return
-        # A model that is not compiled at all runs its hooks, too, and dense is what it shall run.
-        if _limit_hits() > pending.limit_hits:
+        explicit = self.explicit_history()
+        served = () if pending is None else pending.served
+        # A model of which nothing is compiled runs its hooks, too, and dense is what it shall run.
+        if (
+            not watched.is_compiled
+            and not served
+            and _limit_hits() == watched.limit_hits
+            and not may_be_compiled()
+        ):
+            return
+        if explicit is not None:
+            num_queries = explicit.num_tokens if pending is None else pending.kinds.shape[1]
+            if explicit.restricts_queries_from(explicit.num_tokens - num_queries):
+                self.expect_all_layers()
+        elif pending is not None:
             self._check_served(pending, certain=True)
 
     def history(self, pending: Pending, past: History | None) -> History | None:
@@ -230,8 +266,8 @@ class Runtime:
             f"the attention of layers {compact(missing)} of the profile did not run through this "
             f"backend under the template, layers {compact(sorted(forward.served))} did. If this is "
             "a stage of a pipeline, give its backend the stage's profile: profile.stage(first, "
-            "stop, keeps_numbers=...). If torch._dynamo warned of its recompile limit, raise "
-            "torch._dynamo.config.recompile_limit."
+            "stop, keeps_numbers=...). If torch._dynamo warned of its recompile_limit: "
+            f"{RAISE_LIMIT}"
         )
         if self.strict:
             raise ValueError(message[0].upper() + message[1:])
@@ -255,19 +291,20 @@ class Runtime:
 
     def finish(self) -> None:
         """Take note that the decoder has run: what it did not serve here, ran elsewhere."""
+        if self._thread.watched is not None:
+            return  # the end will be told
         pending, ran = self.pending, self._thread.decoder_ran
         self._thread.pending, self._thread.decoder_ran = None, False
         if is_disabled():
             return
         if pending is not None:
-            if pending.from_graph:
-                self._check_served(pending, certain=True)
+            self._check_served(pending, certain=True)
         elif not ran and _limit_hits():
             self.warn_once(
                 "a forward ran its decoder outside of this backend's graphs, so dense, as Dynamo "
-                "gave up compiling it. Raise torch._dynamo.config.recompile_limit, or compile the "
-                "decoder alone: model.model.language_model.compile(backend=backend) with a backend "
-                "that was given the model."
+                f"gave up compiling it. {RAISE_LIMIT} Or compile the decoder alone: "
+                "model.model.language_model.compile(backend=backend) with a backend that was given "
+                "the model."
             )
 
     def _check_served(self, pending: Pending, *, certain: bool) -> None:
@@ -290,11 +327,11 @@ class Runtime:
             message += f" (layers {compact(never)} were never met)"
         message += (
             ". Load the model with attn_implementation='sdpa'. If torch._dynamo warned of its "
-            "recompile limit, raise torch._dynamo.config.recompile_limit."
+            f"recompile_limit: {RAISE_LIMIT}"
         )
         if not certain:
             message += " If the last forward ended with an error of its own, call again."
-        if self.strict and (certain or never or pending.served):
+        if self.strict and (certain or never or (pending.served and _limit_hits())):
             raise ValueError(message[0].upper() + message[1:])
         self.warn_once(message)
 

@@ -16,7 +16,8 @@ class TensorNotes(Generic[T]):
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[weakref.ref[Tensor], int | None, T]] = {}
-        self._lock = threading.Lock()
+        # Garbage collection may end the life of a tensor in the midst of writing a note.
+        self._lock = threading.RLock()
 
     def get(self, tensor: Tensor) -> T | None:
         entry = self._entries.get(id(tensor))

@@ -1,0 +1,116 @@
+"""A model shows its forwards to a backend: where each begins and ends, and what it is given.
+
+Hooks tell what graphs cannot: that a forward is over, whether it failed, and that Dynamo ran all
+of it uncompiled. Where a graph has the whole model in it, its hooks trace to nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from blindsight.passes.find_attention import is_axis_positions, is_token_ids, is_video_grid
+from blindsight.runtime import Runtime
+
+
+class _Hook:
+    """Reaches the runtime while that is there; a model that was stored has lost sight of it."""
+
+    def __init__(self, runtime: Runtime, is_backend: Callable[[object], bool]) -> None:
+        self._runtime: Callable[[], Runtime | None] = weakref.ref(runtime)
+        self._is_backend = is_backend
+
+    def __deepcopy__(self, memo: object) -> _Hook:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
+class _Before(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+        self._begin(args, kwargs, get_eval_frame_callback())
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], callback: object) -> None:
+        runtime = self._runtime()
+        if runtime is None:
+            return
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        shows_tokens = isinstance(input_ids, Tensor) and is_token_ids(input_ids)
+        runtime.begin(
+            input_ids if shows_tokens else None,
+            is_compiled=_is_compiled(callback, self._is_backend),
+        )
+        grid, positions = (kwargs.get(name) for name in ("video_grid_thw", "position_ids"))
+        if isinstance(grid, Tensor) and is_video_grid(grid):
+            runtime.observe_videos(grid)
+        if isinstance(positions, Tensor) and is_axis_positions(positions):
+            runtime.observe_positions(positions)
+
+
+class _After(_Hook):
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._end(module, failed=output is None)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _end(self, model: nn.Module, failed: bool) -> None:
+        if (runtime := self._runtime()) is not None:
+            runtime.end(failed=failed, may_be_compiled=partial(_has_compiled_parts, model))
+
+
+def watch_forward(
+    model: nn.Module, runtime: Runtime, is_backend: Callable[[object], bool]
+) -> list[RemovableHandle]:
+    """Let a model show its forwards.
+
+    Args:
+        model: It keeps neither the runtime nor a backend alive.
+        runtime: What takes note.
+        is_backend: Whether a compiler is the backend whose runtime it is.
+    """
+    from torch._dynamo.eval_frame import skip_code
+
+    for hook in (_Before, _After):
+        # Compiled as frames of their own they would be told that all is being compiled.
+        skip_code(hook.__call__.__code__)
+    before, after = _Before(runtime, is_backend), _After(runtime, is_backend)
+    return [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True, always_call=True),
+    ]
+
+
+def _is_compiled(callback: object, is_backend: Callable[[object], bool]) -> bool:
+    """Whether what Dynamo calls for the frames to come leads to a backend."""
+    from torch._dynamo.eval_frame import innermost_backend
+
+    if not callable(callback):
+        return False
+    compiler = innermost_backend(callback)
+    return is_backend(getattr(compiler, "compiler_fn", compiler))
+
+
+def _has_compiled_parts(model: nn.Module) -> bool:
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    return any(
+        part._compiled_call_impl is not None or isinstance(part, OptimizedModule)
+        for part in model.modules()
+    )
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Take the place of a hook in a model that was stored."""
