@@ -25,7 +25,7 @@ def first_span_of(form: Form, span_id: Tensor, num_queries: int, num_keys: int) 
         None where nothing is packed: then it is span 1.
     """
     batch, num_tokens = span_id.shape
-    packed = [part for part in conjuncts(form) if part[0] == "same" and _are_ids(part[1])]
+    packed = _ids_of_sequences(form)
     if not packed or not num_queries == num_keys == num_tokens:
         return None
     same_sequence = base_mask_of(
@@ -41,6 +41,20 @@ def first_span_of(form: Form, span_id: Tensor, num_queries: int, num_keys: int) 
     num_before = pad(begins.cumsum(1), (1, 0))
     at_sequence = num_before.gather(1, same_sequence.lower.clamp(min=0).to(torch.int64))
     return (span_id > 0) & (num_before.gather(1, first) == at_sequence)
+
+
+def _ids_of_sequences(form: Form) -> list[Form]:
+    """Return the conditions that a key be of the query's own sequence.
+
+    Where a mask allows several things (a causal part, and images that see all of themselves), they
+    stand beside the causal bound: ids without one tell images apart.
+    """
+    alternatives = form[1:] if form[0] == "or" else (form,)
+    for part in map(conjuncts, alternatives):
+        found = [each for each in part if each[0] == "same" and _are_ids(each[1])]
+        if found and (form[0] != "or" or any(each[0] == "upper" for each in part)):
+            return found
+    return []
 
 
 def _are_ids(values: tuple[Expression, ...]) -> bool:

@@ -44,6 +44,7 @@ class _Run:
     template: Template
     profile: Profile
     layers: Mapping[nn.Module, int]
+    restarts: Tensor | None = None  # [B, T], where the given positions start again
 
 
 _run: ContextVar[_Run | None] = ContextVar("blindsight_reference_run", default=None)
@@ -90,7 +91,7 @@ def reference_logits(
     if shares_keys(model):  # all rows of all layers are to be computed
         inputs = dict(inputs)
         kept = inputs.pop("logits_to_keep", 0)
-    token = _run.set(_Run(template, profile, layers))
+    token = _run.set(_Run(template, profile, layers, _restarts(inputs.get("position_ids"))))
     try:
         with (
             replaced_attention(model, NAME, _attention),
@@ -187,6 +188,10 @@ def _attention(
             f"{num_keys} keys, got {list(covered)}."
         )
     categories = run.profile.categories[run.layers[module]].tolist()
+    bias = None
+    if attention_mask.dtype != torch.bool:
+        bias, attention_mask = attention_mask, attention_mask > torch.finfo(query.dtype).min
+    first_spans = _first_spans(template, attention_mask, run.restarts)
     dtype = torch.promote_types(query.dtype, torch.float32)
     # Every query head gets its own copy of the key/value head that it reads.
     key, value = (
@@ -197,9 +202,11 @@ def _attention(
     outputs = []
     for begin in range(0, num_queries, step):
         rows = slice(begin, begin + step)
-        kept = [kept_pairs(template, HeadCategory(code), rows) for code in categories]
+        kept = [kept_pairs(template, HeadCategory(code), rows, first_spans) for code in categories]
         allowed = torch.stack(kept, dim=1) & attention_mask[:, :, rows]  # [B, H, rows, K]
         scores = query[:, :, rows].to(dtype) @ key.transpose(2, 3) * scale
+        if bias is not None:
+            scores = scores + bias[:, :, rows]
         weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
         weights = weights.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
         outputs.append((weights @ value).to(query.dtype))
@@ -219,8 +226,44 @@ def check_is_plain(dropout: float, softcap: object) -> None:
         )
 
 
-def kept_pairs(template: Template, category: HeadCategory, rows: slice) -> Tensor:
-    """Return what a category keeps ``[B, rows, K]``, pair by pair, as it is defined."""
+def _restarts(position_ids: Tensor | None) -> Tensor | None:
+    """Return where given positions start again, as in a row of several packed prompts."""
+    if position_ids is None:
+        return None
+    text = position_ids if position_ids.dim() == 2 else position_ids[0]
+    return torch.nn.functional.pad(text.diff() < 0, (1, 0))
+
+
+def _first_spans(template: Template, allowed: Tensor, restarts: Tensor | None) -> Tensor | None:
+    """Return the first span of each token's sequence ``[B, T]``, where a row packs several.
+
+    Args:
+        template: Of the rows.
+        allowed: ``[B or 1, 1, T, T]``, the model's own mask.
+        restarts: ``[B or 1, T]``. A sequence begins where no token sees any from before, too.
+    """
+    if restarts is None or not bool(restarts.any()):
+        return None
+    firsts = torch.ones_like(template.span_id)
+    for b in range(len(firsts)):
+        for at in restarts[b % len(restarts)].nonzero().flatten().tolist():
+            if not bool(allowed[b % len(allowed), 0, at:, :at].any()):
+                later = template.span_id[b, at:]
+                firsts[b, at:] = later[later > 0].min() if bool((later > 0).any()) else 0
+    return firsts
+
+
+def kept_pairs(
+    template: Template, category: HeadCategory, rows: slice, first_spans: Tensor | None = None
+) -> Tensor:
+    """Return what a category keeps ``[B, rows, K]``, pair by pair, as it is defined.
+
+    Args:
+        template: Where the images are.
+        category: Of the head.
+        rows: The queries.
+        first_spans: ``[B, T]``, the first span of each token's sequence; by default span 1.
+    """
     query_span = template.span_id[:, rows, None]
     key_span = template.span_id[:, None, :]
     key_is_sink = template.is_sink[:, None, :]
@@ -228,7 +271,7 @@ def kept_pairs(template: Template, category: HeadCategory, rows: slice) -> Tenso
     is_itself = position[rows, None] == position
     same_span = query_span == key_span
     is_text = (query_span == 0) | (key_span == 0)
-    is_first = query_span == 1
+    is_first = query_span == (1 if first_spans is None else first_spans[:, rows, None])
     always = is_text | is_first
     if category is HeadCategory.DENSE:
         return torch.ones_like(always)
