@@ -49,6 +49,10 @@ class BlindsightBackend:
         if model is not None:
             self._attach(model)
 
+    def __deepcopy__(self, memo: object) -> BlindsightBackend:
+        """Return itself: a copy of a compiled model goes on with its backend, as with any."""
+        return self
+
     def __call__(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
     ) -> Callable[..., Any]:

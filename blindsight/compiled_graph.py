@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from blindsight.any_length import CompiledForLengths, SymbolicSizes
 from blindsight.families import forgets
 from blindsight.given_mask import given_inputs
-from blindsight.history import History
+from blindsight.history import CacheNote, History, Witness
 from blindsight.inner import Inner
 from blindsight.lowering import Layout
 from blindsight.passes.graph import copy_graph_module
@@ -32,6 +32,14 @@ _MAX_VARIANTS = 64  # compiled forms of one graph; the least recently used are d
 _NO_IMAGE_QUERY = "no query in a second image"
 _FASTER_DENSE = "estimated to be faster than sparse"
 _DENSE_HEADS = "all its heads are dense"
+
+
+class _Past(NamedTuple):
+    """What is known of the tokens in a cache before a call: None of them, if no history is."""
+
+    history: History | None
+    is_known: bool
+    witness: Witness | None = None
 
 
 class CompiledGraph:
@@ -90,7 +98,8 @@ class CompiledGraph:
             return self._run_own(args)
         layers = self._layers_of(args)
         self._runtime.met.update(layers)
-        history, dense_because = self._decide(args, layers)
+        past = self._past(args)
+        history, dense_because = self._decide(args, layers, past)
         rewriting = None
         if dense_because is None and history is not None:
             rewriting = self._rewriter.choose(args, layers, history)
@@ -102,7 +111,7 @@ class CompiledGraph:
         for call, how in zip(self._calls, runs, strict=True):
             call.verdict.runs[how] += 1
         self._runtime.serve(layers)
-        self._remember(args, outputs, history)
+        self._remember(args, outputs, history, past)
         return outputs
 
     def _observe(self, args: Sequence[Any]) -> None:
@@ -130,15 +139,14 @@ class CompiledGraph:
         return tuple(layers)
 
     def _decide(
-        self, args: Sequence[Any], layers: tuple[int, ...]
+        self, args: Sequence[Any], layers: tuple[int, ...], past: _Past
     ) -> tuple[History | None, str | None]:
         """Return what is known of the sequence, and why the call runs dense (None: sparse)."""
         batch, num_queries, num_keys = self._plan.sizes(args)
-        past, past_is_known = self._past(args, num_queries, num_keys)
         pending = self._runtime.pending
         history = explicit = self._runtime.explicit_history()
         if history is not None:
-            expected = self._num_tokens(args, past, past_is_known, num_queries, num_keys)
+            expected = self._num_tokens(args, past, num_queries, num_keys)
             if expected is not None and (batch, expected) != (history.batch, history.num_tokens):
                 raise ValueError(
                     f"template must be [B, T] = [{batch}, {expected}] for {expected - num_queries} "
@@ -155,7 +163,7 @@ class CompiledGraph:
                     f"{num_queries} tokens, got {' x '.join(map(str, pending.kinds.shape))}. Give "
                     "the template of the whole sequence: blindsight.use_template(span_id, is_sink)."
                 )
-            history = self._runtime.history(pending, past) if past_is_known else None
+            history = self._runtime.history(pending, past.history) if past.is_known else None
             unknown = "the tokens already in the cache are not known"
         is_text = explicit is None and pending is not None and pending.is_text
         if is_disabled():
@@ -175,10 +183,9 @@ class CompiledGraph:
             return history, _DENSE_HEADS
         return history, None
 
-    def _past(
-        self, args: Sequence[Any], num_queries: int, num_keys: int
-    ) -> tuple[History | None, bool]:
-        """Return the tokens in the cache before the call (None: none), and if that is known."""
+    def _past(self, args: Sequence[Any]) -> _Past:
+        """Return what is known of the tokens in the cache before the call."""
+        _, num_queries, num_keys = self._plan.sizes(args)
         cache = self._plan.cache
         pending = self._runtime.pending
         # Reading a counter on a device waits for it: not for a decoded token.
@@ -186,27 +193,26 @@ class CompiledGraph:
         matters = self._runtime.explicit_history() is not None or not decodes
         length = int(args[cache.length]) if cache.length is not None and matters else None
         if cache.before is None:
-            return None, length == 0 or (length is None and num_keys == num_queries)
+            return _Past(None, length == 0 or (length is None and num_keys == num_queries))
         keys: Tensor = args[cache.before]
-        history = self._runtime.caches.get(keys)
-        if length is not None and history is not None and length != history.num_tokens:
-            history = None
-        if history is not None:
-            return history, True
+        note = self._runtime.caches.get(keys)
+        if note is not None:
+            is_as_noted = length is None or length == note.history.num_tokens
+            if is_as_noted and not (matters and note.witness and not note.witness.holds(keys)):
+                return _Past(note.history, True, note.witness)
         alone = cache.has_new and num_keys == num_queries
-        return None, length == 0 or alone or keys.numel() == 0
+        return _Past(None, length == 0 or alone or keys.numel() == 0)
 
     def _num_tokens(
         self,
         args: Sequence[Any],
-        past: History | None,
-        past_is_known: bool,
+        past: _Past,
         num_queries: int,
         num_keys: int,
     ) -> int | None:
         """Return T, or None where only the user knows how much is in the cache."""
-        if past_is_known:
-            return num_queries + (0 if past is None else past.num_tokens)
+        if past.is_known:
+            return num_queries + (0 if past.history is None else past.history.num_tokens)
         cache = self._plan.cache
         if cache.length is not None:
             return num_queries + int(args[cache.length])
@@ -216,7 +222,9 @@ class CompiledGraph:
         slides = any(map(forgets, types)) and len(self._calls) < len(types)
         return num_keys if grows and not slides else None
 
-    def _remember(self, args: Sequence[Any], outputs: Any, history: History | None) -> None:
+    def _remember(
+        self, args: Sequence[Any], outputs: Any, history: History | None, past: _Past
+    ) -> None:
         """Attach what is known of the sequence to the tensors that hold its keys."""
         cache, caches = self._plan.cache, self._runtime.caches
         holders = [outputs[at] for at in cache.after]
@@ -229,7 +237,8 @@ class CompiledGraph:
             if history is None:
                 caches.drop(keys)
             else:
-                caches.put(keys, history)
+                # What it held at first it holds as long as it is the same sequence's.
+                caches.put(keys, CacheNote(history, past.witness or Witness.of(keys, history)))
 
     def _run_own(self, args: Sequence[Any]) -> Any:
         if self._own is None:

@@ -7,7 +7,7 @@ import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,43 @@ class History:
         corner = new.corners[..., 0]
         unknown = is_cut & is_of_text(self._corner, corner)
         return is_cut & (unknown | ~begins_frame(self._corner, corner)), unknown
+
+
+class Witness(NamedTuple):
+    """What tells later whether a cache still holds the keys that it held.
+
+    Tensors made in inference mode keep no count of what is written to them.
+    """
+
+    num_rows: int
+    total: Tensor  # of the bits of those rows, as ints: whatever order they are added in
+
+    @classmethod
+    def of(cls, keys: Tensor, history: History) -> Witness | None:
+        """Return the witness of ``keys [B, G, K, D]``; None where there is no need, or no way."""
+        num_rows = history.num_tokens
+        if version_of(keys) is not None or keys.dim() != 4 or keys.itemsize not in _INTS:
+            return None
+        # A cache that slides forgets its first rows, and moves the others.
+        return None if num_rows > keys.shape[2] else cls(num_rows, _total(keys, num_rows))
+
+    def holds(self, keys: Tensor) -> bool:
+        slides = self.num_rows > keys.shape[2]
+        return slides or torch.equal(self.total, _total(keys, self.num_rows))
+
+
+_INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _total(keys: Tensor, num_rows: int) -> Tensor:
+    return keys[:, :, :num_rows].view(_INTS[keys.itemsize]).sum(dtype=torch.int64)
+
+
+class CacheNote(NamedTuple):
+    """What is known of the tensor that holds a cache's keys."""
+
+    history: History
+    witness: Witness | None
 
 
 @dataclass

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blindsight.history import History, Pending, current_call
+from blindsight.history import CacheNote, History, Pending, current_call
 from blindsight.layers import compact
 from blindsight.template import Template, TemplateRule, find_order_problem
 from blindsight.tensor_notes import TensorNotes, version_of
@@ -139,7 +139,7 @@ class Runtime:
         self.sparse_layers = frozenset(sparse_layers)
         self.strict = strict
         self.met: set[int] = set()
-        self.caches: TensorNotes[History] = TensorNotes()  # by the tensor of a cache's keys
+        self.caches: TensorNotes[CacheNote] = TensorNotes()  # by the tensor of a cache's keys
         self.masks: TensorNotes[Any] = TensorNotes()  # what blindsight.given_mask found out
         self._thread = _Thread()
         self._warned: set[str] = set()

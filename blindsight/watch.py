@@ -30,7 +30,7 @@ class _Hook:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
+        return _stored, ()
 
 
 class _Before(_Hook):
@@ -112,5 +112,10 @@ def _has_compiled_parts(model: nn.Module) -> bool:
     )
 
 
+def _stored() -> Callable[..., None]:
+    """Return what is in a hook's place in a model that was stored."""
+    return _nothing
+
+
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Take the place of a hook in a model that was stored."""
+    return None
