@@ -7,6 +7,22 @@ import secrets
 from pathlib import Path
 
 
+def check_target(path: str | os.PathLike[str], name: str) -> None:
+    """Check, before any work is done, that a file can be written.
+
+    Raises:
+        ValueError: It cannot; the message says why.
+    """
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        problem = f"{folder} is no folder that can be written to"
+    elif os.path.isdir(path):
+        problem = "it is a folder"
+    else:
+        return
+    raise ValueError(f"{name} must be a file in an existing folder, got {path}: {problem}.")
+
+
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file whole or not at all: under another name, synced, and moved into place.
 

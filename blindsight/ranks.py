@@ -137,8 +137,19 @@ def check_is_alone(command: str) -> None:
 
 
 def local_device(name: str) -> str:
-    """Return the device of this process: of several on a host, each its own GPU."""
+    """Return the device of this process: of several on a host, each its own GPU.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
     if name == "cuda" and is_launched_with_others():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(name)
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"device must be one that torch {torch.__version__} finds here, got {name!r}: {what}"
+        ) from None
     return name

@@ -10,6 +10,7 @@ copying a cache makes another tensor (or another version of it), of which nothin
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +28,9 @@ from blindsight.template import Template, TemplateRule, find_order_problem
 from blindsight.tensor_notes import TensorNotes, version_of
 
 RAISE_LIMIT = (
-    "Raise the limit: torch.compile(model, backend=backend, recompile_limit=64), or "
-    "torch._dynamo.config.recompile_limit, in every thread that runs the model."
+    "Raise the limit: torch.compile(model, backend=backend, recompile_limit=64)."
+    if "recompile_limit" in inspect.signature(torch.compile).parameters
+    else "Raise the limit: torch._dynamo.config.recompile_limit = 64, in every thread that runs it."
 )
 
 _given: ContextVar[_Given | None] = ContextVar("blindsight_template", default=None)

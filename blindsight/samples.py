@@ -325,13 +325,13 @@ def _of_split(rows: Any, split: str | None, name: str) -> Any:
 
 def _read_json_lines(path: Path) -> list[Mapping[str, Any]]:
     rows: list[Mapping[str, Any]] = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # of JSON, or of UTF-8
                 raise ValueError(
                     f"{path}, line {number}, must be JSON like {_ROW}, got {line[:60]!r}: {error}."
                 ) from None

@@ -330,7 +330,7 @@ def test_the_command_writes_a_profile(saved: Path, capsys: pytest.CaptureFixture
         ("model", "nothing", "p", "dataset must be"),
         ("nothing", "data", "p", "model must be a folder or a hub id"),
         ("llama", "data", "p", "model must have a vision part"),
-        ("model", "data", "no/such/p", "output must be in an existing folder"),
+        ("model", "data", "no/such/p", "output must be a file in an existing folder"),
     ],
 )
 def test_errors_of_the_command_are_one_line(

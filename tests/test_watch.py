@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -73,7 +74,7 @@ def test_what_dynamo_drops_for_good_is_an_error_each_time(model: Any, decoder_al
         assert len(dropped) >= 2
         for _, message in dropped:
             assert "did not run through this backend" in message
-            assert "recompile_limit=64" in message
+            assert re.search("recompile_limit ?= ?64", message)
         inputs, _ = dropped[-1]
         template = profile_of(model).rule.template(inputs["input_ids"])
         told = pytest.raises(ValueError, match="did not run through this backend under the temp")

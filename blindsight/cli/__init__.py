@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.traceback:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.filename is not None:
+            message = f"{error.filename}: {error.strerror}"
         print(f"blindsight: error: {message}", file=sys.stderr)
         return 2
     return 0

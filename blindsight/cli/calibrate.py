@@ -33,7 +33,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="the profile to write")
     parser.add_argument(
         "--budget",
-        type=float,
+        type=_not_negative,
         help="how far one head may move the next token, root of nats; 0 is dense (default: 0.005)",
     )
     parser.add_argument("--limit", type=int, default=64, help="at most so many (%(default)s)")
@@ -70,13 +70,13 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
 
     from blindsight.calibrate import calibrate
     from blindsight.cli.models import load_model
+    from blindsight.files import check_target
     from blindsight.progress import quiet
     from blindsight.ranks import local_device, shared_run
     from blindsight.samples import load_processor, load_samples
 
     output: Path = arguments.output
-    if not output.parent.is_dir():
-        raise ValueError(f"output must be in an existing folder, got {output}.")
+    check_target(output, "output")
     names = ("budget", "criterion", "aggregate", "quantile", "allocation")
     options = {name: getattr(arguments, name) for name in names}
     options = {name: value for name, value in options.items() if value is not None}
@@ -131,6 +131,13 @@ def summary(profile: Profile, seconds: float) -> str:
         f"({seconds / num_samples:.2f} s each)",
     ]
     return "\n".join(lines)
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return number
 
 
 def _sink_offsets(words: list[str]) -> tuple[int, ...] | str:

@@ -144,14 +144,14 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
 
 def _run_refine(arguments: argparse.Namespace) -> None:
     from blindsight.calibration.effect import refine
+    from blindsight.files import check_target
     from blindsight.progress import quiet
     from blindsight.ranks import check_is_alone
 
     check_is_alone("refine")
 
     output: Path = arguments.output
-    if not output.parent.is_dir():
-        raise ValueError(f"output must be in an existing folder, got {output}.")
+    check_target(output, "output")
     with quiet():
         model, processor, samples, profile = _load(arguments)
         found = refine(

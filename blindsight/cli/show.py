@@ -20,8 +20,11 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
 
 
 def _run_show(arguments: argparse.Namespace) -> None:
+    from blindsight.files import check_target
     from blindsight.profile import Profile
 
+    if arguments.plot is not None:
+        check_target(arguments.plot, "plot")
     profile = Profile.load(arguments.profile)
     print(describe(profile))
     if arguments.plot is not None:
