@@ -26,4 +26,4 @@ def test_the_first_screen_has_two_commands() -> None:
     commands = [line for line in first_screen.splitlines() if line.startswith("    python")]
     assert len(commands) == 2
     assert commands[0].endswith("blindsight demo")
-    assert commands[1].endswith("pytest -q")
+    assert commands[1].endswith("pytest -q -n auto")
