@@ -105,6 +105,7 @@ def test_a_forward_that_failed_is_forgotten(model: Any) -> None:
     torch.testing.assert_close(found, model(**given).logits)
 
 
+@torch._dynamo.config.patch(recompile_limit=64)  # newer transformers have frames that ask for many
 @pytest.mark.parametrize("is_first", [False, True])
 def test_the_call_after_an_error_in_the_decoder_is_right(model: Any, is_first: bool) -> None:
     run = compiled(model)
