@@ -117,6 +117,7 @@ class _Watched(NamedTuple):
 
     is_compiled: bool
     limit_hits: int  # of Dynamo's, when it began
+    is_served: bool = False  # in all layers
 
 
 class _Thread(threading.local):
@@ -201,12 +202,12 @@ class Runtime:
 
         Args:
             failed: Whether it ended with an error.
-            may_be_compiled: Whether any part of the model is.
+            may_be_compiled: Whether any part of the decoder is.
         """
         pending, watched = self._thread.pending, self._thread.watched
         self._thread.pending = self._thread.watched = None
         self._thread.decoder_ran = False
-        if failed or watched is None or is_disabled():
+        if failed or watched is None or watched.is_served or is_disabled():
             return
         explicit = self.explicit_history()
         served = () if pending is None else pending.served
@@ -285,6 +286,8 @@ class Runtime:
             pending.served.update(layers)
             if pending.served >= self.layers:
                 self._thread.pending = None
+                if (watched := self._thread.watched) is not None:
+                    self._thread.watched = watched._replace(is_served=True)
 
     def warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -6,6 +6,7 @@ of it uncompiled. Where a graph has the whole model in it, its hooks trace to no
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -68,7 +69,8 @@ class _After(_Hook):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, model: nn.Module, failed: bool) -> None:
         if (runtime := self._runtime()) is not None:
-            runtime.end(failed=failed, may_be_compiled=partial(_has_compiled_parts, model))
+            pattern = runtime.rule.layer_pattern
+            runtime.end(failed=failed, may_be_compiled=partial(_compiles_layers, model, pattern))
 
 
 def watch_forward(
@@ -103,13 +105,17 @@ def _is_compiled(callback: object, is_backend: Callable[[object], bool]) -> bool
     return is_backend(getattr(compiler, "compiler_fn", compiler))
 
 
-def _has_compiled_parts(model: nn.Module) -> bool:
+def _compiles_layers(model: nn.Module, layer_pattern: str) -> bool:
+    """Whether a compiled part of a model holds attention of the decoder, or is in it."""
     from torch._dynamo.eval_frame import OptimizedModule
 
-    return any(
-        part._compiled_call_impl is not None or isinstance(part, OptimizedModule)
-        for part in model.modules()
-    )
+    for name, part in model.named_modules():
+        if part._compiled_call_impl is not None or isinstance(part, OptimizedModule):
+            for below, _ in part.named_modules():
+                path = f"{name}.{below}".replace("._orig_mod", "")
+                if re.search(layer_pattern, path):
+                    return True
+    return False
 
 
 def _stored() -> Callable[..., None]:
