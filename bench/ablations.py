@@ -31,7 +31,8 @@ from blindsight.calibrate import (
     select_categories,
     summarize,
 )
-from blindsight.calibration.measure import Measurements, measure
+from blindsight.calibration.measure import measure
+from blindsight.calibration.measurements import Measurements
 from blindsight.calibration.selection import CRITERIA
 from blindsight.cli.models import load_model
 from blindsight.evaluate import Summary, compare

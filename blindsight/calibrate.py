@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blindsight.calibration.measure import Measurements, measure
+from blindsight.calibration.measure import measure
+from blindsight.calibration.measurements import Measurements
 from blindsight.calibration.probe import NUM_OFFSETS
 from blindsight.calibration.selection import CRITERIA, select_categories
 from blindsight.categories import HeadCategory

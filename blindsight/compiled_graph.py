@@ -40,6 +40,7 @@ class _Past(NamedTuple):
     history: History | None
     is_known: bool
     witness: Witness | None = None
+    decodes: bool = False  # one token of text follows
 
 
 class CompiledGraph:
@@ -199,7 +200,7 @@ class CompiledGraph:
         if note is not None:
             is_as_noted = length is None or length == note.history.num_tokens
             if is_as_noted and not (matters and note.witness and not note.witness.holds(keys)):
-                return _Past(note.history, True, note.witness)
+                return _Past(note.history, True, note.witness, decodes)
         alone = cache.has_new and num_keys == num_queries
         return _Past(None, length == 0 or alone or keys.numel() == 0)
 
@@ -237,8 +238,8 @@ class CompiledGraph:
             if history is None:
                 caches.drop(keys)
             else:
-                # What it held at first it holds as long as it is the same sequence's.
-                caches.put(keys, CacheNote(history, past.witness or Witness.of(keys, history)))
+                witness = past.witness if past.decodes else None
+                caches.put(keys, CacheNote(history, Witness.of(keys, history, before=witness)))
 
     def _run_own(self, args: Sequence[Any]) -> Any:
         if self._own is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import FrameType
@@ -129,17 +130,23 @@ class Witness(NamedTuple):
     total: Tensor  # of the bits of those rows, as ints: whatever order they are added in
 
     @classmethod
-    def of(cls, keys: Tensor, history: History) -> Witness | None:
-        """Return the witness of ``keys [B, G, K, D]``; None where there is no need, or no way."""
+    def of(cls, keys: Tensor, history: History, before: Witness | None) -> Witness | None:
+        """Return the witness of a cache; None where there is no need, or no way.
+
+        Args:
+            keys: ``[B, G, K, D]``.
+            history: Of the tokens in it.
+            before: Of some of its rows, which will do.
+        """
         num_rows = history.num_tokens
         if version_of(keys) is not None or keys.dim() != 4 or keys.itemsize not in _INTS:
             return None
-        # A cache that slides forgets its first rows, and moves the others.
-        return None if num_rows > keys.shape[2] else cls(num_rows, _total(keys, num_rows))
+        if num_rows > keys.shape[2]:  # it slid: its first rows are gone, the others elsewhere
+            return None
+        return before or cls(num_rows, _total(keys, num_rows))
 
     def holds(self, keys: Tensor) -> bool:
-        slides = self.num_rows > keys.shape[2]
-        return slides or torch.equal(self.total, _total(keys, self.num_rows))
+        return torch.equal(self.total, _total(keys, self.num_rows))
 
 
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -163,7 +170,7 @@ class Pending:
     source: weakref.ref[Tensor]
     version: int | None
     tokens: Tensor  # what they are, [B, Q]
-    call: FrameType | None  # of the model, where nobody will tell its end
+    call: FrameType | None  # of the model, if it is known
     kinds: Tensor = field(init=False)  # the same, frames of videos marked
     corners: Tensor | None = None  # [2, B, Q], height and width of each token, where they told it
     by_grid: bool = False  # whether the model's grids told it
@@ -185,15 +192,7 @@ class Pending:
     @property
     def is_over(self) -> bool:
         """Whether the forward that these tokens belong to is."""
-        if self.is_gone:
-            return True
-        if self.call is None:
-            return False
-        try:
-            self.call.clear()
-        except RuntimeError:  # it is running
-            return False
-        return True
+        return self.is_gone or has_returned(self.call)
 
     @cached_property
     def is_text(self) -> bool:
@@ -235,12 +234,23 @@ class Pending:
         return None if self.corners is None else self.corners[..., -1].clone()
 
 
-def current_call() -> FrameType | None:
-    """Return the outermost call of a module that is running in this thread, if any is."""
+def current_call(is_model: Callable[[nn.Module], bool]) -> FrameType | None:
+    """Return the outermost call of a model that is running in this thread, if any is."""
     found: FrameType | None = None
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__:
+        if frame.f_code is nn.Module._call_impl.__code__ and is_model(frame.f_locals["self"]):
             found = frame
         frame = frame.f_back
     return found
+
+
+def has_returned(call: FrameType | None) -> bool:
+    """Whether a call is over, if it is known; lets go of what it held."""
+    if call is None:
+        return False
+    try:
+        call.clear()
+    except RuntimeError:  # it is running
+        return False
+    return True

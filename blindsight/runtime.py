@@ -11,18 +11,21 @@ copying a cache makes another tensor (or another version of it), of which nothin
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from blindsight.history import CacheNote, History, Pending, current_call
+from blindsight.history import CacheNote, History, Pending, current_call, has_returned
 from blindsight.layers import compact
 from blindsight.template import Template, TemplateRule, find_order_problem
 from blindsight.tensor_notes import TensorNotes, version_of
@@ -116,7 +119,7 @@ class _Watched(NamedTuple):
     """A forward of which hooks tell the beginning and the end."""
 
     is_compiled: bool
-    limit_hits: int  # of Dynamo's, when it began
+    call: FrameType | None
     is_served: bool = False  # in all layers
 
 
@@ -145,6 +148,7 @@ class Runtime:
         self.caches: TensorNotes[CacheNote] = TensorNotes()  # by the tensor of a cache's keys
         self.masks: TensorNotes[Any] = TensorNotes()  # what blindsight.given_mask found out
         self._thread = _Thread()
+        self._models: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._warned: set[str] = set()
 
     @property
@@ -154,6 +158,21 @@ class Runtime:
             self._thread.pending = pending = None
         return pending
 
+    @property
+    def _watched(self) -> _Watched | None:
+        watched = self._thread.watched
+        if watched is not None and has_returned(watched.call):  # interrupted
+            self._thread.watched = watched = None
+        return watched
+
+    def _is_model(self, module: nn.Module) -> bool:
+        """Whether a module has the decoder's attention in it."""
+        if module not in self._models:
+            names = (name for name, _ in module.named_modules())
+            pattern = self.rule.layer_pattern
+            self._models[module] = any(re.search(pattern, name) for name in names)
+        return self._models[module]
+
     def begin(self, input_ids: Tensor | None, *, is_compiled: bool) -> None:
         """Take note of the tokens of a forward that begins, of which the end will be told.
 
@@ -161,12 +180,13 @@ class Runtime:
             input_ids: ``[B, Q]``, where it is given any.
             is_compiled: Whether the whole forward is compiled with this backend.
         """
-        self._thread.watched = _Watched(is_compiled, _limit_hits())
-        self._thread.pending = None if input_ids is None else Pending.of(input_ids, self.rule)
+        call = current_call(self._is_model)
+        self._thread.watched = _Watched(is_compiled, call)
+        self._thread.pending = None if input_ids is None else Pending.of(input_ids, self.rule, call)
 
     def observe(self, input_ids: Tensor) -> None:
         """Take note of the tokens that a graph of a forward shows."""
-        pending, watched = self._thread.pending, self._thread.watched is not None
+        pending, watched = self._thread.pending, self._watched is not None
         if pending is not None:
             is_over = pending.is_over  # and so what its call held may be gone
             version = version_of(input_ids)
@@ -174,12 +194,12 @@ class Runtime:
             if same and version is None and not watched:
                 # Nothing counts what is written to a tensor made in inference mode: look again.
                 same = torch.equal(pending.tokens, self.rule.classify(input_ids))
-            if same and not pending.served:
-                if not is_over:
-                    return
-            elif not watched and not pending.is_gone:
+            if same and not is_over and (pending.call is not None or not pending.served):
+                return
+            is_repeated = same and not pending.served  # a call that failed
+            if not (watched or is_repeated or pending.is_gone):
                 self._check_served(pending, certain=False)
-        self._thread.pending = Pending.of(input_ids, self.rule, None if watched else current_call())
+        self._thread.pending = Pending.of(input_ids, self.rule, current_call(self._is_model))
 
     def observe_videos(self, video_grid_thw: Tensor) -> None:
         """Take note of the frames of the videos in the forward under way: ``[V, 3]``."""
@@ -202,7 +222,7 @@ class Runtime:
 
         Args:
             failed: Whether it ended with an error.
-            may_be_compiled: Whether any part of the decoder is.
+            may_be_compiled: Whether any part of the decoder is, with this backend.
         """
         pending, watched = self._thread.pending, self._thread.watched
         self._thread.pending = self._thread.watched = None
@@ -212,12 +232,7 @@ class Runtime:
         explicit = self.explicit_history()
         served = () if pending is None else pending.served
         # A model of which nothing is compiled runs its hooks, too, and dense is what it shall run.
-        if (
-            not watched.is_compiled
-            and not served
-            and _limit_hits() == watched.limit_hits
-            and not may_be_compiled()
-        ):
+        if not watched.is_compiled and not served and not may_be_compiled():
             return
         if explicit is not None:
             num_queries = explicit.num_tokens if pending is None else pending.kinds.shape[1]
@@ -286,7 +301,7 @@ class Runtime:
             pending.served.update(layers)
             if pending.served >= self.layers:
                 self._thread.pending = None
-                if (watched := self._thread.watched) is not None:
+                if (watched := self._watched) is not None:
                     self._thread.watched = watched._replace(is_served=True)
 
     def warn_once(self, message: str) -> None:
@@ -296,7 +311,7 @@ class Runtime:
 
     def finish(self) -> None:
         """Take note that the decoder has run: what it did not serve here, ran elsewhere."""
-        if self._thread.watched is not None:
+        if self._watched is not None:
             return  # the end will be told
         pending, ran = self.pending, self._thread.decoder_ran
         self._thread.pending, self._thread.decoder_ran = None, False

@@ -70,7 +70,8 @@ class _After(_Hook):
     def _end(self, model: nn.Module, failed: bool) -> None:
         if (runtime := self._runtime()) is not None:
             pattern = runtime.rule.layer_pattern
-            runtime.end(failed=failed, may_be_compiled=partial(_compiles_layers, model, pattern))
+            compiles = partial(_compiles_layers, model, pattern, self._is_backend)
+            runtime.end(failed=failed, may_be_compiled=compiles)
 
 
 def watch_forward(
@@ -105,17 +106,30 @@ def _is_compiled(callback: object, is_backend: Callable[[object], bool]) -> bool
     return is_backend(getattr(compiler, "compiler_fn", compiler))
 
 
-def _compiles_layers(model: nn.Module, layer_pattern: str) -> bool:
-    """Whether a compiled part of a model holds attention of the decoder, or is in it."""
-    from torch._dynamo.eval_frame import OptimizedModule
+def _compiles_layers(
+    model: nn.Module, layer_pattern: str, is_backend: Callable[[object], bool]
+) -> bool:
+    """Whether a part of a model that a backend compiles holds attention of the decoder."""
+    from torch._dynamo.eval_frame import _stance
 
+    if _stance.stance == "force_eager":
+        return False
     for name, part in model.named_modules():
-        if part._compiled_call_impl is not None or isinstance(part, OptimizedModule):
+        if _is_compiled(_callback_of(part), is_backend):
             for below, _ in part.named_modules():
                 path = f"{name}.{below}".replace("._orig_mod", "")
                 if re.search(layer_pattern, path):
                     return True
     return False
+
+
+def _callback_of(part: nn.Module) -> object:
+    """Return what Dynamo calls for the frames of a module, if that is compiled for itself."""
+    context = getattr(part, "dynamo_ctx", None)  # of what torch.compile returns
+    if context is None and part._compiled_call_impl is not None:
+        cells = [cell.cell_contents for cell in part._compiled_call_impl.__closure__ or ()]
+        context = next((each for each in cells if hasattr(each, "callback")), None)
+    return getattr(context, "callback", None)
 
 
 def _stored() -> Callable[..., None]:

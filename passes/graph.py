@@ -165,7 +165,7 @@ def dotted_path(path: str) -> str:
     path = re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", path)
     path = re.sub(r"\['?(\w+)'?\]", r".\1", path)
     # A wrapper keeps the forward that it replaced, as accelerate's hooks do.
-    path = re.sub(r"\.\w+\.__self__", "", path)
+    path = re.sub(r"\.(?:_old_)?forward\.__self__", "", path)
     return path.removeprefix("L.").removeprefix("G.")
 
 

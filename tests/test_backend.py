@@ -236,25 +236,6 @@ def reasons() -> Iterator[Any]:
     torch._dynamo.utils.counters.clear()
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_a_model_that_dynamo_gives_up_on_is_told_by_its_hooks(strict: bool, reasons: Any) -> None:
-    model = without_vision(tiny_model("qwen2_5_vl"))
-    backend = blindsight_backend(profile_of(model), model=model, strict=strict)
-
-    def give_up(*args: Any) -> None:
-        reasons[LIMIT] += 1
-
-    hook = model.model.language_model.register_forward_pre_hook(give_up)
-    told = pytest.raises(ValueError, match=r"[Ll]ayers .* did not run through")
-    with told if strict else pytest.warns(BlindsightWarning, match="did not run through"):
-        model(**make_inputs("qwen2_5_vl", [[5, Image(2, 5), 4, Image(4, 3), 7]]))
-    model(**make_inputs("qwen2_5_vl", [[5, Image(2, 5), 4]]))  # nothing was to be sparse
-    hook.remove()
-    # It runs as it is because that is wanted, whatever Dynamo did before.
-    model(**make_inputs("qwen2_5_vl", [[5, Image(2, 5), 4, Image(4, 3), 7]]))
-    backend.detach()
-
-
 def test_a_decoder_that_dynamo_gives_up_on_is_told_with_the_logits(reasons: Any) -> None:
     backend = blindsight_backend(profile_of(without_vision(tiny_model("qwen2_5_vl"))))
     runtime = backend.state.runtime

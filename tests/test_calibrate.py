@@ -20,7 +20,7 @@ from blindsight.calibrate import (
     summarize,
 )
 from blindsight.calibration import measure as measuring
-from blindsight.calibration.measure import Measurements
+from blindsight.calibration.measurements import Measurements
 from blindsight.cli import main
 from blindsight.cli.calibrate import summary
 from blindsight.profile import Profile

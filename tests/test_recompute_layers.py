@@ -78,7 +78,7 @@ def recomputed(model: nn.Module, *, dynamic: bool = False) -> tuple[Callable[...
     return torch.compile(model, backend=backend, dynamic=dynamic), counts
 
 
-@settings(max_examples=16)
+@settings(max_examples=10)
 @example(list(KINDS[:-1]), 0, False)
 @given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=5), st.integers(0, 99), st.booleans())
 def test_numbers_and_gradients_are_the_same(kinds: list[str], seed: int, dynamic: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 import blindsight
 from blindsight import BlindsightWarning, Profile, blindsight_backend, use_template
@@ -107,7 +107,7 @@ def test_a_forward_that_failed_is_forgotten(model: Any) -> None:
 
 
 @torch._dynamo.config.patch(recompile_limit=64)  # newer transformers have frames that ask for many
-@pytest.mark.parametrize("is_first", [False, True])
+@pytest.mark.parametrize("is_first", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_the_call_after_an_error_in_the_decoder_is_right(model: Any, is_first: bool) -> None:
     run = compiled(model)
     inputs = inputs_of(*PROMPT)
@@ -142,7 +142,9 @@ def test_a_forward_that_may_have_failed_is_a_warning(
         runtime.observe(second)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "mode", [pytest.param(torch.no_grad, marks=pytest.mark.nightly), torch.inference_mode]
+)
 def test_another_prompts_keys_in_the_same_cache_are_noticed(model: Any, mode: Any) -> None:
     run = compiled(model)
     question = inputs_of(Image(2, 2), 6, seed=9)
@@ -167,6 +169,86 @@ def test_another_prompts_keys_in_the_same_cache_are_noticed(model: Any, mode: An
             layer.values.copy_(values)
         with pytest.warns(BlindsightWarning, match="already in the cache are not known"):
             run(**next_one, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "cache_class", [StaticCache, pytest.param(DynamicCache, marks=pytest.mark.nightly)]
+)
+def test_turns_on_a_cache_that_slides(cache_class: Any) -> None:
+    """Layers compiled one by one each have their own; in inference mode nobody counts writes."""
+    model = without_vision(tiny_model("gemma3"))
+    backend = backend_of(model)
+    for layer in model.model.language_model.layers:
+        layer.compile(backend=backend)
+    turns = [[5, Image(), 3], [4, Image(), 2], [1], [1], [3, Image(), Image(), 2], [4, Image(), 2]]
+    limits = {"max_cache_len": 128} if cache_class is StaticCache else {}
+
+    def run() -> list[torch.Tensor]:
+        cache, found, num_tokens = cache_class(config=model.config, **limits), [], 0
+        for seed, turn in enumerate(turns):
+            inputs = make_inputs("gemma3", [turn], seed=seed)
+            num_tokens += inputs["input_ids"].shape[1]
+            inputs["attention_mask"] = torch.ones(1, num_tokens, dtype=torch.long)
+            found.append(model(**inputs, past_key_values=cache).logits)
+        return found
+
+    with torch._dynamo.config.patch(recompile_limit=64):
+        expected = run()
+        with torch.inference_mode():
+            found = run()  # a warning, that the tokens in the cache are not known, is an error
+    for ours, others in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, others, atol=1e-4, rtol=0)
+
+
+def test_an_embedding_that_is_compiled_apart_shows_the_prompt(model: Any) -> None:
+    backend = backend_of(model, is_given=False)
+
+    class Embedding(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return model.get_input_embeddings()(input_ids)
+
+    embed = torch.compile(Embedding(), backend=backend)
+    decoder = torch.compile(model.model.language_model, backend=backend)
+    inputs = inputs_of(*PROMPT)
+    given = {
+        "position_ids": full_position_ids(model, inputs),
+        "attention_mask": inputs["attention_mask"],
+    }
+    decoder(inputs_embeds=embed(inputs["input_ids"]), **given)
+    assert sum(row.runs.total() for row in backend.report().rows) == 2
+    assert all("sparse" in how for row in backend.report().rows for how in row.runs)
+
+
+def test_what_is_dense_by_wish_is_no_error(model: Any) -> None:
+    inputs = inputs_of(*PROMPT)
+    dense = model(**inputs).logits
+    for _ in range(2):  # the second backend takes the place of the first
+        model.compile(backend=backend_of(model))
+        assert_right(model, inputs, model)
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(model(**inputs).logits, dense)
+    model.compile(backend="eager")
+    torch.testing.assert_close(model(**inputs).logits, dense, atol=1e-4, rtol=0)
+
+
+def test_an_interrupted_forward_is_forgotten(model: Any) -> None:
+    model.model.language_model.compile(backend=backend_of(model))
+    first, second = inputs_of(*PROMPT), inputs_of(*reversed(PROMPT), seed=1)
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.language_model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**first)
+    hook.remove()
+    given = {
+        "inputs_embeds": model.get_input_embeddings()(second["input_ids"]),
+        "attention_mask": second["attention_mask"],
+        "position_ids": full_position_ids(model, second),
+    }
+    with pytest.warns(BlindsightWarning, match="input_ids were not seen"):
+        model.model.language_model(**given)
 
 
 def test_garbage_collected_in_the_midst_of_a_note() -> None:

@@ -8,29 +8,22 @@ Shapes: N prompts, B batch, L layers, H query heads, C categories, R regions, T 
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import logging
 import math
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from blindsight.calibration.measurements import Checkpoint, Measurements, model_digest
 from blindsight.calibration.probe import Call, Losses, empty_losses, measure_losses
 from blindsight.families import config_of, fingerprint, shares_keys, text_config, with_attention
-from blindsight.files import write_whole
 from blindsight.layers import LayerMap, compact, layer_of_path
 from blindsight.passes.find_attention import Attention, find_attention, has_attention
 from blindsight.passes.graph import copy_graph_module
@@ -44,51 +37,9 @@ from blindsight.template import Template, TemplateRule
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "blindsight-measurements"
-
 # Of frames, each with its own number and sizes of images, and of frames of all models so far.
 _RECOMPILE_LIMITS = {"recompile_limit": 64, "accumulated_recompile_limit": 100_000}
 _NUM_TOKENS = 4  # that may follow a prompt, and are looked at
-_SAVING = 0.05  # of the time may go into writing checkpoints
-
-
-@dataclass(frozen=True, eq=False)
-class Measurements:
-    """What was measured, prompt by prompt, over the rows that the categories restrict.
-
-    Attributes:
-        num_rows: ``[N]`` float32, those rows; 0 where a prompt has fewer than two images.
-        share: ``[N]`` float32, their share of the prompt's tokens.
-        error: ``[N, L, H, C]`` float32, the norm of what a category changes of a head's output,
-            relative to the norm of that.
-        lost_mass: ``[N, L, H, C]`` float32, the mean attention weight that a category hides.
-        mass: ``[N, L, H, R]`` float32, the mean attention weight in each region.
-        offset_mass: ``[N, L, H, NUM_OFFSETS + 1]`` float32, the mean attention weight on tokens
-            of other spans, by offset, see :class:`~blindsight.calibration.probe.Losses`.
-        effect: ``[N, L, H, C]`` float32, how far a category moves the next token after the prompt:
-            the root of the KL divergence in nats, to first order; nan if not measured.
-        pairs: ``[N, L, C]`` float32, the pairs of a query and a key that a head computes.
-    """
-
-    num_rows: Tensor
-    share: Tensor
-    error: Tensor
-    lost_mass: Tensor
-    mass: Tensor
-    offset_mass: Tensor
-    effect: Tensor
-    pairs: Tensor
-
-    def __len__(self) -> int:
-        return len(self.num_rows)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @classmethod
-    def join(cls, parts: Sequence[Measurements]) -> Measurements:
-        """Return the measurements of several sets of prompts, in order."""
-        return cls(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)})
 
 
 def measure(
@@ -173,11 +124,11 @@ def _measure_own(
     saved = None
     parts: list[Measurements] = []
     if checkpoint is not None:
-        saved = _Checkpoint(
+        saved = Checkpoint(
             ranks.own(checkpoint),
             {
                 "process": ranks.name,
-                "model": _model_digest(model),
+                "model": model_digest(model),
                 "samples": samples.digest(),
                 "num_samples": len(samples),
                 "rule": rule.to_json(),
@@ -487,71 +438,3 @@ def _check_deviation(layers: Mapping[int, Losses], shape: Sequence[int], model: 
                 f"{limit}, got outputs that differ by {found:.3g}, for {shape[1]} tokens. "
                 "Attention with dropout or other extras cannot be calibrated."
             )
-
-
-def _model_digest(model: nn.Module) -> str:
-    """Return a digest of a model's shape and of some of its weights."""
-    digest = hashlib.sha256(json.dumps(fingerprint(model), sort_keys=True).encode())
-    for name, parameter in model.named_parameters():
-        some = parameter.detach().flatten()[:8].double().cpu()
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(some.numpy().tobytes())
-    return digest.hexdigest()
-
-
-class _Checkpoint:
-    """A file with what was measured so far; it is whole at any time."""
-
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self._path = path
-        self._settings = {name: str(value) for name, value in settings.items()}
-        self._written = time.monotonic()
-        self._cost = 0.0
-
-    def load(self) -> list[Measurements]:
-        """Return what the file holds, if it exists.
-
-        Raises:
-            ValueError: It is of another measurement, or no checkpoint.
-        """
-        if not self._path.exists():
-            return []
-        advice = "Delete it to start over."
-        try:
-            with safe_open(self._path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"checkpoint must be one that calibration wrote, got {self._path}: {error}. "
-                f"{advice}"
-            ) from None
-        if metadata.get("format") != FORMAT:
-            raise ValueError(
-                f"checkpoint must be one that calibration wrote, got {self._path} with format "
-                f"{metadata.get('format')!r}. {advice}"
-            )
-        found = json.loads(metadata["settings"])
-        different = [
-            f"{name} {value} here, {found.get(name)} in the file"
-            for name, value in self._settings.items()
-            if found.get(name) != value
-        ]
-        if different:
-            raise ValueError(
-                f"checkpoint {self._path} must be of this calibration, got {'; '.join(different)}. "
-                f"Calibrate with the same settings to go on, or delete it to start over."
-            )
-        return [Measurements(**tensors)]
-
-    def save(self, parts: Sequence[Measurements]) -> None:
-        begin = time.monotonic()
-        metadata = {"format": FORMAT, "settings": json.dumps(self._settings)}
-        write_whole(self._path, serialize(Measurements.join(parts).tensors(), metadata))
-        self._written = time.monotonic()
-        self._cost = self._written - begin
-
-    def save_now_and_then(self, parts: Sequence[Measurements]) -> None:
-        """Save, unless that would take too large a part of the time."""
-        if self._cost <= _SAVING * (time.monotonic() - self._written):
-            self.save(parts)

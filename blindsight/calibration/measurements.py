@@ -1,0 +1,133 @@
+"""What was measured of a model, prompt by prompt, and the file that keeps it meanwhile.
+
+Shapes: N prompts, L layers, H query heads, C categories, R regions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from blindsight.families import fingerprint
+from blindsight.files import write_whole
+
+FORMAT = "blindsight-measurements"
+
+_SAVING = 0.05  # of the time may go into writing checkpoints
+
+
+@dataclass(frozen=True, eq=False)
+class Measurements:
+    """What was measured, prompt by prompt, over the rows that the categories restrict.
+
+    Attributes:
+        num_rows: ``[N]`` float32, those rows; 0 where a prompt has fewer than two images.
+        share: ``[N]`` float32, their share of the prompt's tokens.
+        error: ``[N, L, H, C]`` float32, the norm of what a category changes of a head's output,
+            relative to the norm of that.
+        lost_mass: ``[N, L, H, C]`` float32, the mean attention weight that a category hides.
+        mass: ``[N, L, H, R]`` float32, the mean attention weight in each region.
+        offset_mass: ``[N, L, H, NUM_OFFSETS + 1]`` float32, the mean attention weight on tokens
+            of other spans, by offset, see :class:`~blindsight.calibration.probe.Losses`.
+        effect: ``[N, L, H, C]`` float32, how far a category moves the next token after the prompt:
+            the root of the KL divergence in nats, to first order; nan if not measured.
+        pairs: ``[N, L, C]`` float32, the pairs of a query and a key that a head computes.
+    """
+
+    num_rows: Tensor
+    share: Tensor
+    error: Tensor
+    lost_mass: Tensor
+    mass: Tensor
+    offset_mass: Tensor
+    effect: Tensor
+    pairs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.num_rows)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def join(cls, parts: Sequence[Measurements]) -> Measurements:
+        """Return the measurements of several sets of prompts, in order."""
+        return cls(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)})
+
+
+def model_digest(model: nn.Module) -> str:
+    """Return a digest of a model's shape and of some of its weights."""
+    digest = hashlib.sha256(json.dumps(fingerprint(model), sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        some = parameter.detach().flatten()[:8].double().cpu()
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Checkpoint:
+    """A file with what was measured so far; it is whole at any time."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self._path = path
+        self._settings = {name: str(value) for name, value in settings.items()}
+        self._written = time.monotonic()
+        self._cost = 0.0
+
+    def load(self) -> list[Measurements]:
+        """Return what the file holds, if it exists.
+
+        Raises:
+            ValueError: It is of another measurement, or no checkpoint.
+        """
+        if not self._path.exists():
+            return []
+        advice = "Delete it to start over."
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"checkpoint must be one that calibration wrote, got {self._path}: {error}. "
+                f"{advice}"
+            ) from None
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"checkpoint must be one that calibration wrote, got {self._path} with format "
+                f"{metadata.get('format')!r}. {advice}"
+            )
+        found = json.loads(metadata["settings"])
+        different = [
+            f"{name} {value} here, {found.get(name)} in the file"
+            for name, value in self._settings.items()
+            if found.get(name) != value
+        ]
+        if different:
+            raise ValueError(
+                f"checkpoint {self._path} must be of this calibration, got {'; '.join(different)}. "
+                f"Calibrate with the same settings to go on, or delete it to start over."
+            )
+        return [Measurements(**tensors)]
+
+    def save(self, parts: Sequence[Measurements]) -> None:
+        begin = time.monotonic()
+        metadata = {"format": FORMAT, "settings": json.dumps(self._settings)}
+        write_whole(self._path, serialize(Measurements.join(parts).tensors(), metadata))
+        self._written = time.monotonic()
+        self._cost = self._written - begin
+
+    def save_now_and_then(self, parts: Sequence[Measurements]) -> None:
+        """Save, unless that would take too large a part of the time."""
+        if self._cost <= _SAVING * (time.monotonic() - self._written):
+            self.save(parts)
