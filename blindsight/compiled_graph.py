@@ -99,8 +99,9 @@ class CompiledGraph:
             return self._run_own(args)
         layers = self._layers_of(args)
         self._runtime.met.update(layers)
-        past = self._past(args)
-        history, dense_because = self._decide(args, layers, past)
+        sizes = self._plan.sizes(args)
+        past = self._past(args, sizes)
+        history, dense_because = self._decide(args, layers, past, sizes)
         rewriting = None
         if dense_because is None and history is not None:
             rewriting = self._rewriter.choose(args, layers, history)
@@ -140,10 +141,14 @@ class CompiledGraph:
         return tuple(layers)
 
     def _decide(
-        self, args: Sequence[Any], layers: tuple[int, ...], past: _Past
+        self,
+        args: Sequence[Any],
+        layers: tuple[int, ...],
+        past: _Past,
+        sizes: tuple[int, int, int],
     ) -> tuple[History | None, str | None]:
         """Return what is known of the sequence, and why the call runs dense (None: sparse)."""
-        batch, num_queries, num_keys = self._plan.sizes(args)
+        batch, num_queries, num_keys = sizes
         pending = self._runtime.pending
         history = explicit = self._runtime.explicit_history()
         if history is not None:
@@ -184,9 +189,9 @@ class CompiledGraph:
             return history, _DENSE_HEADS
         return history, None
 
-    def _past(self, args: Sequence[Any]) -> _Past:
+    def _past(self, args: Sequence[Any], sizes: tuple[int, int, int]) -> _Past:
         """Return what is known of the tokens in the cache before the call."""
-        _, num_queries, num_keys = self._plan.sizes(args)
+        _, num_queries, num_keys = sizes
         cache = self._plan.cache
         pending = self._runtime.pending
         # Reading a counter on a device waits for it: not for a decoded token.

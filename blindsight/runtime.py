@@ -230,6 +230,8 @@ class Runtime:
         if failed or watched is None or watched.is_served or is_disabled():
             return
         explicit = self.explicit_history()
+        if explicit is None and (pending is None or pending.is_text):
+            return  # nothing was to be sparse: not to look through the model for each token
         served = () if pending is None else pending.served
         # A model of which nothing is compiled runs its hooks, too, and dense is what it shall run.
         if not watched.is_compiled and not served and not may_be_compiled():
