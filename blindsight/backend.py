@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
-from torch.utils.hooks import RemovableHandle
 
+from blindsight.attached import AttachedModels
 from blindsight.compiled_graph import CompiledGraph
 from blindsight.inner import Inner
-from blindsight.layers import LayerMap, compact
 from blindsight.lowering import Lowering
 from blindsight.passes.contract import PassList
 from blindsight.profile import Profile
@@ -21,7 +20,6 @@ from blindsight.report import Report
 from blindsight.runtime import Runtime
 from blindsight.state import BackendState
 from blindsight.warmup import warm_up
-from blindsight.watch import watch_forward
 
 
 class BlindsightBackend:
@@ -42,12 +40,17 @@ class BlindsightBackend:
         self.inner = Inner(inner, inner_options, passes.identities)
         sparse = [layer for layer in profile.layers if not profile.layer_is_dense(layer)]
         runtime = Runtime(profile.rule, profile.layers, sparse_layers=sparse, strict=strict)
-        self.state = BackendState(profile, strict, lowering, runtime, passes)
+        reference = weakref.ref(self)
+
+        def is_this(compiler: object) -> bool:
+            return _backend_of(compiler) is reference() is not None
+
+        models = AttachedModels(profile, runtime, is_this)
+        self.state = BackendState(profile, strict, lowering, runtime, models, passes)
         self._lock = threading.Lock()
         self._num_graphs = 0
-        self._hooks: list[RemovableHandle] = []
         if model is not None:
-            self._attach(model)
+            models.attach(model)
 
     def __deepcopy__(self, memo: object) -> BlindsightBackend:
         """Return itself: a copy of a compiled model goes on with its backend, as with any."""
@@ -60,6 +63,7 @@ class BlindsightBackend:
         with self._lock:
             number = self._num_graphs
             self._num_graphs += 1
+            self.state.models.find()
         graph = CompiledGraph(
             self.state, gm, example_inputs, number, self.inner.with_options(options)
         )
@@ -95,31 +99,8 @@ class BlindsightBackend:
         warm_up(model, self.state.profile.rule, inputs, lengths)
 
     def detach(self) -> None:
-        """Remove the hooks from the model that was given."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
-    def _attach(self, model: nn.Module) -> None:
-        model = getattr(model, "_orig_mod", model)
-        profile = self.state.profile
-        profile.validate(model, part_is_fine=True)
-        layer_map = LayerMap(model, profile.rule.layer_pattern)
-        if layer_map.layers != set(profile.layers):
-            raise ValueError(
-                f"model must have attention parameters in layers {compact(profile.layers)} at "
-                f"{profile.rule.layer_pattern!r}, found "
-                f"{compact(sorted(layer_map.layers)) or 'none'}. "
-                "Give the whole model, or a rule whose layer_pattern matches its parameter names; "
-                "of a pipeline stage, profile.stage(first, stop, keeps_numbers=...)."
-            )
-        self.state.layer_map = layer_map
-        reference = weakref.ref(self)
-
-        def is_this(compiler: object) -> bool:
-            return compiler is reference() or compiler is blindsight
-
-        self._hooks = watch_forward(model, self.state.runtime, is_this)
+        """Remove the hooks from the model."""
+        self.state.models.detach()
 
 
 def blindsight_backend(
@@ -141,10 +122,11 @@ def blindsight_backend(
         profile: A profile, or the path of one.
         inner: The backend that compiles the graphs: a name, or a callable
             ``(gm, example_inputs, **options)``.
-        model: The whole model, or the stage of a pipeline. Needed where one compiled frame serves
-            several layers (Qwen3-VL, or decoder layers compiled one by one), to tell them apart by
-            their parameters. The model is not kept alive; two hooks on it show its ``input_ids``
-            where it runs eagerly.
+        model: The whole model, or the stage of a pipeline. It is found by itself in the call that
+            is compiled first; give it to hear at once that a profile is not for it, or where the
+            call of a function is compiled as a whole (``fullgraph=True``). The model is not kept
+            alive. Two hooks on it show its ``input_ids`` where it runs eagerly, and make what
+            Dynamo gives up on an error; :meth:`BlindsightBackend.detach` removes them.
         strict: Whether attention of the profile that cannot be rewritten, or is never met, is
             an error. If false it stays dense, with one warning.
         lowering: How heads of several categories are computed: ``"fused"`` in one call of
@@ -207,6 +189,15 @@ def blindsight(
         entry = (options, blindsight_backend(arguments.pop("profile"), **arguments))
         _by_options[id(options)] = entry
     return entry[1](gm, example_inputs)
+
+
+def _backend_of(compiler: object) -> object:
+    """Return the backend that Dynamo's compiler leads to, whichever way it was asked for."""
+    found = getattr(compiler, "compiler_fn", compiler)
+    if found is blindsight:
+        options = getattr(compiler, "kwargs", {}).get("options")
+        return _by_options.get(id(options), (None, None))[1]
+    return found
 
 
 blindsight.reset = _by_options.clear  # type: ignore[attr-defined]  # torch.compiler.reset calls it

@@ -128,9 +128,9 @@ class CompiledGraph:
         layers = []
         for call in self._calls:
             layer = call.layer
-            if layer is None and self._state.layer_map is not None:
+            if layer is None:
                 parameters = (args[at] for at in call.attention.parameters)
-                layer = self._state.layer_map.layer_of(parameters)
+                layer = self._state.models.layer_map.layer_of(parameters)
             if layer is None:
                 raise ValueError(
                     f"the parameters of attention at {call.attention.path or 'the frame'} must "
@@ -149,8 +149,10 @@ class CompiledGraph:
     ) -> tuple[History | None, str | None]:
         """Return what is known of the sequence, and why the call runs dense (None: sparse)."""
         batch, num_queries, num_keys = sizes
-        pending = self._runtime.pending
         history = explicit = self._runtime.explicit_history()
+        if history is None and self._runtime.pending is None:
+            self._state.models.find()
+        pending = self._runtime.pending
         if history is not None:
             expected = self._num_tokens(args, past, num_queries, num_keys)
             if expected is not None and (batch, expected) != (history.batch, history.num_tokens):

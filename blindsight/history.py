@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import FrameType
@@ -234,15 +233,15 @@ class Pending:
         return None if self.corners is None else self.corners[..., -1].clone()
 
 
-def current_call(is_model: Callable[[nn.Module], bool]) -> FrameType | None:
-    """Return the outermost call of a model that is running in this thread, if any is."""
-    found: FrameType | None = None
+def module_calls() -> list[tuple[FrameType, nn.Module]]:
+    """Return the calls of modules that are running in this thread, the outermost first."""
+    found: list[tuple[FrameType, nn.Module]] = []
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__ and is_model(frame.f_locals["self"]):
-            found = frame
+        if frame.f_code is nn.Module._wrapped_call_impl.__code__:
+            found.append((frame, frame.f_locals["self"]))
         frame = frame.f_back
-    return found
+    return found[::-1]
 
 
 def has_returned(call: FrameType | None) -> bool:

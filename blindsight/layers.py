@@ -19,11 +19,11 @@ from blindsight.passes.find_attention import Attention
 
 
 class LayerMap:
-    """Layers by the parameters of their attention modules."""
+    """Layers by the parameters of their attention modules, in a model or in several alike."""
 
-    def __init__(self, model: nn.Module, layer_pattern: str) -> None:
-        self._model = weakref.ref(model)
+    def __init__(self, layer_pattern: str, *models: nn.Module) -> None:
         self._pattern = layer_pattern
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet(models)
         self._layers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self._refresh()
 
@@ -33,9 +33,18 @@ class LayerMap:
         return {layer for _, layer in self._layers.values()}
 
     @property
-    def model(self) -> nn.Module | None:
-        """The model, while somebody keeps it."""
-        return self._model()
+    def models(self) -> list[nn.Module]:
+        """The models, while somebody keeps them."""
+        return list(self._models)
+
+    def has(self, module: nn.Module) -> bool:
+        """Whether a module is one of the models, or part of one."""
+        return any(module is part for model in self._models for part in model.modules())
+
+    def add(self, model: nn.Module) -> None:
+        """Tell the layers of another model, too."""
+        self._models.add(model)
+        self._refresh()
 
     def layer_of(self, parameters: Iterable[Any]) -> int | None:
         """Return the one layer that the given tensors belong to, as far as to any, or None."""
@@ -56,19 +65,17 @@ class LayerMap:
         return found.pop() if len(found) == 1 else None
 
     def _refresh(self) -> None:
-        model = self._model()
-        if model is None:
-            return
         layers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         shared = set()
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            matched = re.search(self._pattern, name)
-            if matched is None:
-                continue
-            layer = int(matched.group(1))
-            if layers.get(id(parameter), (None, layer))[1] != layer:
-                shared.add(id(parameter))
-            layers[id(parameter)] = (weakref.ref(parameter), layer)
+        for model in self._models:
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                matched = re.search(self._pattern, name)
+                if matched is None:
+                    continue
+                layer = int(matched.group(1))
+                if layers.get(id(parameter), (None, layer))[1] != layer:
+                    shared.add(id(parameter))
+                layers[id(parameter)] = (weakref.ref(parameter), layer)
         self._layers = {key: value for key, value in layers.items() if key not in shared}
 
 

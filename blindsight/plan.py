@@ -196,9 +196,9 @@ class _Planner:
         """Return the layer of a call, if it is the graph that tells it, or why it is not ours."""
         where = attention.path or "a frame of its own"
         layer = layer_of_path(attention)
-        layer_map = self._state.layer_map
+        layer_map = self._state.models.layer_map
         known_class = attention.module_class in DECODER_ATTENTION_CLASSES
-        if layer is None and layer_map is not None:
+        if layer is None and layer_map.models:
             examples = [_example(self._inputs[at]) for at in attention.parameters]
             if not known_class and layer_map.layer_of(examples) is None:
                 return None, "not the decoder's"
@@ -240,9 +240,8 @@ class _Planner:
                 "got DTensors. Give each process whole sequences (context parallelism is not "
                 "supported), and the modules around attention local outputs (to_local)"
             )
-        model = None if self._state.layer_map is None else self._state.layer_map.model
-        pattern = self._profile.rule.layer_pattern
-        weights = () if model is None else sharded_weights(model, pattern)
+        models = self._state.models.layer_map.models
+        weights = sharded_weights(models, self._profile.rule.layer_pattern)
         try:
             shard = shard_of_call(self._profile, attention, placeholders(self.plan.gm), weights)
             if self._shards and shard not in self._shards:

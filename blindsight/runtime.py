@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from blindsight.history import CacheNote, History, Pending, current_call, has_returned
+from blindsight.history import CacheNote, History, Pending, has_returned, module_calls
 from blindsight.layers import compact
 from blindsight.template import Template, TemplateRule, find_order_problem
 from blindsight.tensor_notes import TensorNotes, version_of
@@ -173,14 +173,20 @@ class Runtime:
             self._models[module] = any(re.search(pattern, name) for name in names)
         return self._models[module]
 
-    def begin(self, input_ids: Tensor | None, *, is_compiled: bool) -> None:
+    def _call_of_model(self) -> FrameType | None:
+        """Return the outermost call of a model that is running in this thread, if any is."""
+        return next((call for call, module in module_calls() if self._is_model(module)), None)
+
+    def begin(self, call: FrameType | None, input_ids: Tensor | None, *, is_compiled: bool) -> None:
         """Take note of the tokens of a forward that begins, of which the end will be told.
 
         Args:
+            call: The call of the model, if it is known.
             input_ids: ``[B, Q]``, where it is given any.
             is_compiled: Whether the whole forward is compiled with this backend.
         """
-        call = current_call(self._is_model)
+        if self._watched is not None:
+            return  # within another model's, which knows better
         self._thread.watched = _Watched(is_compiled, call)
         self._thread.pending = None if input_ids is None else Pending.of(input_ids, self.rule, call)
 
@@ -199,7 +205,7 @@ class Runtime:
             is_repeated = same and not pending.served  # a call that failed
             if not (watched or is_repeated or pending.is_gone):
                 self._check_served(pending, certain=False)
-        self._thread.pending = Pending.of(input_ids, self.rule, current_call(self._is_model))
+        self._thread.pending = Pending.of(input_ids, self.rule, self._call_of_model())
 
     def observe_videos(self, video_grid_thw: Tensor) -> None:
         """Take note of the frames of the videos in the forward under way: ``[V, 3]``."""
@@ -217,14 +223,19 @@ class Runtime:
             height, width = position_ids[-2:].expand(-1, batch, -1).cpu()
             pending.take_positions(height, width)
 
-    def end(self, *, failed: bool, may_be_compiled: Callable[[], bool]) -> None:
+    def end(
+        self, call: FrameType | None, *, failed: bool, may_be_compiled: Callable[[], bool]
+    ) -> None:
         """Take note that a forward is over of which the beginning was told.
 
         Args:
+            call: As when it began.
             failed: Whether it ended with an error.
             may_be_compiled: Whether any part of the decoder is, with this backend.
         """
         pending, watched = self._thread.pending, self._thread.watched
+        if watched is not None and watched.call is not call:
+            return
         self._thread.pending = self._thread.watched = None
         self._thread.decoder_ran = False
         if failed or watched is None or watched.is_served or is_disabled():

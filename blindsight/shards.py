@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -74,9 +75,9 @@ def query_weights(call: Attention, inputs: list[fx.Node]) -> Iterable[Tensor]:
             yield tensor
 
 
-def sharded_weights(model: nn.Module, layer_pattern: str) -> Iterable[Tensor]:
-    """Yield the query projections of a model's layers, those that are sharded by rows."""
-    for name, parameter in model.named_parameters():
+def sharded_weights(models: Iterable[nn.Module], layer_pattern: str) -> Iterable[Tensor]:
+    """Yield the query projections of models' layers, those that are sharded by rows."""
+    for name, parameter in chain.from_iterable(model.named_parameters() for model in models):
         if name.endswith("q_proj.weight") and re.search(layer_pattern, name) and _places(parameter):
             yield parameter
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from blindsight.layers import LayerMap
+from blindsight.attached import AttachedModels
 from blindsight.lowering import Lowering
 from blindsight.passes.contract import PassList
 from blindsight.profile import Profile
@@ -19,8 +19,8 @@ class BackendState:
     Attributes:
         profile, strict, lowering: As the user gave them.
         runtime: What is known of the calls under way.
+        models: Those that the backend is attached to.
         passes: The user's, around ours.
-        layer_map: Tells layers by their parameters, where the user gave the model.
         verdicts: Of every attention call that was met, in the order of the graphs.
     """
 
@@ -28,8 +28,8 @@ class BackendState:
     strict: bool
     lowering: Lowering
     runtime: Runtime
+    models: AttachedModels
     passes: PassList = field(default_factory=lambda: PassList(()))
-    layer_map: LayerMap | None = None
     verdicts: list[Verdict] = field(default_factory=list)
 
     def forget(self, graph: int) -> None:

@@ -10,12 +10,14 @@ import re
 import weakref
 from collections.abc import Callable
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from blindsight.history import module_calls
 from blindsight.passes.find_attention import is_axis_positions, is_token_ids, is_video_grid
 from blindsight.runtime import Runtime
 
@@ -40,24 +42,18 @@ class _Before(_Hook):
             return
         from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-        self._begin(args, kwargs, get_eval_frame_callback())
+        self._begin(module, args, kwargs, get_eval_frame_callback())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], callback: object) -> None:
+    def _begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], callback: object
+    ) -> None:
         runtime = self._runtime()
         if runtime is None:
             return
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        shows_tokens = isinstance(input_ids, Tensor) and is_token_ids(input_ids)
-        runtime.begin(
-            input_ids if shows_tokens else None,
-            is_compiled=_is_compiled(callback, self._is_backend),
-        )
-        grid, positions = (kwargs.get(name) for name in ("video_grid_thw", "position_ids"))
-        if isinstance(grid, Tensor) and is_video_grid(grid):
-            runtime.observe_videos(grid)
-        if isinstance(positions, Tensor) and is_axis_positions(positions):
-            runtime.observe_positions(positions)
+        is_compiled = _is_compiled(callback, self._is_backend)
+        runtime.begin(_call_of(module), _input_ids(args, kwargs), is_compiled=is_compiled)
+        _observe_frames(runtime, kwargs)
 
 
 class _After(_Hook):
@@ -71,7 +67,20 @@ class _After(_Hook):
         if (runtime := self._runtime()) is not None:
             pattern = runtime.rule.layer_pattern
             compiles = partial(_compiles_layers, model, pattern, self._is_backend)
-            runtime.end(failed=failed, may_be_compiled=compiles)
+            runtime.end(_call_of(model), failed=failed, may_be_compiled=compiles)
+
+
+def observe_call(runtime: Runtime, call: FrameType) -> None:
+    """Take note of what a model is given, of which a call is already under way.
+
+    Args:
+        runtime: What takes note.
+        call: As :func:`~blindsight.history.module_calls` returns it.
+    """
+    args, kwargs = call.f_locals["args"], call.f_locals["kwargs"]
+    if (input_ids := _input_ids(args, kwargs)) is not None:
+        runtime.observe(input_ids)
+    _observe_frames(runtime, kwargs)
 
 
 def watch_forward(
@@ -96,14 +105,32 @@ def watch_forward(
     ]
 
 
+def _call_of(module: nn.Module) -> FrameType | None:
+    """Return the innermost call of a module that is running in this thread."""
+    return next((call for call, each in reversed(module_calls()) if each is module), None)
+
+
+def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    given = kwargs.get("input_ids", args[0] if args else None)
+    return given if isinstance(given, Tensor) and is_token_ids(given) else None
+
+
+def _observe_frames(runtime: Runtime, kwargs: dict[str, Any]) -> None:
+    """Take note of what tells the frames of videos apart."""
+    grid, positions = (kwargs.get(name) for name in ("video_grid_thw", "position_ids"))
+    if isinstance(grid, Tensor) and is_video_grid(grid):
+        runtime.observe_videos(grid)
+    if isinstance(positions, Tensor) and is_axis_positions(positions):
+        runtime.observe_positions(positions)
+
+
 def _is_compiled(callback: object, is_backend: Callable[[object], bool]) -> bool:
     """Whether what Dynamo calls for the frames to come leads to a backend."""
     from torch._dynamo.eval_frame import innermost_backend
 
     if not callable(callback):
         return False
-    compiler = innermost_backend(callback)
-    return is_backend(getattr(compiler, "compiler_fn", compiler))
+    return is_backend(innermost_backend(callback))
 
 
 def _compiles_layers(

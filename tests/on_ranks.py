@@ -198,7 +198,6 @@ def run_generate(family: str, folder: Path, *, cache: str) -> dict[str, Any]:
         profile_of(model, dist.get_world_size()),
         inner="eager",
         lowering="fused",
-        model=model if family == "qwen3_vl" else None,
     )
     model.compile(backend=backend)
     found = model.generate(**inputs, **generation_options(cache))

@@ -135,7 +135,7 @@ def test_masks_that_come_ready_made_are_for_any_length() -> None:
     without_vision(model)
     profile = Profile.for_model(model, [MIXED] * 2)
     counting = Counting("aot_eager")
-    backend = blindsight_backend(profile, inner=counting, lowering="fused", model=model)
+    backend = blindsight_backend(profile, inner=counting, lowering="fused")
     compiled = torch.compile(model, backend=backend)
     counts = []
     for inputs in prompts("qwen3_vl")[:4]:
@@ -185,9 +185,7 @@ def test_the_second_conversation_is_the_last_to_be_compiled(
     without_vision(model)
     profile = Profile.for_model(model, [MIXED] * 2)
     counting = Counting(inner)
-    backend = blindsight_backend(
-        profile, inner=counting, lowering="fused", model=model if family == "qwen3_vl" else None
-    )
+    backend = blindsight_backend(profile, inner=counting, lowering="fused")
     compiled = torch.compile(model, backend=backend)
     config = model.config.get_text_config()
     found = []
@@ -215,9 +213,7 @@ def test_random_conversations(
     """Of one or two rows, which differ in the padding alone."""
     model = without_vision(tiny_model(family, num_layers=2))
     profile = Profile.for_model(model, [MIXED, MIXED[::-1]])
-    backend = blindsight_backend(
-        profile, inner="aot_eager", lowering="fused", model=model if family == "qwen3_vl" else None
-    )
+    backend = blindsight_backend(profile, inner="aot_eager", lowering="fused")
     compiled = torch.compile(model, backend=backend, dynamic=dynamic)
     config = model.config.get_text_config()
     for seed in range(6):
@@ -284,7 +280,7 @@ def test_one_kernel_for_many_lengths() -> None:
     model = tiny_model("qwen2_5_vl", num_layers=2)
     profile = Profile.for_model(model, [MIXED] * 2)
     counting = Counting("inductor")
-    backend = blindsight_backend(profile, inner=counting, lowering="fused", model=model)
+    backend = blindsight_backend(profile, inner=counting, lowering="fused")
     model.model.language_model.compile(backend=backend, dynamic=True)
     for inputs in prompts("qwen2_5_vl"):
         logits = model(**inputs, use_cache=False).logits

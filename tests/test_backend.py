@@ -187,7 +187,7 @@ def test_qwen3_with_12_layers(use_cache: bool) -> None:
     categories = [[(layer + head) % 4 for head in range(4)] for layer in range(12)]
     profile = profile_of(model, categories)
     with torch._dynamo.config.patch(recompile_limit=64):
-        backend = blindsight_backend(profile, inner="eager", lowering="fused", model=model)
+        backend = blindsight_backend(profile, inner="eager", lowering="fused")
         logits = torch.compile(model, backend=backend)(**inputs, use_cache=use_cache).logits
     check(model, profile, inputs, logits)
     assert not backend.report().missing_layers
@@ -200,14 +200,14 @@ def test_qwen3_with_12_layers(use_cache: bool) -> None:
 def test_qwen3_beyond_the_recompile_limit_is_an_error() -> None:
     model = without_vision(tiny_model("qwen3_vl", num_layers=12))
     inputs = make_inputs("qwen3_vl", [[5, Image(2, 5), 4, Image(4, 3), 7]])
-    backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused", model=model)
+    backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused")
     with pytest.raises(ValueError, match=r"recompile_limit must be at least .* 12.* got 8"):
         torch.compile(model, backend=backend)(**inputs, use_cache=True)
 
 
 def test_layers_lost_to_the_recompile_limit_are_an_error_in_the_same_call() -> None:
     model = without_vision(tiny_model("qwen3_vl", num_layers=4))
-    backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused", model=model)
+    backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused")
     compiled = torch.compile(model, backend=backend)
 
     def run() -> None:
@@ -249,14 +249,27 @@ def test_a_decoder_that_dynamo_gives_up_on_is_told_with_the_logits(reasons: Any)
         runtime.finish()
 
 
-def test_qwen3_needs_the_model() -> None:
-    model = without_vision(tiny_model("qwen3_vl"))
-    inputs = make_inputs("qwen3_vl", [[5, Image(2, 5), 4, Image(4, 3), 7]])
-    compiled = torch.compile(
-        model, backend=blindsight_backend(profile_of(model), inner="eager", lowering="fused")
-    )
+def given_to(part: Any, call: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a part of a model is given in a call."""
+    given: list[Any] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        given.append((args, kwargs))
+
+    hook = part.register_forward_pre_hook(note, with_kwargs=True)
+    call()
+    hook.remove()
+    return given[0]
+
+
+def test_a_layer_called_alone_needs_the_model(inputs: Any) -> None:
+    """Nothing on the way to it is the model, and its frame may serve any layer."""
+    model = tiny_model("qwen2_5_vl")
+    layer = model.model.language_model.layers[0]
+    args, kwargs = given_to(layer, lambda: model(**inputs, use_cache=False))
+    backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused")
     with pytest.raises(ValueError, match=r"blindsight_backend\(profile, model=model\)"):
-        compiled(**inputs, use_cache=False)
+        torch.compile(layer, backend=backend)(*args, **kwargs)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
@@ -268,7 +281,7 @@ def test_regional_compilation(family: str) -> None:
         family, [[5, small, 4, small, small, 7], [6, small, 4, small, 0, small, 6]]
     )
     profile = profile_of(model, [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 2, 1, 3]])
-    backend = blindsight_backend(profile, inner="eager", lowering="fused", model=model)
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
     for layer in model.model.language_model.layers:
         layer.compile(backend=backend)
     logits = model(**inputs, use_cache=False).logits
@@ -280,21 +293,24 @@ def test_regional_compilation(family: str) -> None:
     assert backend.state.runtime.pending is None
 
 
-def test_regional_compilation_without_the_model_takes_a_template(inputs: Any) -> None:
+def test_a_decoder_called_alone_takes_a_template(inputs: Any) -> None:
     model = tiny_model("qwen2_5_vl")
     profile = profile_of(model)
     text = model.model.language_model
+    _, kwargs = given_to(text, lambda: model(**inputs, use_cache=False))
     backend = blindsight_backend(profile, inner="eager", lowering="fused")
     text.compile(backend=backend)
     span_id, is_sink = oracle_template(
         inputs["input_ids"], (IMAGE_ID, VIDEO_ID), (START_ID,), (END_ID,)
     )
     with pytest.warns(BlindsightWarning, match="input_ids were not seen.*use_template"):
-        model(**inputs, use_cache=False)
+        text(**kwargs)
     with use_template(span_id, is_sink):
-        logits = model(**inputs, use_cache=False).logits
+        alone = model.lm_head(text(**kwargs).last_hidden_state)
+    within = model(**inputs, use_cache=False).logits  # which shows them
     text._compiled_call_impl = None
-    check(model, profile, inputs, logits)
+    check(model, profile, inputs, alone)
+    check(model, profile, inputs, within)
 
 
 # State

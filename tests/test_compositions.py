@@ -157,7 +157,7 @@ def test_int8_weights(family: str, inner: str) -> None:
         ).double()
     exact.config.dtype = torch.float64
     inputs = prompt(family)
-    backend = blindsight_backend(profile_of(model), inner=inner, lowering="fused", model=model)
+    backend = blindsight_backend(profile_of(model), inner=inner, lowering="fused")
     check(
         model,
         torch.compile(model, backend=backend)(**inputs, use_cache=False).logits,
@@ -252,14 +252,14 @@ def check_generate(model: Any, backend: Any, inputs: Any, options: Any, expected
     ["hqq", pytest.param("optimum.quanto", marks=pytest.mark.nightly)],
 )
 def test_generate_with_a_quantised_cache(quantizer: str) -> None:
-    """The cache cuts every layer in two; the model tells what is left of it apart."""
+    """The cache cuts every layer in two; the parameters tell what is left of it apart."""
     package(quantizer)
     options = {
         "cache_implementation": "quantized",
         "cache_config": {"backend": quantizer.rpartition(".")[2], "nbits": 4},
     }
     model = model_of()
-    backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused", model=model)
+    backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused")
     check_generate(model, backend, prompt(), options, options)
 
 
@@ -289,28 +289,12 @@ def test_the_second_turn_of_a_quantised_cache_takes_a_template() -> None:
     categories = profile_of(model).categories
     sparse, dense = refer(categories), refer(torch.zeros_like(categories))
     assert (sparse - dense).abs().max() > 1e-2
-    backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused", model=model)
+    backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused")
     compiled = torch.compile(model, backend=backend)
     warned = pytest.warns(BlindsightWarning, match="already in the cache are not known.*template")
     torch.testing.assert_close(run(compiled, new_cache(), warned), dense, atol=1e-4, rtol=1e-4)
     told = use_template(span_id, is_sink)
     torch.testing.assert_close(run(compiled, new_cache(), told), sparse, atol=1e-4, rtol=1e-4)
-
-
-def test_a_quantised_cache_needs_the_model() -> None:
-    package("hqq")
-    model = model_of()
-    model.compile(backend=blindsight_backend(profile_of(model), inner="eager", lowering="fused"))
-    try:
-        with pytest.raises(ValueError, match=r"blindsight_backend\(profile, model=model\)"):
-            model.generate(
-                **prompt(),
-                max_new_tokens=2,
-                cache_implementation="quantized",
-                cache_config={"backend": "hqq", "nbits": 4},
-            )
-    finally:
-        model._compiled_call_impl = None
 
 
 # Contexts

@@ -177,7 +177,7 @@ def test_a_package_runs_without_us(
     outputs = torch.load(tmp_path / "outputs.pt")
     for prompt, logits in zip(prompts, outputs, strict=True):
         check(model, profile, prompt, logits)
-    backend = blindsight_backend(profile, inner="eager", lowering=lowering, model=model)
+    backend = blindsight_backend(profile, inner="eager", lowering=lowering)
     compiled = torch.compile(without_vision(model), backend=backend)
     for prompt, logits in zip(prompts, outputs, strict=True):
         expected = compiled(**prompt, use_cache=False).logits

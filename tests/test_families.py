@@ -272,7 +272,7 @@ def check_compiled(family: str, *, inner: str = "eager", device: str = "cpu") ->
     torch._dynamo.reset()
     model = model.to(device)
     on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
-    backend = blindsight_backend(profile, inner=inner, lowering="fused", model=model)
+    backend = blindsight_backend(profile, inner=inner, lowering="fused")
     with torch.no_grad():
         logits = torch.compile(model, backend=backend)(**on_device, use_cache=False).logits.cpu()
     assert_close_to_reference(logits, reference, reference64, valid)
@@ -340,7 +340,7 @@ def test_generation_equals_its_reference(family: str, cache: str) -> None:
     reference = generate_reference(model, *masks, inputs, **options)
     dense = model.generate(**inputs, **options)
     torch._dynamo.reset()
-    model.compile(backend=blindsight_backend(profile, inner="eager", lowering="fused", model=model))
+    model.compile(backend=blindsight_backend(profile, inner="eager", lowering="fused"))
     with torch._dynamo.config.patch(recompile_limit=64):
         found = model.generate(**inputs, **options)
     assert found.sequences.tolist() == reference.sequences.tolist()
@@ -527,7 +527,7 @@ def test_a_static_cache_of_chunked_layers(family: str, lowering: str) -> None:
     num_tokens = inputs["input_ids"].shape[1]
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=num_tokens + 8)
     torch._dynamo.reset()
-    backend = blindsight_backend(profile, inner="eager", lowering=lowering, model=model)
+    backend = blindsight_backend(profile, inner="eager", lowering=lowering)
     with torch.no_grad():
         given = {cache_argument(model.forward): cache}
         found = torch.compile(model, backend=backend)(**inputs, **given, use_cache=True).logits

@@ -50,7 +50,6 @@ def compiled(case: Case, **options: Any) -> tuple[Any, Any]:
     model = copy.deepcopy(case.model).to(DEVICE)
     backend = blindsight_backend(
         case.profile,
-        model=model if case.family == "qwen3_vl" else None,
         **{"lowering": "fused", **options},
     )
     return torch.compile(model, backend=backend), backend
@@ -100,7 +99,7 @@ def test_thirty_prompts_compile_attention_no_more_than_their_sizes_ask() -> None
     model = tiny_model("qwen2_5_vl", num_layers=2)
     profile = Profile.for_model(model, [[0, 1, 2, 3]] * 2)
     counting = Counting("inductor")
-    backend = blindsight_backend(profile, inner=counting, lowering="fused", model=model)
+    backend = blindsight_backend(profile, inner=counting, lowering="fused")
     on_device = copy.deepcopy(model).to(DEVICE)
     on_device.model.language_model.compile(backend=backend)
     counts = []
@@ -131,7 +130,7 @@ def test_generate(cache: str) -> None:
     args = case.model, case.categories, case.span_id, case.is_sink, case.inputs
     expected = generate_reference(*args, **plain)
     model = copy.deepcopy(case.model).to(DEVICE)
-    backend = blindsight_backend(case.profile, lowering="fused", model=model)
+    backend = blindsight_backend(case.profile, lowering="fused")
     model.compile(backend=backend)
     found = model.generate(**to_device(case.inputs), **options)
     assert torch.equal(found.sequences.cpu(), expected.sequences)
@@ -167,7 +166,7 @@ def test_float8_weights() -> None:
     args = case.categories, case.span_id.to(DEVICE), case.is_sink.to(DEVICE)
     inputs = to_device(case.inputs)
     expected = run_reference(model, *args, inputs, use_cache=False).logits.cpu()
-    backend = blindsight_backend(case.profile, lowering="fused", model=model)
+    backend = blindsight_backend(case.profile, lowering="fused")
     found = torch.compile(model, backend=backend)(**inputs, use_cache=False).logits.cpu()
     # As close as the quantised model is to itself without quantisation.
     scale = (expected - case.reference)[case.valid].abs().max()

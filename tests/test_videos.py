@@ -136,7 +136,7 @@ def check(model: Any, logits: torch.Tensor, masks: Any, inputs: dict[str, torch.
 def test_frames_are_spans_of_a_compiled_model(family: str) -> None:
     model = tiny_model(family)
     profile = profile_of(model)
-    backend = blindsight_backend(profile, inner="eager", lowering="fused", model=model)
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
     compiled = torch.compile(model, backend=backend)
     for options in ({}, {"seed": 1, "num_texts": 7})[: 2 if family == "qwen2_5_vl" else 1]:
         inputs = inputs_of(family, **options)
@@ -154,7 +154,7 @@ def test_layers_that_are_compiled_one_by_one() -> None:
     """Hooks on the model show its videos."""
     model = tiny_model("qwen2_5_vl")
     profile, inputs = profile_of(model), inputs_of("qwen2_5_vl")
-    backend = blindsight_backend(profile, inner="eager", lowering="fused", model=model)
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
     for layer in model.model.language_model.layers:
         layer.compile(backend=backend)
     with torch.no_grad():
@@ -165,14 +165,14 @@ def test_layers_that_are_compiled_one_by_one() -> None:
     check(model, logits, masks_of(profile, inputs), inputs)
 
 
-def test_frames_that_nobody_shows_are_told() -> None:
+def test_frames_that_no_graph_shows_are_told_by_the_call() -> None:
     model = tiny_model("qwen2_5_vl")
     profile, inputs = profile_of(model), inputs_of("qwen2_5_vl")
     model.model.get_video_features = torch._dynamo.disable(model.model.get_video_features)
     backend = blindsight_backend(profile, inner="eager", lowering="fused")
-    with torch.no_grad(), pytest.warns(UserWarning, match="frames of a video are not told apart"):
+    with torch.no_grad():
         logits = torch.compile(model, backend=backend)(**inputs, use_cache=False).logits
-    check(model, logits, masks_of(profile, inputs, whole=True), inputs)
+    check(model, logits, masks_of(profile, inputs), inputs)
 
 
 def first_prompt(family: str) -> dict[str, torch.Tensor]:
@@ -222,7 +222,7 @@ def test_generation_with_videos(family: str, chunk: int | None, one_by_one: bool
         pytest.skip(f"transformers cannot chunk this prompt: {error}")
     codes, span_id, is_sink = masks_of(profile, inputs)
     expected = generate_reference(model, codes, span_id, is_sink, inputs, **GENERATION)
-    backend = blindsight_backend(profile, inner="eager", lowering="fused", model=model)
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
     parts = list(model.model.language_model.layers) if one_by_one else [model]
     for part in parts:
         part.compile(backend=backend)
@@ -244,7 +244,7 @@ def test_generation_that_shows_no_frames_says_so() -> None:
     """EXAONE has the positions of text, and newer transformers prepare its videos beforehand."""
     model = tiny_model("exaone4_5")
     profile, inputs = profile_of(model), first_prompt("exaone4_5")
-    model.compile(backend=blindsight_backend(profile, inner="eager", lowering="fused", model=model))
+    model.compile(backend=blindsight_backend(profile, inner="eager", lowering="fused"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = model.generate(**inputs, **GENERATION)
@@ -258,8 +258,7 @@ def test_generation_that_shows_no_frames_says_so() -> None:
 
 
 def runtime_of(model: Any) -> Runtime:
-    backend = blindsight_backend(profile_of(model), inner="eager", model=model)
-    return backend.state.runtime
+    return blindsight_backend(profile_of(model), inner="eager", model=model).state.runtime
 
 
 def spans_of(runtime: Runtime, past: History | None = None) -> tuple[History, str]:

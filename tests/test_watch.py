@@ -38,13 +38,12 @@ def profile_of(model: Any) -> Profile:
     return Profile.for_model(model, CATEGORIES)
 
 
-def compiled(model: Any, *, is_given: bool = True) -> Any:
-    return torch.compile(model, backend=backend_of(model, is_given=is_given))
+def compiled(model: Any) -> Any:
+    return torch.compile(model, backend=backend_of(model))
 
 
-def backend_of(model: Any, *, is_given: bool = True) -> Any:
-    options = {"inner": "eager", "lowering": "fused", "model": model if is_given else None}
-    return blindsight_backend(profile_of(model), **options)
+def backend_of(model: Any, **options: Any) -> Any:
+    return blindsight_backend(profile_of(model), inner="eager", lowering="fused", **options)
 
 
 def inputs_of(*row: Any, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -90,7 +89,7 @@ def test_what_dynamo_drops_for_good_is_an_error_each_time(model: Any, decoder_al
 
 def test_a_forward_that_failed_is_forgotten(model: Any) -> None:
     """Its prompt must not be taken for the next one's, which shows no ids."""
-    run = compiled(model, is_given=False)
+    run = compiled(model)
     first, second = inputs_of(*PROMPT), inputs_of(*reversed(PROMPT), seed=1)
     assert_right(run, first, model)
     with pytest.raises(Exception, match=r"out of bounds|fake tensor|do not match"):
@@ -133,7 +132,7 @@ def test_a_forward_that_may_have_failed_is_a_warning(
 ) -> None:
     """Where no hook tells its end, half of the layers may have run, and then an error."""
     monkeypatch.setattr("blindsight.runtime._limit_hits", lambda: 0)
-    runtime = backend_of(model, is_given=False).state.runtime
+    runtime = backend_of(model).state.runtime
     runtime.met.update(runtime.layers)
     first, second = (inputs_of(*PROMPT, seed=seed)["input_ids"] for seed in (0, 1))
     runtime.observe(first)
@@ -201,7 +200,7 @@ def test_turns_on_a_cache_that_slides(cache_class: Any) -> None:
 
 
 def test_an_embedding_that_is_compiled_apart_shows_the_prompt(model: Any) -> None:
-    backend = backend_of(model, is_given=False)
+    backend = backend_of(model)
 
     class Embedding(torch.nn.Module):
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:

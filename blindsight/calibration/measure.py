@@ -369,7 +369,7 @@ class _ProbeBackend:
     ) -> None:
         self._measure = measure
         self._pattern = rule.layer_pattern
-        self._layer_map = LayerMap(model, rule.layer_pattern)
+        self._layer_map = LayerMap(rule.layer_pattern, model)
         self._template: Template | None = None
         self._losses: dict[int, Losses | Call] = {}
 

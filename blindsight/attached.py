@@ -1,0 +1,80 @@
+"""The models that a backend serves: found where they are called, told by their parameters."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from blindsight.history import module_calls
+from blindsight.layers import LayerMap, compact
+from blindsight.profile import Profile
+from blindsight.runtime import Runtime
+from blindsight.watch import observe_call, watch_forward
+
+
+class AttachedModels:
+    """The models that a backend is attached to; it keeps none of them alive.
+
+    Args:
+        profile: Theirs.
+        runtime: Takes note of their forwards.
+        is_backend: Whether Dynamo's compiler leads to the backend.
+
+    Attributes:
+        layer_map: Tells their layers by parameters.
+    """
+
+    def __init__(
+        self, profile: Profile, runtime: Runtime, is_backend: Callable[[object], bool]
+    ) -> None:
+        self.layer_map = LayerMap(profile.rule.layer_pattern)
+        self._profile = profile
+        self._runtime = runtime
+        self._is_backend = is_backend
+        self._others: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._hooks: list[RemovableHandle] = []
+
+    def attach(self, model: nn.Module) -> None:
+        """Tell layers by a model's parameters from now on, and watch its forwards.
+
+        Raises:
+            ValueError: The profile is not of this model.
+        """
+        model = getattr(model, "_orig_mod", model)
+        profile = self._profile
+        profile.validate(model, part_is_fine=True)
+        layers = LayerMap(profile.rule.layer_pattern, model).layers
+        if layers != set(profile.layers):
+            raise ValueError(
+                f"model must have attention parameters in layers {compact(profile.layers)} at "
+                f"{profile.rule.layer_pattern!r}, found {compact(sorted(layers)) or 'none'}. "
+                "Give the whole model, or a rule whose layer_pattern matches its parameter names; "
+                "of a pipeline stage, profile.stage(first, stop, keeps_numbers=...)."
+            )
+        self.layer_map.add(model)
+        self._hooks += watch_forward(model, self._runtime, self._is_backend)
+
+    def find(self) -> None:
+        """Attach to the outermost model of the profile that is being called, if any is."""
+        for call, module in module_calls():
+            model = getattr(module, "_orig_mod", module)
+            if self.layer_map.has(model):
+                return
+            if model in self._others:
+                continue
+            try:
+                self.attach(model)
+            except ValueError:
+                self._others.add(model)
+                continue
+            observe_call(self._runtime, call)
+            return
+
+    def detach(self) -> None:
+        """Remove the hooks from all models."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
