@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -72,6 +73,14 @@ class AttachedModels:
                 continue
             observe_call(self._runtime, call)
             return
+
+    def layer_of(self, parameters: Sequence[Any]) -> int | None:
+        """Return the one layer that tensors belong to, if any; a copy of a model may be new."""
+        layer = self.layer_map.layer_of(parameters)
+        if layer is None:
+            self.find()
+            layer = self.layer_map.layer_of(parameters)
+        return layer
 
     def detach(self) -> None:
         """Remove the hooks from all models."""

@@ -129,13 +129,13 @@ class CompiledGraph:
         for call in self._calls:
             layer = call.layer
             if layer is None:
-                parameters = (args[at] for at in call.attention.parameters)
-                layer = self._state.models.layer_map.layer_of(parameters)
+                layer = self._state.models.layer_of([args[at] for at in call.attention.parameters])
             if layer is None:
                 raise ValueError(
                     f"the parameters of attention at {call.attention.path or 'the frame'} must "
-                    "belong to one layer of the model that the backend was given, and belong to "
-                    "none. Give the backend the model that is compiled, after changing its weights."
+                    "belong to one layer of the model that is compiled, and belong to none. Give "
+                    "the backend that model, after changing its weights: "
+                    "blindsight_backend(profile, model=model)."
                 )
             layers.append(layer)
         return tuple(layers)

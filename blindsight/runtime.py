@@ -187,7 +187,7 @@ class Runtime:
         """
         if self._watched is not None:
             return  # within another model's, which knows better
-        self._thread.watched = _Watched(is_compiled, call)
+        self._thread.watched, self._thread.decoder_ran = _Watched(is_compiled, call), False
         self._thread.pending = None if input_ids is None else Pending.of(input_ids, self.rule, call)
 
     def observe(self, input_ids: Tensor) -> None:
@@ -237,7 +237,6 @@ class Runtime:
         if watched is not None and watched.call is not call:
             return
         self._thread.pending = self._thread.watched = None
-        self._thread.decoder_ran = False
         if failed or watched is None or watched.is_served or is_disabled():
             return
         explicit = self.explicit_history()
@@ -336,8 +335,7 @@ class Runtime:
             self.warn_once(
                 "a forward ran its decoder outside of this backend's graphs, so dense, as Dynamo "
                 f"gave up compiling it. {RAISE_LIMIT} Or compile the decoder alone: "
-                "model.model.language_model.compile(backend=backend) with a backend that was given "
-                "the model."
+                "model.model.language_model.compile(backend=backend)."
             )
 
     def _check_served(self, pending: Pending, *, certain: bool) -> None:
@@ -359,8 +357,9 @@ class Runtime:
         if never:
             message += f" (layers {compact(never)} were never met)"
         message += (
-            ". Load the model with attn_implementation='sdpa'. If torch._dynamo warned of its "
-            f"recompile_limit: {RAISE_LIMIT}"
+            ". Load the model with attn_implementation='sdpa', and set no stance of torch.compiler "
+            "that compiles nothing new. If torch._dynamo warned of its recompile_limit: "
+            f"{RAISE_LIMIT}"
         )
         if not certain:
             message += " If the last forward ended with an error of its own, call again."

@@ -52,6 +52,9 @@ class _Before(_Hook):
         if runtime is None:
             return
         is_compiled = _is_compiled(callback, self._is_backend)
+        if callback is False:  # runs what is compiled, and compiles nothing new
+            callbacks = [_callback_of(each) for _, each in module_calls()]
+            is_compiled = any(_is_compiled(each, self._is_backend) for each in callbacks)
         runtime.begin(_call_of(module), _input_ids(args, kwargs), is_compiled=is_compiled)
         _observe_frames(runtime, kwargs)
 

@@ -226,6 +226,10 @@ def test_what_is_dense_by_wish_is_no_error(model: Any) -> None:
         assert_right(model, inputs, model)
     with torch.compiler.set_stance("force_eager"):
         torch.testing.assert_close(model(**inputs).logits, dense)
+    with torch.compiler.set_stance("eager_on_recompile"):  # which says nothing of sparse or dense
+        assert_right(model, inputs, model)
+        with pytest.raises(ValueError, match="set no stance"):
+            model(**inputs_of(1, *PROMPT))
     model.compile(backend="eager")
     torch.testing.assert_close(model(**inputs).logits, dense, atol=1e-4, rtol=0)
 
@@ -276,11 +280,60 @@ def test_garbage_collected_in_the_midst_of_a_note() -> None:
     assert len(notes._entries) == 1
 
 
-def test_a_watched_model_is_copied_and_stored(model: Any) -> None:
-    run = compiled(model)
-    inputs = inputs_of(*PROMPT)
+def test_a_copy_has_layers_of_its_own() -> None:
+    """It shares the compiled graphs, in which layers of Qwen3-VL are told by their parameters."""
+    model = without_vision(tiny_model("qwen3_vl"))
+    run, inputs = compiled(model), make_inputs("qwen3_vl", [PROMPT])
     assert_right(run, inputs, model)
-    assert_right(copy.deepcopy(run), inputs, model)
+    other = copy.deepcopy(run)
+    for parameter in other.parameters():
+        parameter.mul_(1.01)
+    assert_right(other, inputs, other._orig_mod)
+    assert_right(run, inputs, model)
+
+
+def test_the_model_is_found_within_others(model: Any) -> None:
+    """Whatever else holds its layers says nothing of its prompt."""
+
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids: Any, given: dict[str, Any]) -> Any:
+            return self.inner(**given)
+
+    backend = backend_of(model)
+    run = torch.compile(Outer(), backend=backend)
+    inputs, other = inputs_of(*PROMPT), inputs_of(*reversed(PROMPT), seed=1)
+    for _ in range(2):
+        assert_right(lambda **given: run(other["input_ids"], given), inputs, model)
+    [found] = backend.state.models.layer_map.models
+    assert found is model
+    embeds = {
+        "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]),
+        "attention_mask": inputs["attention_mask"],
+        "position_ids": full_position_ids(model, inputs),
+    }
+    with pytest.warns(BlindsightWarning, match="input_ids were not seen"):
+        logits = run(other["input_ids"], embeds).logits
+    torch.testing.assert_close(logits, model(**embeds).logits, atol=1e-4, rtol=0)
+
+
+def test_a_part_that_ran_before_the_whole(model: Any) -> None:
+    """Both are watched, and the outer one's forward is what counts."""
+    backend = backend_of(model)
+    model.model.compile(backend=backend)
+    model.model(**inputs_of(*PROMPT))
+    model.compile(backend=backend)
+    for text in (1, 2, 1):
+        assert_right(model, inputs_of(text, *PROMPT), model)
+    assert len(backend.state.models.layer_map.models) == 2
+
+
+def test_a_watched_model_is_stored(model: Any) -> None:
+    run = compiled(model)
+    assert_right(run, inputs_of(*PROMPT), model)
     buffer = io.BytesIO()
     torch.save(model.model.language_model, buffer)
     backend = backend_of(model)
