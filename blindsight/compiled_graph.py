@@ -39,7 +39,6 @@ class _Past(NamedTuple):
 
     history: History | None
     is_known: bool
-    witness: Witness | None = None
     decodes: bool = False  # one token of text follows
 
 
@@ -207,7 +206,7 @@ class CompiledGraph:
         if note is not None:
             is_as_noted = length is None or length == note.history.num_tokens
             if is_as_noted and not (matters and note.witness and not note.witness.holds(keys)):
-                return _Past(note.history, True, note.witness, decodes)
+                return _Past(note.history, True, decodes)
         alone = cache.has_new and num_keys == num_queries
         return _Past(None, length == 0 or alone or keys.numel() == 0)
 
@@ -233,20 +232,26 @@ class CompiledGraph:
     def _remember(
         self, args: Sequence[Any], outputs: Any, history: History | None, past: _Past
     ) -> None:
-        """Attach what is known of the sequence to the tensors that hold its keys."""
-        cache, caches = self._plan.cache, self._runtime.caches
-        holders = [outputs[at] for at in cache.after]
-        if cache.before is not None and cache.in_place:
-            holders.append(args[cache.before])
-        if cache.before is not None and cache.has_new:
-            # What was known of it is of an earlier call; what the call left there nobody saw.
-            caches.drop(args[cache.before])
-        for keys in holders:
-            if history is None:
-                caches.drop(keys)
-            else:
-                witness = past.witness if past.decodes else None
-                caches.put(keys, CacheNote(history, Witness.of(keys, history, before=witness)))
+        """Attach what is known of the sequence to the tensors that hold its keys.
+
+        Of every layer: other graphs may run some of them in the next call.
+        """
+        notes = self._runtime.caches
+        for cache in self._plan.caches:
+            before = None if cache.before is None else args[cache.before]
+            note = None if before is None or not past.decodes else notes.get(before)
+            holders = [outputs[at] for at in cache.after]
+            if before is not None and cache.in_place:
+                holders.append(before)
+            if before is not None and cache.has_new:
+                # What was known of it is of an earlier call; what that left there nobody saw.
+                notes.drop(before)
+            for keys in holders:
+                if history is None:
+                    notes.drop(keys)
+                else:
+                    witness = Witness.of(keys, history, before=note and note.witness)
+                    notes.put(keys, CacheNote(history, witness))
 
     def _run_own(self, args: Sequence[Any]) -> Any:
         if self._own is None:

@@ -77,7 +77,7 @@ class Plan:
         input_ids: Position of the input that shows the prompt's tokens, or None.
         video_grid, positions: Positions of inputs that show the frames of its videos, or None.
         runs_head: Whether the graph computes logits: when it runs, the decoder has run.
-        cache: The cache that tells the sequence's history; one layer's stands for all.
+        caches: Those of its layers. The first tells the sequence's history.
         symbols: Positions of the inputs that are symbolic sizes, by symbol.
         numbers: Positions of the inputs that are floats in the shape of 0-d tensors, by the name
             of the node that reads them: what Dynamo makes of a float that varies.
@@ -91,7 +91,7 @@ class Plan:
     video_grid: int | None = None
     positions: int | None = None
     runs_head: bool = False
-    cache: CacheInputs = field(default_factory=CacheInputs)
+    caches: tuple[CacheInputs, ...] = ()
     symbols: dict[object, int] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
 
@@ -99,6 +99,11 @@ class Plan:
     def shows_prompt(self) -> bool:
         """Whether an input says something of the prompt's images."""
         return any(at is not None for at in (self.input_ids, self.video_grid, self.positions))
+
+    @property
+    def cache(self) -> CacheInputs:
+        """The cache that stands for all."""
+        return self.caches[0] if self.caches else CacheInputs()
 
     @property
     def device(self) -> torch.device:
@@ -164,7 +169,7 @@ class _Planner:
                 "got one that is written out. Load the model with attn_implementation='sdpa'"
             )
         if self.plan.calls:
-            self.plan.cache = self._find_cache()
+            self.plan.caches = self._find_caches()
 
     def _add(self, attention: Attention) -> None:
         layer, reason = self._place(attention)
@@ -267,29 +272,31 @@ class _Planner:
         inside_another_stack = any(part.isdigit() for part in attention.path.split("."))
         return masked and fits and same_dim and not inside_another_stack
 
-    def _find_cache(self) -> CacheInputs:
-        gm, calls = self.plan.gm, self.plan.calls
-        inputs = placeholders(gm)
+    def _find_caches(self) -> tuple[CacheInputs, ...]:
+        gm, inputs = self.plan.gm, placeholders(self.plan.gm)
         outputs = gm.graph.output_node().args[0]
         types = self._profile.layer_types
         # A cache that slides forgets its first tokens, so any other says more.
         by_use = sorted(
-            calls, key=lambda call: call.layer is not None and forgets(types[call.layer])
+            self.plan.calls, key=lambda call: call.layer is not None and forgets(types[call.layer])
         )
+        caches: dict[CacheInputs, None] = {}  # layers may share one
         for call in by_use:
             found = find_key_cache(gm, call.attention)
             after = tuple(at for at, node in enumerate(outputs) if node in found.after)  # type: ignore[arg-type]
-            if found.before is not None or after:
-                if call.layer is None:
-                    self._check_recompile_limit()
-                return CacheInputs(
-                    before=None if found.before is None else inputs.index(found.before),
-                    has_new=found.before is call.attention.key,
-                    after=after,
-                    length=None if found.length is None else inputs.index(found.length),
-                    in_place=found.in_place,
-                )
-        return CacheInputs()
+            if found.before is None and not after:
+                continue
+            if call.layer is None:
+                self._check_recompile_limit()
+            cache = CacheInputs(
+                before=None if found.before is None else inputs.index(found.before),
+                has_new=found.before is call.attention.key,
+                after=after,
+                length=None if found.length is None else inputs.index(found.length),
+                in_place=found.in_place,
+            )
+            caches[cache] = None
+        return tuple(caches)
 
     def _check_recompile_limit(self) -> None:
         limit, num_layers = torch._dynamo.config.recompile_limit, len(self._profile.layers)

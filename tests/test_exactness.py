@@ -121,17 +121,8 @@ class Case:
         """
         torch._dynamo.reset()
         compile_vision(self.model, with_vision)
-        backend = blindsight_backend(
-            self.profile,
-            inner=inner,
-            model=self.model_if_needed,
-            **{"lowering": "fused", **options},
-        )
+        backend = blindsight_backend(self.profile, inner=inner, **{"lowering": "fused", **options})
         return torch.compile(self.model, backend=backend, dynamic=dynamic), backend
-
-    @property
-    def model_if_needed(self) -> Any:
-        return self.model if self.family == "qwen3_vl" else None
 
     def check(self, logits: torch.Tensor, tokens: slice = slice(None)) -> None:
         """Compare the logits of some tokens of the prompt."""
@@ -347,6 +338,35 @@ def test_whole_and_two_turns_agree(family: str, cache: str, inner: str) -> None:
     assert "the tokens already in the cache are not known" not in str(backend.report())
 
 
+@pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=NIGHTLY)])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3_vl", *(pytest.param(x, marks=NIGHTLY) for x in FAMILIES if x != "qwen3_vl")],
+)
+@torch.inference_mode()
+def test_a_conversation_with_turns_of_text(family: str, cache: str) -> None:
+    """Qwen3-VL runs text in one graph and images layer by layer: each must know every cache."""
+    case = case_of(family, torch.float32, "one_row")
+    config = case.model.config.get_text_config()
+    if cache == "static":
+        past: Any = StaticCache(config=config, max_cache_len=128)
+    else:
+        past = DynamicCache(config=config)
+    row = [5, Image(), 4, Image(), 6, 7, 3, Image(), 2, 9, 8, 4, Image(), 5]
+    inputs = make_inputs(family, [row])
+    *_, third, fourth = (inputs["input_ids"][0] == START_ID).nonzero()[:, 0].tolist()
+    turns = [inputs]
+    for split in (fourth - 1, third, third - 1, third - 3):
+        turns[:1] = split_turns(case.model, turns[0], split)
+    expected = reference_logits(case.model, inputs, case.profile)
+    model, backend = case.compile()
+    logits = []
+    for turn in turns:
+        logits.append(model(**turn, past_key_values=past, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-4, rtol=0)
+    assert runs_of(backend) == {"dense: no query in a second image", "sparse"}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_second_turn_on_an_unknown_cache_is_dense_and_says_so(family: str) -> None:
     case = case_of(family, torch.float32, "one_row")
@@ -497,9 +517,7 @@ def test_a_dense_profile_is_plain_torch_compile(family: str) -> None:
     case = case_of(family, torch.float32, "left_padding")
     torch._dynamo.reset()
     profile = Profile.for_model(case.model, "dense")
-    backend = blindsight_backend(
-        profile, inner="eager", lowering="fused", model=case.model_if_needed
-    )
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
     plain = torch.compile(case.model, backend="eager")(**case.inputs, use_cache=False).logits
     torch._dynamo.reset()
     found = torch.compile(case.model, backend=backend)(**case.inputs, use_cache=False).logits
