@@ -203,6 +203,8 @@ class CompiledGraph:
             return _Past(None, length == 0 or (length is None and num_keys == num_queries))
         keys: Tensor = args[cache.before]
         note = self._runtime.caches.get(keys)
+        if note is None and not decodes:
+            note = self._runtime.caches.find_equal(keys)  # as in a copy of the cache
         if note is not None:
             is_as_noted = length is None or length == note.history.num_tokens
             if is_as_noted and not (matters and note.witness and not note.witness.holds(keys)):

@@ -6,6 +6,7 @@ import threading
 import weakref
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -25,6 +26,25 @@ class TensorNotes(Generic[T]):
             return None
         reference, version, note = entry
         return note if reference() is tensor and version == version_of(tensor) else None
+
+    def find_equal(self, tensor: Tensor) -> T | None:
+        """Return the note of a tensor ``[..., N, D]`` that holds the very same, if there is one."""
+        with self._lock:
+            entries = list(self._entries.values())
+        for reference, version, note in entries:
+            other = reference()
+            if other is None or other is tensor or version != version_of(other):
+                continue
+            if (other.shape, other.dtype, other.device) != (
+                tensor.shape,
+                tensor.dtype,
+                tensor.device,
+            ):
+                continue
+            # Other layers' tensors differ in their first rows already.
+            if torch.equal(other[..., :1, :], tensor[..., :1, :]) and torch.equal(other, tensor):
+                return note
+        return None
 
     def put(self, tensor: Tensor, note: T) -> None:
         number, entries, lock = id(tensor), self._entries, self._lock

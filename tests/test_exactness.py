@@ -5,6 +5,7 @@ eagerly in the same dtype. The full matrix of families, dtypes, inner backends a
 nightly; CI runs every scenario of every family once, and a part of the rest.
 """
 
+import copy
 import functools
 import itertools
 import threading
@@ -386,14 +387,12 @@ def test_second_turn_on_an_unknown_cache_is_dense_and_says_so(family: str) -> No
 
 
 def copy_cache(cache: Any) -> Any:
-    import copy
-
     return copy.deepcopy(cache)
 
 
-@pytest.mark.parametrize("change", ["crop", "reset", "reorder"])
+@pytest.mark.parametrize("change", ["crop", "write", "reorder"])
 def test_a_changed_cache_is_an_unknown_one(change: str) -> None:
-    """What is known of a cache's tokens must not outlive a crop, a reset or a reordering."""
+    """What is known of a cache's tokens must not outlive a crop, a write or a reordering."""
     case = case_of("qwen2_5_vl", torch.float32, "one_row")
     split = int((case.inputs["input_ids"][0] == START_ID).nonzero()[-1])
     first, second = split_turns(case.model, case.inputs, split)
@@ -403,12 +402,35 @@ def test_a_changed_cache_is_an_unknown_one(change: str) -> None:
     if change == "crop":
         cache.crop(-1)
         second["attention_mask"] = second["attention_mask"][:, 1:]
-    elif change == "reset":
+    elif change == "write":
         cache = copy_cache(cache)
+        cache.layers[0].keys[0, 0, -1, -1] += 1
     else:
         cache.reorder_cache(torch.tensor([0]))
     with pytest.warns(blindsight.BlindsightWarning, match="already in the cache are not known"):
         model(**second, past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize(
+    "context", [torch.inference_mode, pytest.param(torch.no_grad, marks=NIGHTLY)]
+)
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3_vl", *(pytest.param(x, marks=NIGHTLY) for x in FAMILIES if x != "qwen3_vl")],
+)
+def test_a_copied_prefix_is_known(family: str, context: Any) -> None:
+    """Many questions after one prefix: each goes on with a copy of its cache."""
+    case = case_of(family, torch.float32, "one_row")
+    split = int((case.inputs["input_ids"][0] == START_ID).nonzero()[-1])
+    with context():
+        first, second = split_turns(case.model, case.inputs, split)
+        model, backend = case.compile()
+        cache = DynamicCache(config=case.model.config.get_text_config())
+        model(**first, past_key_values=cache, use_cache=True)
+        for _ in range(2):
+            output = model(**second, past_key_values=copy_cache(cache), use_cache=True)
+            case.check(output.logits, slice(split, None))
+    assert "the tokens already in the cache are not known" not in str(backend.report())
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
