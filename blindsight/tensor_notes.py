@@ -29,20 +29,16 @@ class TensorNotes(Generic[T]):
 
     def find_equal(self, tensor: Tensor) -> T | None:
         """Return the note of a tensor ``[..., N, D]`` that holds the very same, if there is one."""
+        kind, first = (tensor.shape, tensor.dtype, tensor.device), tensor[..., :1, :]
         with self._lock:
             entries = list(self._entries.values())
         for reference, version, note in entries:
             other = reference()
             if other is None or other is tensor or version != version_of(other):
                 continue
-            if (other.shape, other.dtype, other.device) != (
-                tensor.shape,
-                tensor.dtype,
-                tensor.device,
-            ):
-                continue
+            is_like = (other.shape, other.dtype, other.device) == kind
             # Other layers' tensors differ in their first rows already.
-            if torch.equal(other[..., :1, :], tensor[..., :1, :]) and torch.equal(other, tensor):
+            if is_like and torch.equal(other[..., :1, :], first) and torch.equal(other, tensor):
                 return note
         return None
 
