@@ -156,9 +156,10 @@ def _compiles_layers(
 def _callback_of(part: nn.Module) -> object:
     """Return what Dynamo calls for the frames of a module, if that is compiled for itself."""
     context = getattr(part, "dynamo_ctx", None)  # of what torch.compile returns
-    if context is None and part._compiled_call_impl is not None:
-        cells = [cell.cell_contents for cell in part._compiled_call_impl.__closure__ or ()]
-        context = next((each for each in cells if hasattr(each, "callback")), None)
+    for function in (part._compiled_call_impl, vars(part).get("forward")):
+        for cell in getattr(function, "__closure__", None) or ():
+            if context is None and hasattr(cell.cell_contents, "callback"):
+                context = cell.cell_contents
     return getattr(context, "callback", None)
 
 

@@ -55,12 +55,14 @@ def assert_right(run: Any, inputs: dict[str, torch.Tensor], model: Any) -> None:
     torch.testing.assert_close(run(**inputs).logits, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("decoder_alone", [False, True])
-def test_what_dynamo_drops_for_good_is_an_error_each_time(model: Any, decoder_alone: bool) -> None:
+@pytest.mark.parametrize("part", ["whole", "decoder", "forward"])
+def test_what_dynamo_drops_for_good_is_an_error_each_time(model: Any, part: str) -> None:
     prompts = [inputs_of(text, *PROMPT) for text in (1, 2, 3, 4, 5)]
-    if decoder_alone:
-        run = model
+    run = model
+    if part == "decoder":
         model.model.language_model.compile(backend=backend_of(model), dynamic=False)
+    elif part == "forward":
+        model.forward = torch.compile(model.forward, backend=backend_of(model))
     else:
         run = compiled(model)
     dropped = []
@@ -82,7 +84,7 @@ def test_what_dynamo_drops_for_good_is_an_error_each_time(model: Any, decoder_al
         run(**inputs_of(1, 2))  # nothing was to be sparse
         with blindsight.disabled():
             run(**inputs)
-    if not decoder_alone:
+    if part == "whole":
         model.model.language_model.norm.compile(backend="eager")
         model(**inputs)  # its decoder is not compiled where it is called so
 
