@@ -35,6 +35,7 @@ class AttachedModels:
         self._profile = profile
         self._runtime = runtime
         self._is_backend = is_backend
+        self._parts: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of the models, and they
         self._others: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._hooks: list[RemovableHandle] = []
 
@@ -56,13 +57,14 @@ class AttachedModels:
                 "of a pipeline stage, profile.stage(first, stop, keeps_numbers=...)."
             )
         self.layer_map.add(model)
+        self._parts.update(model.modules())
         self._hooks += watch_forward(model, self._runtime, self._is_backend)
 
     def find(self) -> None:
         """Attach to the outermost model of the profile that is being called, if any is."""
         for call, module in module_calls():
             model = getattr(module, "_orig_mod", module)
-            if self.layer_map.has(model):
+            if model in self._parts:
                 return
             if model in self._others:
                 continue

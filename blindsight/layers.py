@@ -37,10 +37,6 @@ class LayerMap:
         """The models, while somebody keeps them."""
         return list(self._models)
 
-    def has(self, module: nn.Module) -> bool:
-        """Whether a module is one of the models, or part of one."""
-        return any(module is part for model in self._models for part in model.modules())
-
     def add(self, model: nn.Module) -> None:
         """Tell the layers of another model, too."""
         self._models.add(model)
