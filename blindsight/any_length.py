@@ -74,7 +74,7 @@ class SymbolicSizes:
     def __init__(
         self, values: dict[Any, int], fixed: set[Any], num_tokens: int | torch.SymInt
     ) -> None:
-        self._env = ShapeEnv()
+        self._env = ShapeEnv(allow_dynamic_output_shape_ops=True)
         self._mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
         self._values = values
         self._fixed = {symbol: value for symbol, value in values.items() if symbol in fixed}

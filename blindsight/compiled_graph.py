@@ -365,6 +365,8 @@ class CompiledGraph:
         """Compile for inputs like these, outside of Dynamo, which has long left the graph."""
         from torch._dynamo.convert_frame import compile_lock
 
+        for node in gm.graph.nodes:
+            node.meta.pop("unbacked_bindings", None)  # of Dynamo's symbols; there will be new ones
         gm = self._passes.run_after(gm)
         if self._inner.takes_regions:
             gm = share_layers_pass(gm)

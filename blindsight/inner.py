@@ -92,7 +92,9 @@ class Inner:
             return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), **options))
         # Outside of Dynamo, for these sizes alone. Inductor caches a graph only where there is an
         # environment for symbolic sizes, even if it has none.
-        context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
+        context = TracingContext(
+            FakeTensorMode(shape_env=ShapeEnv(allow_dynamic_output_shape_ops=True))
+        )
         with tracing(context):
             compiled = compile_fx(gm, list(example_inputs), ignore_shape_env=True, **options)
         return cast(Callable[..., Any], compiled)

@@ -197,6 +197,25 @@ def test_qwen3_with_12_layers(use_cache: bool) -> None:
     assert sum(row.runs.total() for row in rewritten) == 12
 
 
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_the_decoder_of_qwen3_as_one_graph(inner: str) -> None:
+    """What its deepstack picks by a mask has a size that no input tells."""
+    model = without_vision(tiny_model("qwen3_vl", num_layers=4))
+    profile = profile_of(model, [[(layer + head) % 4 for head in range(4)] for layer in range(4)])
+    backend = blindsight_backend(profile, inner=inner, lowering="fused")
+    text = model.model.language_model
+    for first in ([5], [4, 3]):
+        inputs = make_inputs("qwen3_vl", [[*first, Image(2, 5), 4, Image(4, 3), Image(), 7]])
+        text.compile(backend=backend)
+        logits = model(**inputs, use_cache=True).logits
+        text._compiled_call_impl = None
+        check(model, profile, inputs, logits)
+    rows = backend.report().rows
+    assert {row.tier for row in rows} == {1}
+    assert len({row.graph for row in rows}) == 2
+
+
 def test_qwen3_beyond_the_recompile_limit_is_an_error() -> None:
     model = without_vision(tiny_model("qwen3_vl", num_layers=12))
     inputs = make_inputs("qwen3_vl", [[5, Image(2, 5), 4, Image(4, 3), 7]])
