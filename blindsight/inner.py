@@ -92,10 +92,8 @@ class Inner:
             return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), **options))
         # Outside of Dynamo, for these sizes alone. Inductor caches a graph only where there is an
         # environment for symbolic sizes, even if it has none.
-        context = TracingContext(
-            FakeTensorMode(shape_env=ShapeEnv(allow_dynamic_output_shape_ops=True))
-        )
-        with tracing(context):
+        sizes = ShapeEnv(allow_dynamic_output_shape_ops=True)  # Dynamo has decided on that
+        with tracing(TracingContext(FakeTensorMode(shape_env=sizes))):
             compiled = compile_fx(gm, list(example_inputs), ignore_shape_env=True, **options)
         return cast(Callable[..., Any], compiled)
 

@@ -197,7 +197,10 @@ def test_qwen3_with_12_layers(use_cache: bool) -> None:
     assert sum(row.runs.total() for row in rewritten) == 12
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize(
+    "inner",
+    ["eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.nightly])],
+)
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_the_decoder_of_qwen3_as_one_graph(inner: str) -> None:
     """What its deepstack picks by a mask has a size that no input tells."""

@@ -48,10 +48,7 @@ def to_device(inputs: dict[str, Any]) -> dict[str, Any]:
 def compiled(case: Case, **options: Any) -> tuple[Any, Any]:
     """Return a case's model, compiled on the device, and its backend."""
     model = copy.deepcopy(case.model).to(DEVICE)
-    backend = blindsight_backend(
-        case.profile,
-        **{"lowering": "fused", **options},
-    )
+    backend = blindsight_backend(case.profile, **{"lowering": "fused", **options})
     return torch.compile(model, backend=backend), backend
 
 
