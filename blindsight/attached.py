@@ -76,6 +76,17 @@ class AttachedModels:
             observe_call(self._runtime, call)
             return
 
+    def look_for_prompt(self) -> None:
+        """Take note of what the model is given whose decoder runs, if no hook has told it."""
+        self.find()
+        if self._runtime.pending is not None or self._runtime.is_watched:
+            return
+        models = self.layer_map.models
+        for call, module in module_calls():
+            if any(module is model for model in models):  # called before its hooks were there
+                observe_call(self._runtime, call)
+                return
+
     def layer_of(self, parameters: Sequence[Any]) -> int | None:
         """Return the one layer that tensors belong to, if any; a copy of a model may be new."""
         layer = self.layer_map.layer_of(parameters)

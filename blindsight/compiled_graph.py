@@ -150,7 +150,7 @@ class CompiledGraph:
         batch, num_queries, num_keys = sizes
         history = explicit = self._runtime.explicit_history()
         if history is None and self._runtime.pending is None:
-            self._state.models.find()
+            self._state.models.look_for_prompt()
         pending = self._runtime.pending
         if history is not None:
             expected = self._num_tokens(args, past, num_queries, num_keys)
@@ -205,6 +205,8 @@ class CompiledGraph:
         note = self._runtime.caches.get(keys)
         if note is None and not decodes:
             note = self._runtime.caches.find_equal(keys)  # as in a copy of the cache
+            if note is not None and note.history.num_tokens > keys.shape[2]:
+                note = None  # it slid: other sequences may end alike
         if note is not None:
             is_as_noted = length is None or length == note.history.num_tokens
             if is_as_noted and not (matters and note.witness and not note.witness.holds(keys)):

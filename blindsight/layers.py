@@ -65,7 +65,7 @@ class LayerMap:
         shared = set()
         for model in self._models:
             for name, parameter in model.named_parameters(remove_duplicate=False):
-                matched = re.search(self._pattern, name)
+                matched = re.search(self._pattern, plain_name(name))
                 if matched is None:
                     continue
                 layer = int(matched.group(1))
@@ -73,6 +73,11 @@ class LayerMap:
                     shared.add(id(parameter))
                 layers[id(parameter)] = (weakref.ref(parameter), layer)
         self._layers = {key: value for key, value in layers.items() if key not in shared}
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a part of a model without what ``torch.compile`` wraps in it."""
+    return name.replace("._orig_mod", "").removeprefix("_orig_mod.")
 
 
 def layer_of_path(attention: Attention) -> int | None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 
@@ -94,6 +96,7 @@ class Plan:
     caches: tuple[CacheInputs, ...] = ()
     symbols: dict[object, int] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
+    _functions: dict[object, Callable[..., int]] = field(default_factory=dict, repr=False)
 
     @property
     def shows_prompt(self) -> bool:
@@ -117,8 +120,8 @@ class Plan:
 
     def size_of(self, args: Sequence[Any]) -> Callable[[int | torch.SymInt], int]:
         """Return the function that gives the graph's sizes their values for these inputs."""
-        values = {symbol: args[at] for symbol, at in self.symbols.items()}
-        return lambda size: size if isinstance(size, int) else int(size.node.expr.subs(values))
+        values = [args[at] for at in self.symbols.values()]
+        return lambda size: self._function_of(size)(*values)
 
     @property
     def query_sizes(self) -> tuple[int | torch.SymInt, int | torch.SymInt]:
@@ -128,10 +131,25 @@ class Plan:
 
     def sizes(self, args: Sequence[Any]) -> tuple[int, int, int]:
         """Return B, Q and the largest K of the graph's attention, for these inputs."""
-        size_of = self.size_of(args)
+        values = [args[at] for at in self.symbols.values()]
+        batch, num_queries, *keys = (function(*values) for function in self._sizes)
+        return batch, num_queries, max(keys)
+
+    @cached_property
+    def _sizes(self) -> tuple[Callable[..., int], ...]:
+        """Functions of the symbols' values: B, Q, and every K that there is, once."""
         query = _shape(self.calls[0].attention.query)
-        keys = [_shape(call.attention.key)[2] for call in self.calls]
-        return size_of(query[0]), size_of(query[2]), max(map(size_of, keys))
+        keys = dict.fromkeys(
+            self._function_of(_shape(call.attention.key)[2]) for call in self.calls
+        )
+        return self._function_of(query[0]), self._function_of(query[2]), *keys
+
+    def _function_of(self, size: int | torch.SymInt) -> Callable[..., int]:
+        """Return a size as a function of the symbols' values; substituting takes long."""
+        expression = size if isinstance(size, int) else size.node.expr
+        if expression not in self._functions:
+            self._functions[expression] = _compiled_size(expression, list(self.symbols))
+        return self._functions[expression]
 
 
 def plan_graph(state: BackendState, gm: fx.GraphModule, number: int) -> Plan:
@@ -333,6 +351,16 @@ def _numbers(gm: fx.GraphModule) -> dict[str, int]:
         for node in gm.graph.nodes
         if node.op == "call_method" and node.target == "item" and node.args[0] in inputs
     }
+
+
+def _compiled_size(expression: Any, symbols: Sequence[Any]) -> Callable[..., int]:
+    if isinstance(expression, int):
+        return lambda *values: expression
+    plain = (sympy.Symbol, sympy.Integer, sympy.Add, sympy.Mul)
+    if all(isinstance(part, plain) for part in sympy.preorder_traversal(expression)):
+        function: Callable[..., int] = sympy.lambdify(symbols, expression)
+        return function
+    return lambda *values: int(expression.subs(dict(zip(symbols, values, strict=True))))
 
 
 def _shape(node: fx.Node) -> Sequence[int | torch.SymInt]:

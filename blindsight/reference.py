@@ -27,7 +27,7 @@ from blindsight.families import (
     shares_keys,
     text_config,
 )
-from blindsight.layers import compact
+from blindsight.layers import compact, plain_name
 from blindsight.profile import Profile
 from blindsight.runtime import disabled
 from blindsight.template import Template
@@ -114,7 +114,12 @@ def attention_layers(
         ValueError: The modules at ``layer_pattern`` are not those of the expected layers.
     """
     pattern = layer_pattern + r"$"
-    found = ((module, re.search(pattern, name)) for name, module in model.named_modules())
+    names = (
+        (module, plain_name(name))
+        for name, module in model.named_modules()
+        if "_orig_mod" not in module._modules  # what torch.compile wraps around another
+    )
+    found = ((module, re.search(pattern, name)) for module, name in names)
     layers = {module: int(match.group(1)) for module, match in found if match is not None}
     if sorted(layers.values()) != list(expected):
         raise ValueError(

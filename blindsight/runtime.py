@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from blindsight.history import CacheNote, History, Pending, has_returned, module_calls
-from blindsight.layers import compact
+from blindsight.layers import compact, plain_name
 from blindsight.template import Template, TemplateRule, find_order_problem
 from blindsight.tensor_notes import TensorNotes, version_of
 
@@ -165,10 +165,15 @@ class Runtime:
             self._thread.watched = watched = None
         return watched
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether the beginning of the forward under way was told."""
+        return self._watched is not None
+
     def _is_model(self, module: nn.Module) -> bool:
         """Whether a module has the decoder's attention in it."""
         if module not in self._models:
-            names = (name for name, _ in module.named_modules())
+            names = (plain_name(name) for name, _ in module.named_modules())
             pattern = self.rule.layer_pattern
             self._models[module] = any(re.search(pattern, name) for name in names)
         return self._models[module]

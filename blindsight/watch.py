@@ -7,8 +7,9 @@ of it uncompiled. Where a graph has the whole model in it, its hooks trace to no
 from __future__ import annotations
 
 import re
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from blindsight.history import module_calls
+from blindsight.layers import plain_name
 from blindsight.passes.find_attention import is_axis_positions, is_token_ids, is_video_grid
 from blindsight.runtime import Runtime
 
@@ -38,7 +40,8 @@ class _Hook:
 
 class _Before(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        # Not is_compiling(), which is true while any other thread compiles something.
+        if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
             return
         from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
@@ -53,15 +56,15 @@ class _Before(_Hook):
             return
         is_compiled = _is_compiled(callback, self._is_backend)
         if callback is False:  # runs what is compiled, and compiles nothing new
-            callbacks = [_callback_of(each) for _, each in module_calls()]
-            is_compiled = any(_is_compiled(each, self._is_backend) for each in callbacks)
+            is_compiled = any(_is_compiled(each, self._is_backend) for each in _callbacks())
         runtime.begin(_call_of(module), _input_ids(args, kwargs), is_compiled=is_compiled)
         _observe_frames(runtime, kwargs)
 
 
 class _After(_Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling():
+        # Not is_compiling(), which is true while any other thread compiles something.
+        if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
             return
         self._end(module, failed=output is None)
 
@@ -113,6 +116,15 @@ def _call_of(module: nn.Module) -> FrameType | None:
     return next((call for call, each in reversed(module_calls()) if each is module), None)
 
 
+def _callbacks() -> Iterator[object]:
+    """Yield what Dynamo would call, of each compiled function that is running in this thread."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            yield getattr(frame.f_locals.get("self"), "callback", None)
+        frame = frame.f_back
+
+
 def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     given = kwargs.get("input_ids", args[0] if args else None)
     return given if isinstance(given, Tensor) and is_token_ids(given) else None
@@ -147,8 +159,7 @@ def _compiles_layers(
     for name, part in model.named_modules():
         if _is_compiled(_callback_of(part), is_backend):
             for below, _ in part.named_modules():
-                path = f"{name}.{below}".replace("._orig_mod", "")
-                if re.search(layer_pattern, path):
+                if re.search(layer_pattern, plain_name(f"{name}.{below}")):
                     return True
     return False
 

@@ -55,7 +55,7 @@ def assert_right(run: Any, inputs: dict[str, torch.Tensor], model: Any) -> None:
     torch.testing.assert_close(run(**inputs).logits, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("part", ["whole", "decoder", "forward"])
+@pytest.mark.parametrize("part", ["whole", "decoder", "forward", "bound forward"])
 def test_what_dynamo_drops_for_good_is_an_error_each_time(model: Any, part: str) -> None:
     prompts = [inputs_of(text, *PROMPT) for text in (1, 2, 3, 4, 5)]
     run = model
@@ -63,6 +63,8 @@ def test_what_dynamo_drops_for_good_is_an_error_each_time(model: Any, part: str)
         model.model.language_model.compile(backend=backend_of(model), dynamic=False)
     elif part == "forward":
         model.forward = torch.compile(model.forward, backend=backend_of(model))
+    elif part == "bound forward":
+        run = torch.compile(model.forward, backend=backend_of(model))
     else:
         run = compiled(model)
     dropped = []
@@ -201,6 +203,27 @@ def test_turns_on_a_cache_that_slides(cache_class: Any) -> None:
         torch.testing.assert_close(ours, others, atol=1e-4, rtol=0)
 
 
+def test_the_end_of_a_sequence_does_not_tell_what_slid_away() -> None:
+    """Two caches may hold the very same keys of a window, and other images before it."""
+    model = without_vision(tiny_model("gemma3", num_layers=1))
+    profile = Profile.for_model(model, CATEGORIES[:1])
+    run = torch.compile(model, backend=blindsight_backend(profile, inner="eager"))
+    image = make_inputs("gemma3", [[5, Image(), 24]])
+    text = make_inputs("gemma3", [[image["input_ids"].shape[1]]])
+    text["input_ids"][:, -24:] = image["input_ids"][:, -24:]
+    question = make_inputs("gemma3", [[3, Image(), Image(), 6]])
+    length = image["input_ids"].shape[1] + question["input_ids"].shape[1]
+    question["attention_mask"] = torch.ones(1, length, dtype=torch.long)
+    caches = []
+    for first in (text, image):
+        caches.append(DynamicCache(config=model.config))
+        run(**first, past_key_values=caches[-1])
+    ours, others = (cache.layers[0].keys for cache in caches)
+    assert torch.equal(ours, others)
+    with pytest.warns(BlindsightWarning, match="already in the cache are not known"):
+        run(**question, past_key_values=copy.deepcopy(caches[1]))
+
+
 def test_an_embedding_that_is_compiled_apart_shows_the_prompt(model: Any) -> None:
     backend = backend_of(model)
 
@@ -218,6 +241,29 @@ def test_an_embedding_that_is_compiled_apart_shows_the_prompt(model: Any) -> Non
     decoder(inputs_embeds=embed(inputs["input_ids"]), **given)
     assert sum(row.runs.total() for row in backend.report().rows) == 2
     assert all("sparse" in how for row in backend.report().rows for how in row.runs)
+
+
+@pytest.mark.parametrize("part", ["decoder", "layers"])
+def test_parts_that_are_replaced_by_compiled_ones(model: Any, part: str) -> None:
+    """Their names have another part then."""
+    backend, inner = backend_of(model), model.model
+    if part == "decoder":
+        inner.language_model = torch.compile(inner.language_model, backend=backend)
+    else:
+        layers = inner.language_model.layers
+        for number, layer in enumerate(layers):
+            layers[number] = torch.compile(layer, backend=backend)
+    for text in (1, 2):
+        assert_right(model, inputs_of(text, *PROMPT), model)
+
+
+def test_what_other_threads_compile_is_no_matter(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.model.language_model.compile(backend=backend_of(model))
+    for text in (1, 2, 3):
+        assert_right(model, inputs_of(text, *PROMPT), model)
+        monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # it is one for all
 
 
 def test_what_is_dense_by_wish_is_no_error(model: Any) -> None:

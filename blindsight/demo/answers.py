@@ -121,7 +121,7 @@ def answer_questions(*, inner: str, progress: Progress) -> Answers:
     samples = list(load_samples(QUESTIONS))
     inputs = model_inputs(processor, samples)
     # Prompts this short run dense if that is estimated to be faster: not here.
-    backend = blindsight_backend(profile, inner=inner, lowering="fused")
+    backend = blindsight_backend(profile, inner=inner, model=model, lowering="fused")
     decoder = find_decoder(model, profile.rule.layer_pattern)
     decoder.compile(backend=backend)
 

@@ -133,7 +133,7 @@ def _measure(
     if options.check:
         eager, _ = progress("running eagerly", lambda: model(**inputs).logits.cpu())
     # Short prompts too: the point is to show what sparse attention does.
-    backend = blindsight_backend(profile, inner=options.inner, lowering="split")
+    backend = blindsight_backend(profile, inner=options.inner, model=model, lowering="split")
     compiled, name = model, "the whole model"
     if not options.whole:
         compiled, name = find_decoder(model, profile.rule.layer_pattern), "the decoder"
