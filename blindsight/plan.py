@@ -357,8 +357,11 @@ def _compiled_size(expression: Any, symbols: Sequence[Any]) -> Callable[..., int
     if isinstance(expression, int):
         return lambda *values: expression
     plain = (sympy.Symbol, sympy.Integer, sympy.Add, sympy.Mul)
-    if all(isinstance(part, plain) for part in sympy.preorder_traversal(expression)):
-        function: Callable[..., int] = sympy.lambdify(symbols, expression)
+    is_plain = all(isinstance(part, plain) for part in sympy.preorder_traversal(expression))
+    if is_plain and expression.free_symbols <= set(symbols):
+        # An input may have become a number since, or be composed.
+        names = [each if isinstance(each, sympy.Symbol) else sympy.Dummy() for each in symbols]
+        function: Callable[..., int] = sympy.lambdify(names, expression)
         return function
     return lambda *values: int(expression.subs(dict(zip(symbols, values, strict=True))))
 

@@ -498,6 +498,22 @@ def test_generate_gives_the_tokens_of_the_reference(family: str, cache: str) -> 
     assert hows == {"sparse, sorted, fused", "dense: no query in a second image"}
 
 
+def test_a_decoded_token_waits_for_no_algebra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes are functions of the symbols' values: substituting takes longer than a layer."""
+    case = case_of("qwen2_5_vl", torch.float32, "one_row")
+    model, _ = case.compile()
+    with torch.no_grad():
+        past = model(**case.inputs, use_cache=True).past_key_values
+        for step in range(5):
+            if step == 4:
+                monkeypatch.setattr("sympy.Basic.subs", None)
+            token = {"input_ids": torch.tensor([[5]]), "past_key_values": past}
+            num_tokens = case.num_tokens + step
+            token["position_ids"] = torch.full((3, 1, 1), num_tokens)
+            token["attention_mask"] = torch.ones(1, num_tokens + 1, dtype=torch.long)
+            past = model(**token, use_cache=True).past_key_values
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_after_prefill(family: str) -> None:
     """A decoded token runs the model's own graph on the keys that the sparse prefill left."""

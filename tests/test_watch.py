@@ -55,7 +55,10 @@ def assert_right(run: Any, inputs: dict[str, torch.Tensor], model: Any) -> None:
     torch.testing.assert_close(run(**inputs).logits, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("part", ["whole", "decoder", "forward", "bound forward"])
+@pytest.mark.parametrize(
+    "part",
+    ["whole", "decoder", "forward", pytest.param("bound forward", marks=pytest.mark.nightly)],
+)
 def test_what_dynamo_drops_for_good_is_an_error_each_time(model: Any, part: str) -> None:
     prompts = [inputs_of(text, *PROMPT) for text in (1, 2, 3, 4, 5)]
     run = model
@@ -243,7 +246,7 @@ def test_an_embedding_that_is_compiled_apart_shows_the_prompt(model: Any) -> Non
     assert all("sparse" in how for row in backend.report().rows for how in row.runs)
 
 
-@pytest.mark.parametrize("part", ["decoder", "layers"])
+@pytest.mark.parametrize("part", [pytest.param("decoder", marks=pytest.mark.nightly), "layers"])
 def test_parts_that_are_replaced_by_compiled_ones(model: Any, part: str) -> None:
     """Their names have another part then."""
     backend, inner = backend_of(model), model.model
