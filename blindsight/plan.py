@@ -148,7 +148,7 @@ class Plan:
         """Return a size as a function of the symbols' values; substituting takes long."""
         expression = size if isinstance(size, int) else size.node.expr
         if expression not in self._functions:
-            self._functions[expression] = _compiled_size(expression, list(self.symbols))
+            self._functions[expression] = compiled_size(expression, list(self.symbols))
         return self._functions[expression]
 
 
@@ -353,7 +353,8 @@ def _numbers(gm: fx.GraphModule) -> dict[str, int]:
     }
 
 
-def _compiled_size(expression: Any, symbols: Sequence[Any]) -> Callable[..., int]:
+def compiled_size(expression: Any, symbols: Sequence[Any]) -> Callable[..., int]:
+    """Return a size as a function of the values that symbols have, or what became of them."""
     if isinstance(expression, int):
         return lambda *values: expression
     plain = (sympy.Symbol, sympy.Integer, sympy.Add, sympy.Mul)
