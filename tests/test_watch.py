@@ -263,10 +263,15 @@ def test_parts_that_are_replaced_by_compiled_ones(model: Any, part: str) -> None
 def test_what_other_threads_compile_is_no_matter(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model.model.language_model.compile(backend=backend_of(model))
-    for text in (1, 2, 3):
+    backend, watched = backend_of(model), []
+    model.model.language_model.compile(backend=backend)
+    for text in (1, 2):
         assert_right(model, inputs_of(text, *PROMPT), model)
-        monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # it is one for all
+    runtime = backend.state.runtime
+    model.lm_head.register_forward_pre_hook(lambda *_: watched.append(runtime.is_watched))
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # it is one for all
+    model(**inputs_of(2, *reversed(PROMPT), seed=1))
+    assert watched == [True]
 
 
 def test_what_is_dense_by_wish_is_no_error(model: Any) -> None:
