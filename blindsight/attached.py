@@ -78,8 +78,10 @@ class AttachedModels:
 
     def look_for_prompt(self) -> None:
         """Take note of what the model is given whose decoder runs, if no hook has told it."""
+        if self._runtime.is_watched:
+            return  # not to walk through all calls for each layer
         self.find()
-        if self._runtime.pending is not None or self._runtime.is_watched:
+        if self._runtime.pending is not None:
             return
         models = self.layer_map.models
         for call, module in module_calls():

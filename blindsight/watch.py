@@ -40,7 +40,8 @@ class _Hook:
 
 class _Before(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Not is_compiling(), which is true while any other thread compiles something.
+        # Not is_compiling(), which is true while any other thread compiles something; and not in
+        # a function, which Dynamo would compile as a frame of its own.
         if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
             return
         from torch._C._dynamo.eval_frame import get_eval_frame_callback
