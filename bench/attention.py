@@ -5,6 +5,8 @@
         --tokens 4096 16384 36864 102400 307200 --image-tokens 256 1296 \
         --kernel-options '{"USE_TMA": true}' '{"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 2}'
 
+``--compile-only`` fills Inductor's caches and measures nothing: several may run side by side.
+
 Prompts of images with 16 text tokens between; heads in the shape of a model; so many of them
 sparse, a third each SINK, DOCUMENT and DOCUMENT_SINK. Times include masks, block tables and the
 moving of tokens and heads. "split, heads in order" is split as it would be if the heads of a model
@@ -20,8 +22,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import Config, conditions, print_table
+from common import Config, Timer, conditions, print_table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -49,18 +51,20 @@ from blindsight.tune import compile_alone
 
 RESULTS = Path(__file__).parent / "results" / "attention.jsonl"
 IN_ORDER = "split, heads in order"
+DENSE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 SHAPES = {  # query heads, key heads, head dim
     "8 heads": (8, 2, 128),
     "qwen2.5-vl-3b": (16, 2, 128),
     "qwen2.5-vl-7b": (28, 4, 128),
     "qwen2-vl-2b": (12, 2, 128),
     "gemma-3-12b": (16, 8, 256),
+    "internvl3-1b": (14, 2, 64),
 }
 
 
 @dataclass(frozen=True)
 class Result:
-    """Milliseconds of ``n`` calls; compile time in seconds, memory in MiB (a GPU's only)."""
+    """Milliseconds of ``n`` calls; compile time in seconds, memory beside the inputs in MiB."""
 
     shape: str
     dtype: str
@@ -119,7 +123,7 @@ class Bench:
         if baselines:
             found[0.0, "SDPA is_causal"] = lambda: self._call(_causal)
             if self.device != "cpu":
-                for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+                for backend in DENSE_KERNELS:
                     name = f"SDPA is_causal, {backend.name.lower()}"
                     found[0.0, name] = lambda backend=backend: self._call(_with(backend))
             found[0.0, "SDPA boolean mask"] = self._masked
@@ -128,8 +132,13 @@ class Bench:
         for mix in mixes:
             codes = head_mix(self.num_heads, mix)
             fused = fused_layout(codes, self.num_threads)
-            for name, layout in (("fused", fused), ("split", self.split(mix))):
+            split = self.split(mix)
+            for name, layout in (("fused", fused), ("split", split)):
                 found[mix, name] = lambda codes=codes, layout=layout: self._flex(codes, layout)
+            if self.device != "cpu":
+                found[mix, "split, cuDNN first"] = lambda codes=codes, layout=split: (
+                    self._cudnn_first(codes, layout)
+                )
             for text in options:
                 found[mix, f"fused, {text}"] = lambda codes=codes, layout=fused, text=text: (
                     self._flex(codes, layout, json.loads(text))
@@ -209,6 +218,11 @@ class Bench:
             run = compile_alone(function, inputs)
         return lambda: run(*inputs)
 
+    def _cudnn_first(self, codes: list[int], layout: Layout) -> Callable[[], object]:
+        order = [*DENSE_KERNELS, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel(order, set_priority=True):
+            return self._flex(codes, layout)
+
     def _in_order(self, mix: float) -> Callable[[], object]:
         """Split over heads that come in the order of its groups, keys and values, too."""
         codes, layout = head_mix(self.num_heads, mix), self.split(mix)
@@ -275,54 +289,51 @@ def _with(backend: SDPBackend) -> Callable[..., Tensor]:
 
 def measure(
     bench: Bench,
-    mixes: Sequence[float],
-    options: Sequence[str],
+    runs: dict[tuple[float, str], Any],
     *,
     repeats: int,
-    baselines: bool,
     bar: Any,
 ) -> list[Result]:
-    cuda = bench.device != "cpu"
-
-    def wait() -> None:
-        if cuda:
-            torch.accelerator.synchronize()
-
-    prepared: dict[tuple[float, str], tuple[Callable[[], object] | None, float, float | None, str]]
+    """Prepare all and time them in turn; without repeats nothing is timed, and there is no row."""
+    cuda, timer = bench.device != "cpu", Timer(bench.device)
+    prepared: dict[tuple[float, str], tuple[Callable[[], float] | None, float, float | None, str]]
     prepared = {}
     errors: dict[tuple[float, str], float] = {}
-    for key, make in bench.runs(mixes, options, baselines=baselines).items():
+    for key, make in runs.items():
         bar.set_postfix_str(f"{bench.config.num_tokens:,} tokens: compiling {key[1]}")
-        begin = time.perf_counter()
+        taken: Callable[[], float] | None = None
+        made: list[Any] = []
+        before = torch.cuda.memory_allocated() if cuda else 0
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         try:
-            run = make()
-            output: Any = run()
-            wait()
+            seconds = timer.seconds(lambda make=make, made=made: made.append(make()))
+            seconds += timer.seconds(lambda made=made: made.append(made[0]()))
+            peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
+            run, output = made
             problem = ""
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            run, problem = None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            if not repeats:
+                continue
+            if not key[1].startswith("flex, create"):
+                output = output if isinstance(output, Tensor) else output[0]
+                if key[1] == IN_ORDER:
+                    output = output[:, torch.tensor(bench.split(key[0]).heads).argsort()]
+                errors[key] = bench.error(key[0], output)
+            made[1] = output = None
+            taken = timer.prepare(run)
+        except Exception as error:  # whatever it is, it is this form's row
+            seconds, peak = 0.0, None
+            problem = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            made.clear()
+            run = output = None
             gc.collect()
-        peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
-        prepared[key] = run, time.perf_counter() - begin, peak, problem
-        if run is not None and not key[1].startswith("flex, create"):
-            output = output if isinstance(output, Tensor) else output[0]
-            if key[1] == IN_ORDER:
-                output = output[:, torch.tensor(bench.split(key[0]).heads).argsort()]
-            errors[key] = bench.error(key[0], output)
-        output = None
+        prepared[key] = taken, seconds, peak, problem
     times: dict[tuple[float, str], list[float]] = {key: [] for key in prepared}
     for turn in range(repeats):
-        for key, (run, *_) in prepared.items():
+        for key, (taken, *_) in prepared.items():
             bar.set_postfix_str(f"{bench.config.num_tokens:,} tokens: turn {turn + 1}, {key[1]}")
-            if run is None:
-                continue
-            wait()
-            begin = time.perf_counter()
-            run()
-            wait()
-            times[key].append(1e3 * (time.perf_counter() - begin))
+            if taken is not None:
+                times[key].append(taken())
     dense = times.get((0.0, "flex, dense causal"))
     results = []
     for (mix, form), values in times.items():
@@ -387,13 +398,13 @@ def main() -> None:
     parser.add_argument("--sparse", type=float, nargs="+", default=[0.25, 0.5, 0.75, 0.9])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-baselines", action="store_true")
+    parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--forms", metavar="REGEX", default="", help="only those; default: all")
     parser.add_argument(
         "--kernel-options", nargs="+", default=[], metavar="JSON", help="of FlexAttention, to sweep"
     )
     arguments = parser.parse_args()
-    told = {**conditions(), "device": arguments.device}
-    if arguments.device != "cpu":
-        told["gpu"] = torch.cuda.get_device_name()
+    told = conditions(arguments.device)
     RESULTS.parent.mkdir(exist_ok=True)
     table: list[list[str]] = []
     cases = [(size, image) for size in arguments.tokens for image in arguments.image_tokens]
@@ -404,14 +415,15 @@ def main() -> None:
             bench = Bench(
                 config, arguments.shape, getattr(torch, arguments.dtype), arguments.device
             )
-            results = measure(
-                bench,
-                arguments.sparse,
-                arguments.kernel_options,
-                repeats=arguments.repeats,
-                baselines=not arguments.no_baselines,
-                bar=bar,
+            runs = bench.runs(
+                arguments.sparse, arguments.kernel_options, baselines=not arguments.no_baselines
             )
+            runs = {key: make for key, make in runs.items() if re.match(arguments.forms, key[1])}
+            if arguments.compile_only:
+                is_compiled = re.compile("fused|split|flex").match
+                runs = {key: make for key, make in runs.items() if is_compiled(key[1])}
+            repeats = 0 if arguments.compile_only else arguments.repeats
+            results = measure(bench, runs, repeats=repeats, bar=bar)
             with RESULTS.open("a") as file:
                 for result in results:
                     file.write(json.dumps({**told, **asdict(result)}) + "\n")

@@ -8,7 +8,9 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +55,26 @@ class Config:
         return span_id, find_sinks(span_id, (0,))
 
 
-def conditions() -> dict[str, Any]:
-    """Return what a number depends on besides the code: commit, versions, hardware, command."""
+def conditions(device: str = "cpu") -> dict[str, Any]:
+    """Return what a number depends on besides the code: commit, versions, hardware, command.
+
+    ``BLINDSIGHT_COMMIT`` tells the commit of a copy without its history, "-dirty" after it if need
+    be, as in ``git describe --always --dirty --abbrev=40``.
+    """
 
     def git(*args: str) -> str:
         command = ["git", *args]
         root = Path(__file__).parent
         return subprocess.run(command, capture_output=True, text=True, cwd=root).stdout.strip()
 
+    told = os.environ.get("BLINDSIGHT_COMMIT")
+    commit = told.removesuffix("-dirty") if told else git("rev-parse", "HEAD")
+    on_gpu = {}
+    if device != "cpu":
+        on_gpu = {"gpu": torch.cuda.get_device_name(), "triton": version("triton")}
     return {
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain")),
+        "commit": commit,
+        "uncommitted_changes": told != commit if told else bool(git("status", "--porcelain")),
         "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -71,7 +82,72 @@ def conditions() -> dict[str, Any]:
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": device,
+        **on_gpu,
     }
+
+
+class Timer:
+    """Times calls on a device.
+
+    On a CPU by the wall clock. On a GPU by events around so many calls in a row that they take
+    some milliseconds; short ones are captured as a CUDA graph first, as launching them from Python
+    would take longer than they do.
+    """
+
+    _SHORT, _BURST = 3.0, 10.0  # milliseconds
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device != "cpu"
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.accelerator.synchronize()
+
+    def prepare(self, run: Callable[[], object]) -> Callable[[], float]:
+        """Return a function that returns the milliseconds of a call; ``run`` ran before."""
+        if not self.on_gpu:
+            return lambda: self.seconds(run) * 1e3
+        estimate = min(self._of_burst(run, 1) for _ in range(2))
+        if estimate < self._SHORT:
+            try:
+                run = _captured(run)
+                estimate = min(self._of_burst(run, 1) for _ in range(2))
+            except RuntimeError:  # it waits for the device, or copies from the host
+                self.wait()
+        number = max(1, min(100, round(self._BURST / estimate)))
+        return lambda: self._of_burst(run, number)
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Return the wall-clock time of one call, until the device is done."""
+        self.wait()
+        begin = time.perf_counter()
+        run()
+        self.wait()
+        return time.perf_counter() - begin
+
+    def _of_burst(self, run: Callable[[], object], number: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.wait()
+        begin.record()
+        for _ in range(number):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / number
+
+
+def _captured(run: Callable[[], object]) -> Callable[[], object]:
+    """Return the replay of a call's CUDA graph."""
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        run()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

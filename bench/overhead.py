@@ -227,7 +227,7 @@ def main() -> None:
     parts = ("work", "compile", "recompile", "turns")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     arguments = parser.parse_args()
-    told = {**conditions(), "device": arguments.device}
+    told = conditions(arguments.device)
     bench = Bench(arguments)
     rows: list[dict[str, Any]] = []
     if "work" in arguments.parts:

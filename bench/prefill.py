@@ -1,11 +1,16 @@
 """Prefill of a whole decoder: eager, plain torch.compile, and with a profile.
 
     python bench/prefill.py [--device cuda] [--dtype bfloat16] [--tokens 512 4096 16384] [...]
+    python bench/prefill.py --device cuda --dtype bfloat16 --shape qwen2.5-vl-7b --any-length \
+        --tokens 4096 16384 36864 --lowering auto split fused
 
 A Qwen2.5-VL decoder with random weights, of a real model's widths, fewer layers on a CPU; prompts
 of 256-token images with 16 text tokens between, given as embeddings. Times are of whole forwards:
-MLPs, projections, masks, block tables. All in turn, A B C A B C, medians; the first call of each,
-which compiles, is told apart. Appends a row for each measurement to bench/results/prefill.jsonl.
+MLPs, projections, masks, block tables. "torch.compile, is_causal" is given no mask at all, which is
+as fast as dense heads get. All in turn, A B C A B C, medians; the first call of each, which
+compiles, is told apart. With ``--any-length`` two other prompts come before, and
+everything is compiled for any length by then. A prompt that does not fit in memory is a row, too.
+Appends a row for each measurement to bench/results/prefill.jsonl.
 """
 
 from __future__ import annotations
@@ -13,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +26,7 @@ from typing import Any
 
 import torch
 from attention import head_mix
-from common import Config, conditions, print_table
+from common import Config, Timer, conditions, print_table
 from torch import nn
 from tqdm import tqdm
 from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
@@ -34,6 +38,10 @@ SHAPES = {  # hidden, intermediate, heads, key heads, layers
     "qwen2.5-vl-3b": (2048, 11008, 16, 2, 36),
     "qwen2.5-vl-7b": (3584, 18944, 28, 4, 28),
 }
+
+IS_CAUSAL = "torch.compile, is_causal"
+NO_MASK = {"attention_mask": {"full_attention": None}}
+FIRST_LENGTHS = (1600, 2600)  # of prompts that come before, for any length to be compiled
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,14 @@ class Result:
     sparse_heads: float
     form: str
     n: int
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
+    median_ms: float | None
+    p20_ms: float | None
+    p80_ms: float | None
     first_s: float
     ran: str
+    any_length: bool = False
+    peak_mib: float | None = None
+    problem: str = ""
 
 
 def decoder(shape: str, num_layers: int, dtype: torch.dtype, device: str) -> nn.Module:
@@ -92,10 +103,13 @@ def inputs_of(model: nn.Module, config: Config) -> tuple[dict[str, Any], list[to
 
 
 def forward(
-    module: Callable[..., object], inputs: dict[str, Any], template: list[torch.Tensor]
+    module: Callable[..., object],
+    inputs: dict[str, Any],
+    template: list[torch.Tensor],
+    **more: Any,
 ) -> object:
     with use_template(*template):
-        return module(**inputs, use_cache=False)
+        return module(**{**inputs, **more}, use_cache=False)
 
 
 def main() -> None:
@@ -109,87 +123,125 @@ def main() -> None:
     parser.add_argument("--lowering", nargs="+", default=["auto"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-eager", action="store_true")
+    parser.add_argument("--any-length", action="store_true", help="compiled for any length")
+    parser.add_argument("--compile-only", action="store_true", help="fill Inductor's caches")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     num_layers = arguments.layers or (
         1 if arguments.device == "cpu" else SHAPES[arguments.shape][4]
     )
-    told = {**conditions(), "device": arguments.device}
-    if arguments.device != "cpu":
-        told["gpu"] = torch.cuda.get_device_name()
+    told = conditions(arguments.device)
     RESULTS.parent.mkdir(exist_ok=True)
 
     model = decoder(arguments.shape, num_layers, dtype, arguments.device)
     rule = TemplateRule(image_token_ids=(1,))
-    codes = [head_mix(SHAPES[arguments.shape][2], arguments.sparse)] * num_layers
+    num_heads = SHAPES[arguments.shape][2]
+    codes = [head_mix(num_heads, arguments.sparse)] * num_layers
     profile = Profile.for_model(model, codes, rule=rule)
+    timer = Timer(arguments.device)
+    dynamic = None if arguments.any_length else False
 
-    def wait() -> None:
-        if arguments.device != "cpu":
-            torch.accelerator.synchronize()
+    def compiled_forms() -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return models by the name of their form, and the backends of those that have one."""
+        torch._dynamo.reset()
+        models: dict[str, Any] = {} if arguments.no_eager else {"eager": model}
+        models["torch.compile"] = torch.compile(model, dynamic=dynamic)
+        models[IS_CAUSAL] = models["torch.compile"]
+        backends = {}
+        for lowering in arguments.lowering:
+            backend = backends[lowering] = blindsight_backend(profile, lowering=lowering)
+            models[lowering] = torch.compile(model, backend=backend, dynamic=dynamic)
+        return models, backends
 
     table: list[list[str]] = []
-    with tqdm(arguments.tokens) as bar:
-        for size in bar:
-            torch._dynamo.reset()
+    models, backends = compiled_forms()
+    lengths = [*FIRST_LENGTHS, *arguments.tokens] if arguments.any_length else arguments.tokens
+    with tqdm(lengths) as bar:
+        for at, size in enumerate(bar):
+            only_compiles = arguments.any_length and at < len(FIRST_LENGTHS)
+            if not arguments.any_length and at:
+                models, backends = compiled_forms()
             config = prompt_of(size)
             length = config.num_tokens
             inputs, template = inputs_of(model, config)
-
-            runs = (
-                {} if arguments.no_eager else {"eager": partial(forward, model, inputs, template)}
-            )
-            runs["torch.compile"] = partial(
-                forward, torch.compile(model, dynamic=False), inputs, template
-            )
-            backends = {}
-            for lowering in arguments.lowering:
-                backend = backends[lowering] = blindsight_backend(profile, lowering=lowering)
-                compiled = torch.compile(model, backend=backend, dynamic=False)
-                runs[lowering] = partial(forward, compiled, inputs, template)
-            first = {}
-            for name, run in runs.items():
+            first: dict[str, float] = {}
+            peaks: dict[str, float] = {}
+            problems: dict[str, str] = {}
+            runs: dict[str, Callable[[], object]] = {}
+            for name, module in models.items():
                 bar.set_postfix_str(f"{length:,} tokens: compiling {name}")
-                begin = time.perf_counter()
-                run()
-                wait()
-                first[name] = time.perf_counter() - begin
-            times: dict[str, list[float]] = {name: [] for name in runs}
+                more = NO_MASK if name == IS_CAUSAL else {}
+                run = partial(forward, module, inputs, template, **more)
+                if timer.on_gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                try:
+                    first[name] = timer.seconds(run)
+                    runs[name] = run
+                except torch.OutOfMemoryError as error:
+                    first[name] = 0.0
+                    problems[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                if timer.on_gpu:
+                    peaks[name] = torch.cuda.max_memory_allocated() / 2**20
+            if only_compiles or arguments.compile_only:
+                continue
+            times: dict[str, list[float]] = {name: [] for name in models}
             for turn in range(arguments.repeats):
                 for name, run in runs.items():
                     bar.set_postfix_str(f"{length:,} tokens: turn {turn + 1}, {name}")
-                    wait()
-                    begin = time.perf_counter()
-                    run()
-                    wait()
-                    times[name].append(1e3 * (time.perf_counter() - begin))
-            plain = statistics.median(times["torch.compile"])
+                    times[name].append(1e3 * timer.seconds(run))
+            results = []
+            for name, values in times.items():
+                ran = ""
+                if name in backends:
+                    rows = backends[name].report().rows
+                    ran = ", ".join(sorted({how for row in rows for how in row.runs}))
+                result = Result(
+                    arguments.shape,
+                    num_layers,
+                    arguments.dtype,
+                    length,
+                    arguments.sparse,
+                    name,
+                    len(values),
+                    statistics.median(values) if values else None,
+                    sorted(values)[int(0.2 * len(values))] if values else None,
+                    sorted(values)[int(0.8 * len(values))] if values else None,
+                    first[name],
+                    ran,
+                    arguments.any_length,
+                    peaks.get(name),
+                    problems.get(name, ""),
+                )
+                results.append(result)
             with RESULTS.open("a") as file:
-                for name, values in times.items():
-                    ran = ""
-                    if name in backends:
-                        rows = backends[name].report().rows
-                        ran = ", ".join(sorted({how for row in rows for how in row.runs}))
-                    result = Result(
-                        arguments.shape,
-                        num_layers,
-                        arguments.dtype,
-                        length,
-                        arguments.sparse,
-                        name,
-                        len(values),
-                        statistics.median(values),
-                        sorted(values)[int(0.2 * len(values))],
-                        sorted(values)[int(0.8 * len(values))],
-                        first[name],
-                        ran,
-                    )
+                for result in results:
                     file.write(json.dumps({**told, **asdict(result)}) + "\n")
-                    ratio = f"{plain / result.median_ms:.2f}"
-                    row = [f"{length:,}", name, f"{result.median_ms:.4g}", ratio]
-                    table.append([*row, f"{result.first_s:.1f}", ran])
+            table += rows_of_table(results)
     print(f"{arguments.shape}, {num_layers} layers, {arguments.dtype}, {arguments.device}")
-    print_table(["tokens", "form", "ms", "x torch.compile", "first call s", "ran"], table)
+    header = ["tokens", "form", "ms", "x torch.compile", "x is_causal", "first call s"]
+    print_table([*header, "peak, MiB", "ran"], table)
+
+
+def rows_of_table(results: list[Result]) -> list[list[str]]:
+    medians = {result.form: result.median_ms for result in results}
+
+    def ratio(over: str, ms: float | None) -> str:
+        dense = medians[over]
+        return f"{dense / ms:.2f}" if ms and dense else "-"
+
+    return [
+        [
+            f"{result.tokens:,}",
+            result.form,
+            f"{result.median_ms:.4g}" if result.median_ms else result.problem,
+            ratio("torch.compile", result.median_ms),
+            ratio(IS_CAUSAL, result.median_ms),
+            f"{result.first_s:.1f}",
+            f"{result.peak_mib:,.0f}" if result.peak_mib else "-",
+            result.ran,
+        ]
+        for result in results
+    ]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ Skipped without one. ``BLINDSIGHT_GPU_TESTS=cpu`` rehearses them on a CPU, but f
 
 import copy
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +16,19 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
+import blindsight
+import questions
 from blindsight import Profile, blindsight_backend
+from blindsight.calibrate import calibrate
+from blindsight.exported import decoder_inputs
 from models import FAMILIES, Image, generation_options, make_inputs, split_turns, tiny_model
 from oracles import generate_reference, run_reference
+from processors import tiny_processor
 from test_any_length import Counting, check
 from test_exactness import Case, case_of, model_of, runs_of
+from test_export import RUN_ALONE
+from test_export import case as case_of_export
+from test_export import check as check_export
 from test_families import check_compiled
 
 DEVICE = os.environ.get("BLINDSIGHT_GPU_TESTS", "cuda")
@@ -169,3 +180,35 @@ def test_float8_weights() -> None:
     scale = (expected - case.reference)[case.valid].abs().max()
     assert (found - expected)[case.valid].abs().max() < scale
     assert runs_of(backend) == {"sparse"}
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_calibration(family: str) -> None:
+    """Measures the same as on a CPU, gradients included."""
+    model, processor = tiny_model(family), tiny_processor(family)
+    samples = [row for row in questions.rows(6) if len(row["images"]) > 1]
+    with torch.enable_grad():
+        expected, found = (
+            calibrate(copy.deepcopy(model).to(device), processor, samples, progress=False).evidence
+            for device in ("cpu", DEVICE)
+        )
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("lowering", ["fused", "split"])
+def test_a_package_runs_without_us(lowering: str, tmp_path: Path) -> None:
+    model, profile, prompts = case_of_export("qwen2_5_vl")
+    on_device = copy.deepcopy(model).to(DEVICE)
+    examples = [decoder_inputs(on_device, profile, to_device(prompt)) for prompt in prompts]
+    program = blindsight.export(on_device, profile, examples[0], lowering=lowering)
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "model.pt2")
+    )
+    torch.save(examples, tmp_path / "inputs.pt")
+    command = [sys.executable, "-c", RUN_ALONE, package]
+    command += [str(tmp_path / name) for name in ("inputs.pt", "outputs.pt")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    for prompt, logits in zip(prompts, torch.load(tmp_path / "outputs.pt"), strict=True):
+        check_export(model, profile, prompt, logits.cpu())
