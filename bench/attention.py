@@ -5,8 +5,6 @@
         --tokens 4096 16384 36864 102400 307200 --image-tokens 256 1296 \
         --kernel-options '{"USE_TMA": true}' '{"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 2}'
 
-``--compile-only`` fills Inductor's caches and measures nothing: several may run side by side.
-
 Prompts of images with 16 text tokens between; heads in the shape of a model; so many of them
 sparse, a third each SINK, DOCUMENT and DOCUMENT_SINK. Times include masks, block tables and the
 moving of tokens and heads. "split, heads in order" is split as it would be if the heads of a model
@@ -31,7 +29,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import Config, Timer, conditions, print_table
+from common import Config, alone_on_device, conditions, print_table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -47,6 +45,7 @@ from blindsight.intervals import sorted_bounds
 from blindsight.lowering import Layout, fused_layout, split_layout
 from blindsight.mask_forms import sorted_mask
 from blindsight.masks import causal_base
+from blindsight.timer import Timer
 from blindsight.tune import compile_alone
 
 RESULTS = Path(__file__).parent / "results" / "attention.jsonl"
@@ -97,6 +96,7 @@ class Bench:
         self.config, self.shape, self.dtype, self.device = config, shape, dtype, device
         self.num_heads, self.num_key_heads, head_dim = SHAPES[shape]
         self.num_threads = torch.get_num_threads() if device == "cpu" else 1
+        self._programs: dict[object, Callable[..., object]] = {}
         size = config.num_tokens
         generator = torch.Generator(device).manual_seed(0)
 
@@ -135,10 +135,6 @@ class Bench:
             split = self.split(mix)
             for name, layout in (("fused", fused), ("split", split)):
                 found[mix, name] = lambda codes=codes, layout=layout: self._flex(codes, layout)
-            if self.device != "cpu":
-                found[mix, "split, cuDNN first"] = lambda codes=codes, layout=split: (
-                    self._cudnn_first(codes, layout)
-                )
             for text in options:
                 found[mix, f"fused, {text}"] = lambda codes=codes, layout=fused, text=text: (
                     self._flex(codes, layout, json.loads(text))
@@ -214,14 +210,13 @@ class Bench:
         def options_of(query: Tensor) -> dict[str, Any]:
             return {**usual(query), **(options or {})}
 
-        with mock.patch.object(flex, "kernel_options_of", options_of):
-            run = compile_alone(function, inputs)
+        # Mixes differ in what a program is given, and share it.
+        key = layout.groups, json.dumps(options)
+        if key not in self._programs:
+            with mock.patch.object(flex, "kernel_options_of", options_of):
+                self._programs[key] = compile_alone(function, inputs)
+        run = self._programs[key]
         return lambda: run(*inputs)
-
-    def _cudnn_first(self, codes: list[int], layout: Layout) -> Callable[[], object]:
-        order = [*DENSE_KERNELS, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        with sdpa_kernel(order, set_priority=True):
-            return self._flex(codes, layout)
 
     def _in_order(self, mix: float) -> Callable[[], object]:
         """Split over heads that come in the order of its groups, keys and values, too."""
@@ -270,6 +265,7 @@ class Bench:
             block_mask = make(allowed, 1, None, size, size, device=self.device)
             return compiled(*self.dense, block_mask=block_mask, enable_gqa=True)
 
+        run()  # compiles
         return run
 
 
@@ -287,57 +283,82 @@ def _with(backend: SDPBackend) -> Callable[..., Tensor]:
     return run
 
 
-def measure(
-    bench: Bench,
-    runs: dict[tuple[float, str], Any],
-    *,
-    repeats: int,
-    bar: Any,
-) -> list[Result]:
-    """Prepare all and time them in turn; without repeats nothing is timed, and there is no row."""
-    cuda, timer = bench.device != "cpu", Timer(bench.device)
-    prepared: dict[tuple[float, str], tuple[Callable[[], float] | None, float, float | None, str]]
-    prepared = {}
-    errors: dict[tuple[float, str], float] = {}
-    for key, make in runs.items():
-        bar.set_postfix_str(f"{bench.config.num_tokens:,} tokens: compiling {key[1]}")
-        taken: Callable[[], float] | None = None
-        made: list[Any] = []
-        before = torch.cuda.memory_allocated() if cuda else 0
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
+@dataclass
+class Form:
+    """A form that is compiled, or why it is not; ``make`` does."""
+
+    make: Callable[[], Callable[[], object]]
+    run: Callable[[], object] | None = None
+    seconds: float = 0.0
+    problem: str = ""
+    peak_mib: float | None = None
+    error: float | None = None
+
+    def compile(self, timer: Timer) -> None:
+        def make() -> None:
+            self.run = self.make()
+
+        self.attempt(lambda: timer.seconds(make))
+
+    def attempt(self, what: Callable[[], float]) -> None:
+        """Do something that takes seconds; a problem is part of the row."""
         try:
-            seconds = timer.seconds(lambda make=make, made=made: made.append(make()))
-            seconds += timer.seconds(lambda made=made: made.append(made[0]()))
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
-            run, output = made
-            problem = ""
-            if not repeats:
-                continue
+            self.seconds += what()
+        except Exception as error:
+            self.run = None
+            self.problem = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            gc.collect()
+
+
+Forms = dict[tuple[float, str], Form]
+
+
+def compile_forms(forms: Forms, timer: Timer, bar: Any) -> None:
+    """Compile what is to be compiled; a mask of all pairs is made when it is timed."""
+    for (_, name), form in forms.items():
+        bar.set_postfix_str(f"compiling {name}")
+        if not name.startswith("SDPA"):
+            form.compile(timer)
+
+
+def measure(bench: Bench, forms: Forms, *, repeats: int, bar: Any) -> list[Result]:
+    """Run all once, then time them in turn."""
+    timer = Timer(bench.device)
+    timed: dict[tuple[float, str], Callable[[], float]] = {}
+    for key, form in forms.items():
+        bar.set_postfix_str(f"{bench.config.num_tokens:,} tokens: first {key[1]}")
+        before = torch.cuda.memory_allocated() if timer.on_gpu else 0
+        if timer.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        if form.run is None and not form.problem:
+            form.compile(timer)
+
+        def first(key: Any = key, form: Form = form, before: int = before) -> float:
+            assert form.run is not None
+            made: list[Any] = []
+            seconds = timer.seconds(lambda: made.append(form.run()))  # type: ignore[misc]
+            if timer.on_gpu:
+                form.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
             if not key[1].startswith("flex, create"):
-                output = output if isinstance(output, Tensor) else output[0]
+                output = made[0] if isinstance(made[0], Tensor) else made[0][0]
                 if key[1] == IN_ORDER:
                     output = output[:, torch.tensor(bench.split(key[0]).heads).argsort()]
-                errors[key] = bench.error(key[0], output)
-            made[1] = output = None
-            taken = timer.prepare(run)
-        except Exception as error:  # whatever it is, it is this form's row
-            seconds, peak = 0.0, None
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                form.error = bench.error(key[0], output)
             made.clear()
-            run = output = None
-            gc.collect()
-        prepared[key] = taken, seconds, peak, problem
-    times: dict[tuple[float, str], list[float]] = {key: [] for key in prepared}
+            timed[key] = timer.prepare(form.run)
+            return seconds
+
+        if form.run is not None:
+            form.attempt(first)
+    times: dict[tuple[float, str], list[float]] = {key: [] for key in forms}
     for turn in range(repeats):
-        for key, (taken, *_) in prepared.items():
+        for key, milliseconds in timed.items():
             bar.set_postfix_str(f"{bench.config.num_tokens:,} tokens: turn {turn + 1}, {key[1]}")
-            if taken is not None:
-                times[key].append(taken())
+            times[key].append(milliseconds())
     dense = times.get((0.0, "flex, dense causal"))
     results = []
-    for (mix, form), values in times.items():
-        _, compile_s, peak, problem = prepared[mix, form]
+    for (mix, name), values in times.items():
+        form = forms[mix, name]
         ordered = sorted(values)
         limit = bench.limit(mix, statistics.median(dense)) if mix and dense else None
         results.append(
@@ -347,16 +368,16 @@ def measure(
                 bench.config.num_tokens,
                 bench.config.image_tokens,
                 mix,
-                form,
+                name,
                 len(values),
                 statistics.median(values) if values else None,
                 ordered[int(0.2 * len(values))] if values else None,
                 ordered[int(0.8 * len(values))] if values else None,
-                compile_s,
-                peak,
+                form.seconds,
+                form.peak_mib,
                 limit,
-                errors.get((mix, form)),
-                problem,
+                form.error,
+                form.problem,
             )
         )
     return results
@@ -398,19 +419,17 @@ def main() -> None:
     parser.add_argument("--sparse", type=float, nargs="+", default=[0.25, 0.5, 0.75, 0.9])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-baselines", action="store_true")
-    parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--forms", metavar="REGEX", default="", help="only those; default: all")
     parser.add_argument(
         "--kernel-options", nargs="+", default=[], metavar="JSON", help="of FlexAttention, to sweep"
     )
     arguments = parser.parse_args()
     told = conditions(arguments.device)
+    timer = Timer(arguments.device)
     RESULTS.parent.mkdir(exist_ok=True)
-    table: list[list[str]] = []
-    cases = [(size, image) for size in arguments.tokens for image in arguments.image_tokens]
-    with tqdm(cases) as bar:
+    cases: list[tuple[Bench, Forms]] = []
+    with tqdm([(n, m) for n in arguments.tokens for m in arguments.image_tokens]) as bar:
         for size, image in bar:
-            torch._dynamo.reset()
             config = Config(max(2, round((size - 64) / (image + 18))), image, 16)
             bench = Bench(
                 config, arguments.shape, getattr(torch, arguments.dtype), arguments.device
@@ -418,16 +437,20 @@ def main() -> None:
             runs = bench.runs(
                 arguments.sparse, arguments.kernel_options, baselines=not arguments.no_baselines
             )
-            runs = {key: make for key, make in runs.items() if re.match(arguments.forms, key[1])}
-            if arguments.compile_only:
-                is_compiled = re.compile("fused|split|flex").match
-                runs = {key: make for key, make in runs.items() if is_compiled(key[1])}
-            repeats = 0 if arguments.compile_only else arguments.repeats
-            results = measure(bench, runs, repeats=repeats, bar=bar)
+            forms = {
+                key: Form(make) for key, make in runs.items() if re.match(arguments.forms, key[1])
+            }
+            compile_forms(forms, timer, bar)
+            cases.append((bench, forms))
+    table: list[list[str]] = []
+    with alone_on_device(), tqdm(cases) as bar:
+        for bench, forms in bar:
+            results = measure(bench, forms, repeats=arguments.repeats, bar=bar)
             with RESULTS.open("a") as file:
                 for result in results:
                     file.write(json.dumps({**told, **asdict(result)}) + "\n")
             table += rows_of_table(results)
+            forms.clear()
     print(f"{arguments.shape}, {arguments.dtype}, {arguments.device}; x: times faster than")
     header = ["tokens", "image", "sparse heads", "form", "ms", "x SDPA is_causal"]
     print_table([*header, "x SDPA boolean mask", "share of the limit", "error"], table)

@@ -8,7 +8,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -87,67 +88,18 @@ def conditions(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-class Timer:
-    """Times calls on a device.
+@contextmanager
+def alone_on_device() -> Iterator[None]:
+    """Where benches run side by side (``on_gpu.py``): wait for the turn to measure.
 
-    On a CPU by the wall clock. On a GPU by events around so many calls in a row that they take
-    some milliseconds; short ones are captured as a CUDA graph first, as launching them from Python
-    would take longer than they do.
+    ``BLINDSIGHT_TURN`` is the path of two files, without their endings: ``.ready`` tells that
+    everything is compiled, ``.go`` that the device is this process's alone.
     """
-
-    _SHORT, _BURST = 3.0, 10.0  # milliseconds
-
-    def __init__(self, device: str) -> None:
-        self.on_gpu = device != "cpu"
-
-    def wait(self) -> None:
-        if self.on_gpu:
-            torch.accelerator.synchronize()
-
-    def prepare(self, run: Callable[[], object]) -> Callable[[], float]:
-        """Return a function that returns the milliseconds of a call; ``run`` ran before."""
-        if not self.on_gpu:
-            return lambda: self.seconds(run) * 1e3
-        estimate = min(self._of_burst(run, 1) for _ in range(2))
-        if estimate < self._SHORT:
-            try:
-                run = _captured(run)
-                estimate = min(self._of_burst(run, 1) for _ in range(2))
-            except RuntimeError:  # it waits for the device, or copies from the host
-                self.wait()
-        number = max(1, min(100, round(self._BURST / estimate)))
-        return lambda: self._of_burst(run, number)
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        """Return the wall-clock time of one call, until the device is done."""
-        self.wait()
-        begin = time.perf_counter()
-        run()
-        self.wait()
-        return time.perf_counter() - begin
-
-    def _of_burst(self, run: Callable[[], object], number: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.wait()
-        begin.record()
-        for _ in range(number):
-            run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / number
-
-
-def _captured(run: Callable[[], object]) -> Callable[[], object]:
-    """Return the replay of a call's CUDA graph."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        run()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    if turn := os.environ.get("BLINDSIGHT_TURN"):
+        Path(f"{turn}.ready").touch()
+        while not Path(f"{turn}.go").exists():
+            time.sleep(0.05)
+    yield
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

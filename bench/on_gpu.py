@@ -1,11 +1,11 @@
 """All that only a GPU can tell, in one call of some minutes.
 
-    python bench/on_gpu.py [--steps tests tune ...] [--minutes 9] [--prepare-minutes 4] [--logs DIR]
+    python bench/on_gpu.py [--steps tests costs ...] [--minutes 9] [--logs DIR]
 
-First, side by side: the tests that need a GPU, and the benches with ``--compile-only``, which fill
-Inductor's caches. Then the benches one after another, alone on the device. A step that does not
-end in time is stopped, and the rest goes on; their output is kept in DIR, by step, and the end of
-each is printed. What is measured is appended to bench/results.
+First, side by side: the tests that need a GPU, and the benches as far as they compile. Then the
+tests are stopped, and one bench after another has the device for itself. A step that does not end
+in time is stopped, and the rest goes on; their output is kept in DIR, by step, and the end of each
+is printed. What is measured is appended to bench/results.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
-TESTS = "-m pytest -v -rs -p no:cacheprovider -n 8 --dist worksteal tests/test_gpu.py"
+TESTS = os.environ.get("BLINDSIGHT_GPU_TEST_ARGUMENTS", "tests/test_gpu.py")
 ATTENTION = "bench/attention.py --device cuda --dtype bfloat16"
 TILES = {  # by shape: queries, keys, warps, stages
     "internvl3-1b": [(128, 128, 4, 3), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)],
@@ -55,72 +55,83 @@ def attention(shape: str, tokens: str, more: str = "") -> str:
 
 PREFILL = "bench/prefill.py --device cuda --dtype bfloat16 --shape qwen2.5-vl-7b --any-length"
 OVERHEAD = "bench/overhead.py --device cuda --dtype bfloat16 --shape qwen2.5-vl-7b"
-BOTH_IMAGES = "--image-tokens 256 1296"
+IMAGES = "--image-tokens 256 1296"
+NO_BLOCK_MASK = "--forms SDPA|fused|split|flex,.dense"  # which takes long to compile
 
-# By step: the command, and whether it can fill the caches beforehand.
 STEPS = {
-    "tests": (TESTS, False),
-    "tune": ("-m blindsight.cli tune --device cuda --dtype bfloat16 float32", True),
-    "tiles-64": (tiles("internvl3-1b"), True),
-    "tiles-128": (tiles("qwen2.5-vl-7b"), True),
-    "tiles-256": (tiles("gemma-3-12b"), True),
-    "one-length": (attention("qwen2.5-vl-7b", "16384", "--sparse 0.75"), True),
-    "mixes": (attention("qwen2.5-vl-7b", "4096 16384 36864", BOTH_IMAGES), True),
-    "long": (
-        attention("qwen2.5-vl-7b", "102400", f"{BOTH_IMAGES} --sparse 0.75 0.9 --repeats 3"),
-        True,
+    "tests": f"-m pytest -v -rs -p no:cacheprovider -p on_gpu -n 9 --dist worksteal {TESTS}",
+    "costs": "bench/costs.py --device cuda --dtype bfloat16 float32",
+    "tiles-64": tiles("internvl3-1b"),
+    "tiles-128": tiles("qwen2.5-vl-7b"),
+    "tiles-256": tiles("gemma-3-12b"),
+    "one-length": attention("qwen2.5-vl-7b", "16384", "--sparse 0.75"),
+    "4k": attention("qwen2.5-vl-7b", "4096", IMAGES),
+    "36k": attention("qwen2.5-vl-7b", "36864", IMAGES),
+    "100k": attention(
+        "qwen2.5-vl-7b", "102400", f"{IMAGES} --sparse 0.75 0.9 --repeats 3 {NO_BLOCK_MASK}"
     ),
-    "longest": (
-        attention("qwen2.5-vl-7b", "307200", f"{BOTH_IMAGES} --sparse 0.75 0.9 --repeats 2"),
-        True,
+    "300k": attention(
+        "qwen2.5-vl-7b", "307200", f"{IMAGES} --sparse 0.75 0.9 --repeats 2 {NO_BLOCK_MASK}"
     ),
-    "qwen2-vl-2b": (attention("qwen2-vl-2b", "16384 36864", "--sparse 0.5 0.75 0.9"), True),
-    "gemma-3-12b": (attention("gemma-3-12b", "16384 36864", "--sparse 0.5 0.75 0.9"), True),
-    "prefill": (f"{PREFILL} --tokens 4096 16384 36864 --repeats 3", True),
-    "overhead": (f"{OVERHEAD} --tokens 4096 16384 36864", False),
+    "qwen2-vl-2b": attention("qwen2-vl-2b", "16384 36864", f"--sparse 0.75 {NO_BLOCK_MASK}"),
+    "gemma-3-12b": attention("gemma-3-12b", "16384 36864", f"--sparse 0.75 {NO_BLOCK_MASK}"),
+    "prefill": f"{PREFILL} --tokens 4096 16384 36864 --repeats 3",
+    "overhead": f"{OVERHEAD} --tokens 4096 16384 36864 --parts work",
 }
-CHECKS = ["tests", "tune", "tiles-64", "tiles-128", "tiles-256", "one-length"]
+CHECKS = ["tests", "costs", "tiles-64", "tiles-128", "tiles-256", "one-length"]
 
 
-def run(command: str, log: Path, until: float, extra: dict[str, str]) -> str:
-    """Run a command of Python until a time; return how it ended."""
-    begin = time.monotonic()
-    if until - begin < 5:
-        return "not begun"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, *shlex.split(command)],
-            cwd=ROOT,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **extra},
-            start_new_session=True,
-        )
+class Step:
+    """A command of Python in a process of its own, which waits for its turn to measure."""
+
+    def __init__(self, name: str, logs: Path) -> None:
+        self.name = name
+        self.log = logs / f"{name}.log"
+        self._turn = logs / name
+        self._begin = time.monotonic()
+        for ending in (".ready", ".go"):
+            Path(f"{self._turn}{ending}").unlink(missing_ok=True)
+        # Many compile at a time.
+        threads = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+        path = os.pathsep.join([str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])
+        with self.log.open("w") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, *shlex.split(STEPS[name])],
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={
+                    **os.environ,
+                    **threads,
+                    "PYTHONPATH": path,
+                    "BLINDSIGHT_TURN": str(self._turn),
+                },
+                start_new_session=True,
+            )
+
+    @property
+    def is_ready(self) -> bool:
+        return self._process.poll() is not None or Path(f"{self._turn}.ready").exists()
+
+    def go(self) -> None:
+        Path(f"{self._turn}.go").touch()
+
+    def wait(self, until: float) -> str:
+        """Wait for the end, and make one of it when the time is over; return how it went."""
         try:
-            how = f"exit status {process.wait(until - begin)}"
+            status = self._process.wait(max(0.0, until - time.monotonic()))
+            how = f"exit status {status}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
             how = "stopped"
-    return f"{how} after {time.monotonic() - begin:.0f} s"
+        return f"{how} after {time.monotonic() - self._begin:.0f} s"
 
 
-def prepare(names: list[str], logs: Path, until: float) -> None:
-    """Run tests and fill caches, side by side."""
-    few_threads = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "3"}
-
-    def one(name: str) -> None:
-        command, has_caches = STEPS[name]
-        is_bench = command.startswith("bench/")
-        if has_caches:
-            command += " --compile-only" if is_bench else ""
-        elif is_bench:
-            return
-        log = logs / f"{name}{'-compile' if has_caches else ''}.log"
-        print(f"{name}, side by side: {run(command, log, until, few_threads)}", flush=True)
-
-    with ThreadPoolExecutor(len(names)) as pool:
-        list(pool.map(one, names))
+def pytest_runtest_logreport(report: Any) -> None:
+    """As a plugin of pytest: tell of a failure at once, as there may be no end of the tests."""
+    if report.failed:
+        print(f"\n== {report.nodeid}\n{report.longreprtext[-3000:]}", flush=True)
 
 
 def main() -> None:
@@ -133,18 +144,23 @@ def main() -> None:
     arguments = parser.parse_args()
     begin = time.monotonic()
     arguments.logs.mkdir(parents=True, exist_ok=True)
-    prepare(arguments.steps, arguments.logs, begin + 60 * arguments.prepare_minutes)
-    for name in arguments.steps:
-        command, _ = STEPS[name]
-        if name == "tests":
-            continue
-        log = arguments.logs / f"{name}.log"
-        how = run(command, log, begin + 60 * arguments.minutes, {})
-        print(f"{name}: {how} ({time.monotonic() - begin:.0f} s in all)", flush=True)
-    for log in sorted(arguments.logs.glob("*.log")):
-        if not log.name.endswith("-compile.log"):
-            print(f"== {log.stem}")
-            print("\n".join(log.read_text().splitlines()[-arguments.lines :]))
+    steps = [Step(name, arguments.logs.resolve()) for name in arguments.steps]
+    until = begin + 60 * arguments.prepare_minutes
+    while time.monotonic() < until and not all(step.is_ready for step in steps):
+        time.sleep(0.2)
+    late = [step.name for step in steps if not step.is_ready]
+    print(f"prepared after {time.monotonic() - begin:.0f} s, but for {late}", flush=True)
+    for step in steps:
+        if not step.is_ready:
+            print(f"{step.name}: {step.wait(until)}", flush=True)
+    for step in steps:
+        if step.name not in late:
+            step.go()
+            how = step.wait(begin + 60 * arguments.minutes)
+            print(f"{step.name}: {how}", flush=True)
+    for step in steps:
+        print(f"== {step.name}")
+        print("\n".join(step.log.read_text().splitlines()[-arguments.lines :]))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python bench/overhead.py [--device cuda] [--dtype bfloat16] [--tokens 4096 16384]
                              [--parts work compile recompile turns]
 
-work: bounds and block tables of four categories (once per prompt), moving tokens into their order
-and back (once per layer), and one decoder layer, beside each other.
+work: bounds and block tables of four categories and choosing how to compute (both once per prompt),
+moving tokens into their order and back (once per layer), and one decoder layer, beside each other.
 compile: the first call of a plain torch.compile and of each lowering, less a later call; Inductor's
 caches are off.
 recompile: 30 prompts of random lengths and numbers of images; which of them compile attention
@@ -21,7 +21,6 @@ import argparse
 import json
 import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 from attention import head_mix
-from common import Config, conditions, print_table
+from common import Config, alone_on_device, conditions, print_table
 from prefill import SHAPES, decoder, forward, inputs_of, prompt_of
 from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
@@ -39,8 +38,15 @@ from transformers import DynamicCache
 from blindsight import Profile, TemplateRule, blindsight_backend, use_template
 from blindsight.attention import _take_tokens
 from blindsight.base_mask import CAUSAL
+from blindsight.block_tables import block_size_of
+from blindsight.choose import ChoosableCall, best_form, choose_layouts
+from blindsight.cost_model import CallSize, costs_of
+from blindsight.history import History
 from blindsight.inner import Inner
+from blindsight.lowering import Lowering
 from blindsight.mask_forms import sorted_mask
+from blindsight.template import Template
+from blindsight.timer import Timer
 
 RESULTS = Path(__file__).parent / "results" / "overhead.jsonl"
 HEAD_DIM = 128
@@ -53,33 +59,29 @@ class Bench:
         self.dtype: torch.dtype = getattr(torch, arguments.dtype)
         self.num_layers: int = arguments.layers
         self.repeats: int = arguments.repeats
+        self.timer = Timer(self.device)
         self.model = decoder(self.shape, self.num_layers, self.dtype, self.device)
         codes = [head_mix(SHAPES[self.shape][2], 0.75)] * self.num_layers
         self.profile = Profile.for_model(self.model, codes, rule=TemplateRule(image_token_ids=(1,)))
 
     def seconds(self, run: Callable[[], object]) -> float:
-        begin = time.perf_counter()
-        run()
-        if self.device != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter() - begin
+        return self.timer.seconds(run)
 
     def medians(self, runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-        """Return median seconds, called in turn after a warm-up."""
+        """Return median seconds, called in turn; they ran before."""
+        timed = {name: self.timer.prepare(run) for name, run in runs.items()}
         times: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(self.repeats + 1):
-            for name, run in runs.items():
-                taken = self.seconds(run)
-                if turn > 0:
-                    times[name].append(taken)
+        for _ in range(self.repeats):
+            for name, milliseconds in timed.items():
+                times[name].append(milliseconds() / 1e3)
         return {name: statistics.median(values) for name, values in times.items()}
 
 
 def measure_work(bench: Bench, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    found = []
+    prompts: list[tuple[int, dict[str, Callable[[], object]]]] = []
     heads, key_heads = SHAPES[bench.shape][2:4]
+    torch._dynamo.config.recompile_limit = 64
     for size in tqdm(sizes, desc="work"):
-        torch._dynamo.reset()
         config = prompt_of(size)
         length = config.num_tokens
         inputs, template = inputs_of(bench.model, config)
@@ -106,25 +108,57 @@ def measure_work(bench: Bench, sizes: Sequence[int]) -> list[dict[str, Any]]:
 
         backend = blindsight_backend(bench.profile, lowering="fused")
         compiled = torch.compile(bench.model, backend=backend, dynamic=False)
-        medians = bench.medians(
-            {
-                "masks": partial(torch.compile(masks, dynamic=False), *template),
-                "moves": partial(torch.compile(moves, dynamic=False), query, key, value, *order),
-                "prefill": partial(forward, compiled, inputs, template),
-            }
-        )
-        layer = (medians["prefill"] - medians["masks"]) / bench.num_layers
-        whole = medians["masks"] + SHAPES[bench.shape][4] * layer
-        found.append(
-            {
-                "part": "work",
-                "tokens": length,
-                **{f"{name}_ms": 1e3 * taken for name, taken in medians.items()},
-                "masks_of_a_whole_prefill": medians["masks"] / whole,
-                "moves_of_a_layer": medians["moves"] / layer,
-            }
-        )
+        runs: dict[str, Callable[[], object]] = {
+            "masks": partial(torch.compile(masks, dynamic=False), *template),
+            "moves": partial(torch.compile(moves, dynamic=False), query, key, value, *order),
+            "prefill": partial(forward, compiled, inputs, template),
+            "choosing": partial(choose_alone, bench, config),
+        }
+        for run in runs.values():
+            run()
+        prompts.append((length, runs))
+    found = []
+    with alone_on_device():
+        for length, runs in prompts:
+            choosing = [bench.seconds(runs["choosing"]) for _ in range(bench.repeats)]
+            medians = bench.medians({n: run for n, run in runs.items() if n != "choosing"})
+            medians["choosing"] = statistics.median(choosing)
+            once = medians["masks"] + medians["choosing"]
+            layer = (medians["prefill"] - once) / bench.num_layers
+            whole = once + SHAPES[bench.shape][4] * layer
+            found.append(
+                {
+                    "part": "work",
+                    "tokens": length,
+                    **{f"{name}_ms": 1e3 * taken for name, taken in medians.items()},
+                    "once_of_a_whole_prefill": once / whole,
+                    "moves_of_a_layer": medians["moves"] / layer,
+                }
+            )
     return found
+
+
+def choose_alone(bench: Bench, config: Config) -> None:
+    """What is found out of a prompt on the host, before it runs."""
+    length, (span_id, is_sink) = config.num_tokens, config.template()
+    history = History(bench.profile.rule, template=Template(span_id, is_sink))
+    costs = costs_of(torch.device(bench.device), bench.dtype)
+    block_size = block_size_of(torch.device(bench.device))
+    form = best_form(history, length, bench.profile.categories, costs=costs, block_size=block_size)
+    heads, key_heads = SHAPES[bench.shape][2:4]
+    size = CallSize(heads, key_heads, HEAD_DIM, 1, length, length, length, length, is_masked=True)
+    codes = tuple(bench.profile.categories[0].tolist())
+    call = ChoosableCall(codes, form, is_causal=True, size=size)
+    calls = [call] * SHAPES[bench.shape][4]
+    parts = torch.get_num_threads() if bench.device == "cpu" else 1
+    choose_layouts(
+        calls,
+        history,
+        lowering=Lowering.AUTO,
+        costs=costs,
+        block_size=block_size,
+        num_threads=parts,
+    )
 
 
 def measure_compile(bench: Bench, size: int) -> list[dict[str, Any]]:

@@ -8,8 +8,8 @@ A Qwen2.5-VL decoder with random weights, of a real model's widths, fewer layers
 of 256-token images with 16 text tokens between, given as embeddings. Times are of whole forwards:
 MLPs, projections, masks, block tables. "torch.compile, is_causal" is given no mask at all, which is
 as fast as dense heads get. All in turn, A B C A B C, medians; the first call of each, which
-compiles, is told apart. With ``--any-length`` two other prompts come before, and
-everything is compiled for any length by then. A prompt that does not fit in memory is a row, too.
+compiles, is told apart. With ``--any-length`` another prompt comes before, and
+everything is compiled for any length after it. A prompt that does not fit in memory is a row, too.
 Appends a row for each measurement to bench/results/prefill.jsonl.
 """
 
@@ -18,20 +18,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from attention import head_mix
-from common import Config, Timer, conditions, print_table
+from common import Config, alone_on_device, conditions, print_table
 from torch import nn
 from tqdm import tqdm
 from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
 from blindsight import Profile, TemplateRule, blindsight_backend, use_template
+from blindsight.timer import Timer
 
 RESULTS = Path(__file__).parent / "results" / "prefill.jsonl"
 SHAPES = {  # hidden, intermediate, heads, key heads, layers
@@ -41,7 +43,7 @@ SHAPES = {  # hidden, intermediate, heads, key heads, layers
 
 IS_CAUSAL = "torch.compile, is_causal"
 NO_MASK = {"attention_mask": {"full_attention": None}}
-FIRST_LENGTHS = (1600, 2600)  # of prompts that come before, for any length to be compiled
+FIRST_LENGTHS = (1600,)  # of prompts that come before: the next is compiled for any length
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,40 @@ class Result:
     any_length: bool = False
     peak_mib: float | None = None
     problem: str = ""
+
+
+@dataclass
+class Case:
+    """A prompt in every form, and how its first calls went."""
+
+    length: int
+    backends: dict[str, Any]
+    runs: dict[str, Callable[[], object]] = field(default_factory=dict)
+    first_s: dict[str, float] = field(default_factory=dict)
+    peaks_mib: dict[str, float] = field(default_factory=dict)
+    ran: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, run: Callable[[], object], timer: Timer) -> None:
+        """Call a form for the first time, which compiles it."""
+        before = self._counts(name)
+        if timer.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            self.first_s[name] = timer.seconds(run)
+            self.runs[name] = run
+        except torch.OutOfMemoryError as error:
+            self.first_s[name] = 0.0
+            self.problems[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        if timer.on_gpu:
+            self.peaks_mib[name] = torch.cuda.max_memory_allocated() / 2**20
+        self.ran[name] = ", ".join(sorted(set(self._counts(name) - before)))
+
+    def _counts(self, name: str) -> Counter[str]:
+        """How often attention ran in which way."""
+        backend = self.backends.get(name)
+        rows = [] if backend is None else backend.report().rows
+        return sum((Counter(row.runs) for row in rows), Counter())
 
 
 def decoder(shape: str, num_layers: int, dtype: torch.dtype, device: str) -> nn.Module:
@@ -124,7 +160,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-eager", action="store_true")
     parser.add_argument("--any-length", action="store_true", help="compiled for any length")
-    parser.add_argument("--compile-only", action="store_true", help="fill Inductor's caches")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     num_layers = arguments.layers or (
@@ -140,10 +175,10 @@ def main() -> None:
     profile = Profile.for_model(model, codes, rule=rule)
     timer = Timer(arguments.device)
     dynamic = None if arguments.any_length else False
+    torch._dynamo.config.recompile_limit = 64  # forms and lengths share the model's frames
 
     def compiled_forms() -> tuple[dict[str, Any], dict[str, Any]]:
         """Return models by the name of their form, and the backends of those that have one."""
-        torch._dynamo.reset()
         models: dict[str, Any] = {} if arguments.no_eager else {"eager": model}
         models["torch.compile"] = torch.compile(model, dynamic=dynamic)
         models[IS_CAUSAL] = models["torch.compile"]
@@ -153,66 +188,50 @@ def main() -> None:
             models[lowering] = torch.compile(model, backend=backend, dynamic=dynamic)
         return models, backends
 
-    table: list[list[str]] = []
+    cases: list[Case] = []
     models, backends = compiled_forms()
     lengths = [*FIRST_LENGTHS, *arguments.tokens] if arguments.any_length else arguments.tokens
     with tqdm(lengths) as bar:
         for at, size in enumerate(bar):
-            only_compiles = arguments.any_length and at < len(FIRST_LENGTHS)
             if not arguments.any_length and at:
                 models, backends = compiled_forms()
             config = prompt_of(size)
-            length = config.num_tokens
             inputs, template = inputs_of(model, config)
-            first: dict[str, float] = {}
-            peaks: dict[str, float] = {}
-            problems: dict[str, str] = {}
-            runs: dict[str, Callable[[], object]] = {}
+            case = Case(config.num_tokens, backends)
             for name, module in models.items():
-                bar.set_postfix_str(f"{length:,} tokens: compiling {name}")
+                bar.set_postfix_str(f"{case.length:,} tokens: compiling {name}")
                 more = NO_MASK if name == IS_CAUSAL else {}
-                run = partial(forward, module, inputs, template, **more)
-                if timer.on_gpu:
-                    torch.cuda.reset_peak_memory_stats()
-                try:
-                    first[name] = timer.seconds(run)
-                    runs[name] = run
-                except torch.OutOfMemoryError as error:
-                    first[name] = 0.0
-                    problems[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-                if timer.on_gpu:
-                    peaks[name] = torch.cuda.max_memory_allocated() / 2**20
-            if only_compiles or arguments.compile_only:
-                continue
+                case.add(name, partial(forward, module, inputs, template, **more), timer)
+            if not (arguments.any_length and at < len(FIRST_LENGTHS)):
+                cases.append(case)
+    table: list[list[str]] = []
+    with alone_on_device(), tqdm(cases) as bar:
+        for case in bar:
             times: dict[str, list[float]] = {name: [] for name in models}
             for turn in range(arguments.repeats):
-                for name, run in runs.items():
-                    bar.set_postfix_str(f"{length:,} tokens: turn {turn + 1}, {name}")
+                for name, run in case.runs.items():
+                    bar.set_postfix_str(f"{case.length:,} tokens: turn {turn + 1}, {name}")
                     times[name].append(1e3 * timer.seconds(run))
-            results = []
-            for name, values in times.items():
-                ran = ""
-                if name in backends:
-                    rows = backends[name].report().rows
-                    ran = ", ".join(sorted({how for row in rows for how in row.runs}))
-                result = Result(
+            results = [
+                Result(
                     arguments.shape,
                     num_layers,
                     arguments.dtype,
-                    length,
+                    case.length,
                     arguments.sparse,
                     name,
                     len(values),
                     statistics.median(values) if values else None,
                     sorted(values)[int(0.2 * len(values))] if values else None,
                     sorted(values)[int(0.8 * len(values))] if values else None,
-                    first[name],
-                    ran,
+                    case.first_s[name],
+                    case.ran.get(name, ""),
                     arguments.any_length,
-                    peaks.get(name),
-                    problems.get(name, ""),
+                    case.peaks_mib.get(name),
+                    case.problems.get(name, ""),
                 )
-                results.append(result)
+                for name, values in times.items()
+            ]
             with RESULTS.open("a") as file:
                 for result in results:
                     file.write(json.dumps({**told, **asdict(result)}) + "\n")

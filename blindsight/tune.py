@@ -6,13 +6,14 @@ Shapes: B batch, H query heads, L tokens, D head dim.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._pytree import tree_leaves
 
 from blindsight.attention import attend
 from blindsight.base_mask import CAUSAL
@@ -20,6 +21,7 @@ from blindsight.block_tables import block_size_of
 from blindsight.categories import HeadCategory
 from blindsight.cost_model import HEAD_DIM, Costs
 from blindsight.mask_forms import ordered_mask, sorted_mask
+from blindsight.timer import Timer
 
 _NUM_HEADS = 8
 
@@ -39,13 +41,19 @@ def measure_costs(
         dtype: Of queries, keys and values.
         num_tokens: L; by default 4,096 on a CPU and 16,384 elsewhere.
         repeats: How often each part is timed.
-        progress: Called with what comes next.
+        progress: Called with what comes next, "timing" when everything is compiled.
     """
     length = num_tokens or (4096 if device.type == "cpu" else 16384)
     block_size = block_size_of(device)
-    short = 2 * block_size
+    timer = Timer(device)
     runs: dict[str, Callable[[], object]] = {}
-    for name, size in (("long", length), ("short", short)):
+
+    def add(name: str, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+        progress(f"compiling: {name}")
+        run = compile_alone(function, inputs)
+        runs[name] = partial(run, *inputs)
+
+    for name, size in (("long", length), ("short", 2 * block_size)):
         query, key, value = (
             torch.randn(1, _NUM_HEADS, size, HEAD_DIM, device=device, dtype=dtype) for _ in range(3)
         )
@@ -55,25 +63,31 @@ def measure_costs(
         heads = torch.arange(_NUM_HEADS, device=device)
         codes = torch.full_like(heads, HeadCategory.DENSE, dtype=torch.int32)
         inputs = [query, key, value, span_id, is_sink, heads, codes]
-        for form in ("ordered", "sorted"):
-            progress(f"compiling: {form}, {size:,} tokens")
-            runs[f"{form} {name}"] = _bind(compile_alone(_flex(form, size), inputs), inputs)
+        for form in ("ordered", "sorted") if name == "long" else ("ordered",):
+            add(f"{form} {name}", _flex(form, size), inputs)
+            if timer.on_gpu:
+                add(f"{form} {name}, mask", _mask_alone(form, size), [span_id, is_sink])
         if name == "long":
             allowed = torch.ones(size, size, dtype=torch.bool, device=device).tril()[None, None]
-            runs["causal"] = _bind(_causal, [query, key, value])
-            runs["masked"] = _bind(_masked, [query, key, value, allowed])
-    progress("timing")
-    times = _time(runs, device, repeats)
+            runs["causal"] = partial(_causal, query, key, value)
+            runs["masked"] = partial(_masked, query, key, value, allowed)
+    times = _time(runs, timer, repeats, lambda: progress("timing"))
+    # All layers of a prompt share a mask. On a CPU it stays part of a call: what surrounds the call
+    # takes as long there, and small savings come to nothing.
+    ordered, is_sorted, call = (
+        times[name] - times.get(f"{name}, mask", 0.0)
+        for name in ("ordered long", "sorted long", "ordered short")
+    )
     blocks = -(-length // block_size)
     listed = _NUM_HEADS * blocks * (blocks + 1) / 2 * block_size**2
     pairs = _NUM_HEADS * length**2
     moved = 4 * _NUM_HEADS * length * HEAD_DIM
-    call = times["ordered short"]
+    call = max(call, 0.0)
     return Costs(
         causal=times["causal"] / (pairs / 2),
         masked=times["masked"] / pairs,
-        flex=max(times["ordered long"] - call, 0.0) / listed,
-        move=max(times["sorted long"] - times["ordered long"], 0.0) / moved,
+        flex=max(ordered - call, 0.0) / listed,
+        move=max(is_sorted - ordered, 0.0) / moved,
         call=call,
     )
 
@@ -96,6 +110,17 @@ def _flex(form: str, size: int) -> Callable[..., Tensor]:
     return run
 
 
+def _mask_alone(form: str, size: int) -> Callable[..., Any]:
+    """Return what computes all that a mask of this form is made of."""
+    make_mask: Any = sorted_mask if form == "sorted" else ordered_mask
+
+    def run(span_id: Tensor, is_sink: Tensor) -> Any:
+        mask = make_mask(CAUSAL, span_id, is_sink, batch=1, num_queries=size, num_keys=size)
+        return [x for x in tree_leaves(mask) if isinstance(x, Tensor)]
+
+    return run
+
+
 def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scaled_dot_product_attention(query, key, value, is_causal=True)
 
@@ -104,9 +129,7 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tenso
     return scaled_dot_product_attention(query, key, value, attn_mask=allowed)
 
 
-def compile_alone(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor]
-) -> Callable[..., object]:
+def compile_alone(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., object]:
     """Compile a function of tensors with Inductor, without Dynamo, for exactly these sizes."""
     from torch._inductor.compile_fx import compile_fx
 
@@ -116,26 +139,20 @@ def compile_alone(
     return cast(Callable[..., object], compile_fx(fx.GraphModule({}, graph), list(inputs)))
 
 
-def _bind(function: Callable[..., object], inputs: Sequence[Tensor]) -> Callable[[], object]:
-    return lambda: function(*inputs)
-
-
 def _time(
-    runs: dict[str, Callable[[], object]], device: torch.device, repeats: int
+    runs: Mapping[str, Callable[[], object]],
+    timer: Timer,
+    repeats: int,
+    begin: Callable[[], object],
 ) -> dict[str, float]:
-    """Return the median nanoseconds of each, called in turn; the first turn is a warm-up."""
-
-    def wait() -> None:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-
+    """Return the median nanoseconds of each, called in turn."""
+    begin()
+    prepared = {}
+    for name, run in runs.items():
+        run()  # a warm-up
+        prepared[name] = timer.prepare(run)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            wait()
-            begin = time.perf_counter_ns()
-            run()
-            wait()
-            if turn > 0:
-                times[name].append(time.perf_counter_ns() - begin)
+    for _ in range(repeats):
+        for name, milliseconds in prepared.items():
+            times[name].append(1e6 * milliseconds())
     return {name: statistics.median(values) for name, values in times.items()}

@@ -44,9 +44,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
+    # The references round as float32 does. cuDNN's convolutions, of the vision towers, do not.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     # Qwen3-VL's layers are compiled one by one, and again for every shape.
     with torch._dynamo.config.patch(recompile_limit=64), torch.no_grad():
         yield

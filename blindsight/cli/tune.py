@@ -34,7 +34,8 @@ def _run_tune(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
     for name in arguments.dtype:
         dtype = getattr(torch, name)
-        with tqdm(total=5, desc=name, leave=False) as bar, torch.inference_mode():
+        steps = 4 if device.type == "cpu" else 7
+        with tqdm(total=steps, desc=name, leave=False) as bar, torch.inference_mode():
 
             def progress(text: str, bar: tqdm = bar) -> None:
                 bar.set_postfix_str(text)

@@ -1,0 +1,89 @@
+"""Time calls on a device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_SHORT = 3.0  # milliseconds: of a call that is captured before it is timed
+_BURST = 10.0  # milliseconds that calls in a row take, about
+_LONGEST_BURST = 100  # calls
+
+
+class Timer:
+    """Times calls: on a CPU by the wall clock, on a GPU by events.
+
+    There so many calls in a row are timed that they take some milliseconds, and short ones are
+    captured as a CUDA graph first: launching them from Python would take longer than they do.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self.on_gpu = self._device.type != "cpu"
+
+    def wait(self) -> None:
+        """Wait until the device is done."""
+        if self.on_gpu:
+            torch.accelerator.synchronize(self._device)
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Return the wall-clock time of one call, until the device is done."""
+        self.wait()
+        begin = time.perf_counter()
+        run()
+        self.wait()
+        return time.perf_counter() - begin
+
+    def prepare(self, run: Callable[[], object]) -> Callable[[], float]:
+        """Return a function that returns the milliseconds of a call; ``run`` ran before."""
+        if not self.on_gpu:
+            return lambda: self.seconds(run) * 1e3
+        if self._estimate(run) < _SHORT:
+            try:
+                run = _Replay.of(run)
+            except RuntimeError:  # it waits for the device, or copies from the host
+                self.wait()
+        number = round(_BURST / self._estimate(run))
+        number = max(1, min(_LONGEST_BURST, number))
+        return lambda: self._of_burst(run, number)
+
+    def _estimate(self, run: Callable[[], object]) -> float:
+        return min(self._of_burst(run, 1) for _ in range(2))
+
+    def _of_burst(self, run: Callable[[], object], number: int) -> float:
+        make_event: Any = torch.cuda.Event
+        begin, end = (make_event(enable_timing=True) for _ in range(2))
+        self.wait()
+        begin.record()
+        for _ in range(number):
+            run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / number
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """The CUDA graph of a call; ``run`` keeps the tensors that it reads."""
+
+    graph: torch.cuda.CUDAGraph
+    run: Callable[[], object]
+
+    @classmethod
+    def of(cls, run: Callable[[], object]) -> _Replay:
+        beside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            run()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return cls(graph, run)
+
+    def __call__(self) -> None:
+        self.graph.replay()
