@@ -29,7 +29,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import Config, alone_on_device, conditions, print_table
+from common import Config, alone_on_device, conditions, print_kernels, print_table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -41,6 +41,7 @@ from blindsight.attention import _masked, attend
 from blindsight.base_mask import CAUSAL
 from blindsight.block_tables import block_size_of, runs_of_sorted
 from blindsight.categories import HeadCategory
+from blindsight.choose import MAX_TABLE_BYTES
 from blindsight.intervals import sorted_bounds
 from blindsight.lowering import Layout, fused_layout, split_layout
 from blindsight.mask_forms import sorted_mask
@@ -50,6 +51,7 @@ from blindsight.tune import compile_alone
 
 RESULTS = Path(__file__).parent / "results" / "attention.jsonl"
 IN_ORDER = "split, heads in order"
+KERNELS_OF = 0.75  # share of sparse heads
 DENSE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 SHAPES = {  # query heads, key heads, head dim
     "8 heads": (8, 2, 128),
@@ -144,7 +146,11 @@ class Bench:
 
     def split(self, mix: float) -> Layout:
         """How split deals out the heads of a mix."""
-        return split_layout(head_mix(self.num_heads, mix), self.num_threads, is_causal=True)
+        codes = head_mix(self.num_heads, mix)
+        num_blocks = -(-self.config.num_tokens // block_size_of(torch.device(self.device)))
+        tables = 2 * 4 * (self.num_heads - codes.count(0)) * num_blocks**2
+        is_large = tables > MAX_TABLE_BYTES
+        return split_layout(codes, self.num_threads, is_causal=True, per_category=is_large)
 
     def limit(self, mix: float, dense_ms: float) -> float:
         """The dense call's time, for the listed blocks alone."""
@@ -419,6 +425,7 @@ def main() -> None:
     parser.add_argument("--sparse", type=float, nargs="+", default=[0.25, 0.5, 0.75, 0.9])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-baselines", action="store_true")
+    parser.add_argument("--kernels", action="store_true", help="print what a GPU spends time in")
     parser.add_argument("--forms", metavar="REGEX", default="", help="only those; default: all")
     parser.add_argument(
         "--kernel-options", nargs="+", default=[], metavar="JSON", help="of FlexAttention, to sweep"
@@ -450,6 +457,10 @@ def main() -> None:
                 for result in results:
                     file.write(json.dumps({**told, **asdict(result)}) + "\n")
             table += rows_of_table(results)
+            if arguments.kernels:
+                for (mix, name), form in forms.items():
+                    if mix == KERNELS_OF and form.run is not None:
+                        print_kernels(f"{bench.config.name}, {mix:.0%}, {name}", form.run)
             forms.clear()
     print(f"{arguments.shape}, {arguments.dtype}, {arguments.device}; x: times faster than")
     header = ["tokens", "image", "sparse heads", "form", "ms", "x SDPA is_causal"]

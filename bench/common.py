@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -100,6 +100,23 @@ def alone_on_device() -> Iterator[None]:
         while not Path(f"{turn}.go").exists():
             time.sleep(0.05)
     yield
+
+
+def print_kernels(name: str, run: Callable[[], object], number: int = 12) -> None:
+    """Print the kernels of a GPU that a call spends most time in."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.accelerator.synchronize()
+    kernels = sorted(found.key_averages(), key=lambda each: -each.self_device_time_total)
+    whole = sum(each.self_device_time_total for each in kernels) / 1e3
+    print(f"{name}: {whole:.4g} ms in kernels")
+    rows = [
+        [each.key[:90], str(each.count), f"{each.self_device_time_total / 1e3:.4g}"]
+        for each in kernels[:number]
+    ]
+    print_table(["kernel", "calls", "ms"], rows)
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

@@ -11,6 +11,7 @@ is printed. What is measured is appended to bench/results.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import signal
@@ -23,28 +24,29 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 TESTS = os.environ.get("BLINDSIGHT_GPU_TEST_ARGUMENTS", "tests/test_gpu.py")
+WORKERS = os.environ.get("BLINDSIGHT_GPU_TEST_WORKERS", "9")
 ATTENTION = "bench/attention.py --device cuda --dtype bfloat16"
-TILES = {  # by shape: queries, keys, warps, stages
-    "internvl3-1b": [(128, 128, 4, 3), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)],
+TILES = {  # by shape: queries, keys, warps, stages; whether loads are the tensor accelerator's
+    "internvl3-1b": [(64, 64, 4, 3, True), (64, 64, 4, 3, False), (64, 64, 4, 4, True)],
     "qwen2.5-vl-7b": [
-        (128, 128, 8, 2),
-        (128, 64, 8, 2),
-        (128, 64, 8, 4),
-        (128, 32, 8, 3),
-        (64, 64, 4, 3),
-        (64, 64, 4, 2),
+        (128, 64, 8, 3, True),
+        (128, 64, 8, 3, False),
+        (128, 128, 8, 2, True),
+        (64, 64, 4, 3, True),
     ],
-    "gemma-3-12b": [(128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3)],
+    "gemma-3-12b": [
+        (128, 64, 8, 2, True),
+        (128, 64, 8, 2, False),
+        (128, 32, 8, 2, True),
+        (128, 32, 8, 3, True),
+    ],
 }
-NAMES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+NAMES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "USE_TMA")
 
 
 def tiles(shape: str) -> str:
     """Return the command that sweeps the kernel's options for a shape."""
-    options = ['{"USE_TMA": true}']
-    for tile in TILES[shape]:
-        named = ", ".join(f'"{name}": {size}' for name, size in zip(NAMES, tile, strict=True))
-        options.append(f"{{{named}}}")
+    options = [json.dumps(dict(zip(NAMES, tile, strict=True))) for tile in TILES[shape]]
     command = f"{ATTENTION} --shape {shape} --tokens 16384 --sparse 0.75 --forms flex,.dense|fused"
     return f"{command} --kernel-options {shlex.join(options)}"
 
@@ -55,30 +57,32 @@ def attention(shape: str, tokens: str, more: str = "") -> str:
 
 PREFILL = "bench/prefill.py --device cuda --dtype bfloat16 --shape qwen2.5-vl-7b --any-length"
 OVERHEAD = "bench/overhead.py --device cuda --dtype bfloat16 --shape qwen2.5-vl-7b"
+PREFILL_WHOLE = PREFILL.replace("--any-length", "--no-eager")
 IMAGES = "--image-tokens 256 1296"
-NO_BLOCK_MASK = "--forms SDPA|fused|split|flex,.dense"  # which takes long to compile
+FEW = "--forms SDPA|fused|split$|flex,.dense"  # create_block_mask takes long to compile
+FEWEST = "--forms SDPA.is_causal$|SDPA.bool|fused|split$|flex,.dense"
 
 STEPS = {
-    "tests": f"-m pytest -v -rs -p no:cacheprovider -p on_gpu -n 9 --dist worksteal {TESTS}",
+    "tests": f"-m pytest -v -p no:cacheprovider -p on_gpu -n {WORKERS} --dist worksteal {TESTS}",
     "costs": "bench/costs.py --device cuda --dtype bfloat16 float32",
     "tiles-64": tiles("internvl3-1b"),
     "tiles-128": tiles("qwen2.5-vl-7b"),
     "tiles-256": tiles("gemma-3-12b"),
-    "one-length": attention("qwen2.5-vl-7b", "16384", "--sparse 0.75"),
     "4k": attention("qwen2.5-vl-7b", "4096", IMAGES),
-    "36k": attention("qwen2.5-vl-7b", "36864", IMAGES),
-    "100k": attention(
-        "qwen2.5-vl-7b", "102400", f"{IMAGES} --sparse 0.75 0.9 --repeats 3 {NO_BLOCK_MASK}"
+    "16k": attention("qwen2.5-vl-7b", "16384", IMAGES),
+    "36k": attention("qwen2.5-vl-7b", "36864", f"{IMAGES} {FEW} --kernels"),
+    "100k": attention("qwen2.5-vl-7b", "102400", f"{IMAGES} --sparse 0.75 0.9 --repeats 3 {FEW}"),
+    "300k": attention("qwen2.5-vl-7b", "307200", f"--sparse 0.75 0.9 --repeats 2 {FEWEST}"),
+    "300k-large": attention(
+        "qwen2.5-vl-7b", "307200", f"--image-tokens 1296 --sparse 0.75 --repeats 2 {FEWEST}"
     ),
-    "300k": attention(
-        "qwen2.5-vl-7b", "307200", f"{IMAGES} --sparse 0.75 0.9 --repeats 2 {NO_BLOCK_MASK}"
-    ),
-    "qwen2-vl-2b": attention("qwen2-vl-2b", "16384 36864", f"--sparse 0.75 {NO_BLOCK_MASK}"),
-    "gemma-3-12b": attention("gemma-3-12b", "16384 36864", f"--sparse 0.75 {NO_BLOCK_MASK}"),
-    "prefill": f"{PREFILL} --tokens 4096 16384 36864 --repeats 3",
+    "qwen2-vl-2b": attention("qwen2-vl-2b", "36864", f"--sparse 0.75 {FEW}"),
+    "gemma-3-12b": attention("gemma-3-12b", "36864", f"--sparse 0.75 {FEW}"),
+    "prefill": f"{PREFILL} --layers 8 --tokens 2048 4096 16384 36864 --repeats 3 --kernels",
+    "prefill-whole": f"{PREFILL_WHOLE} --tokens 36864 --repeats 3",
     "overhead": f"{OVERHEAD} --tokens 4096 16384 36864 --parts work",
 }
-CHECKS = ["tests", "costs", "tiles-64", "tiles-128", "tiles-256", "one-length"]
+CHECKS = ["tests", "costs", "tiles-64", "tiles-128", "tiles-256", "16k"]
 
 
 class Step:

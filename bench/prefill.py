@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from attention import head_mix
-from common import Config, alone_on_device, conditions, print_table
+from common import Config, alone_on_device, conditions, print_kernels, print_table
 from torch import nn
 from tqdm import tqdm
 from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--lowering", nargs="+", default=["auto"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-eager", action="store_true")
+    parser.add_argument("--kernels", action="store_true", help="print what a GPU spends time in")
     parser.add_argument("--any-length", action="store_true", help="compiled for any length")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
@@ -236,6 +237,10 @@ def main() -> None:
                 for result in results:
                     file.write(json.dumps({**told, **asdict(result)}) + "\n")
             table += rows_of_table(results)
+            if arguments.kernels:
+                for name in (IS_CAUSAL, *backends):
+                    if name in case.runs:
+                        print_kernels(f"{case.length:,} tokens, {name}", case.runs[name])
     print(f"{arguments.shape}, {num_layers} layers, {arguments.dtype}, {arguments.device}")
     header = ["tokens", "form", "ms", "x torch.compile", "x is_causal", "first call s"]
     print_table([*header, "peak, MiB", "ran"], table)

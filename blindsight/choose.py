@@ -6,8 +6,8 @@ Shapes: B batch, H query heads, C categories, Q and K lengths in tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import gcd
+from dataclasses import dataclass, replace
+from math import gcd, inf
 
 import torch
 from torch import Tensor
@@ -61,12 +61,15 @@ class Choice:
     Attributes:
         layouts: One per call.
         reasons: What was estimated of each call, for the report; "" where nothing was.
-        dense_is_faster: Whether the model's own graph is estimated to be.
+        dense_is_faster: Whether dense heads alone are estimated to be.
+        own_is_faster: Whether the model's own graph is the fastest way to compute those, and not
+            ``is_causal`` without the mask that the model builds.
     """
 
     layouts: tuple[Layout, ...]
     reasons: tuple[str, ...]
     dense_is_faster: bool
+    own_is_faster: bool
 
 
 def best_form(
@@ -114,7 +117,7 @@ def choose_layouts(
     """
     layouts: list[Layout] = []
     reasons: list[str] = []
-    time, own = _CHOOSING, 0.0
+    time, own, causal = _CHOOSING, 0.0, 0.0
     for call in calls:
         parts = num_threads // gcd(num_threads, call.size.batch)
         split = split_layout(call.categories, parts, is_causal=call.is_causal)
@@ -144,17 +147,28 @@ def choose_layouts(
             for layout in options
         ]
         fastest, dense = min(times), time_of_own(costs, call.size)
+        unmasked = time_of_own(costs, replace(call.size, is_masked=False))
         layouts.append(options[times.index(fastest)])
         time += fastest
         own += dense
+        causal += unmasked if call.is_causal else inf
         estimates = dict(zip((layout.name for layout in options), times, strict=True))
         told = ", ".join(f"{ns / 1e6:.3g} ms {name}" for name, ns in estimates.items())
         if too_large:
             told += f" (tables of fused: {table_bytes / 2**30:.2g} GiB, too large)"
-        reasons.append(f"{told}, {dense / 1e6:.3g} ms dense")
+        told_dense = f"{dense / 1e6:.3g} ms dense"
+        if call.is_causal and call.size.is_masked:
+            told_dense += f", {unmasked / 1e6:.3g} ms with is_causal"
+        reasons.append(f"{told}, {told_dense}")
     too_little = _MIN_CALLS_SAVED * costs.call * len(calls)
-    is_slower = lowering is Lowering.AUTO and max(time * _MIN_GAIN, time + too_little) > own
-    return Choice(tuple(layouts), tuple(reasons), is_slower)
+
+    def is_worth(time: float, other: float) -> bool:
+        return max(time * _MIN_GAIN, time + too_little) <= other
+
+    is_auto = lowering is Lowering.AUTO
+    own_is_faster = not is_worth(causal, own)
+    dense_is_faster = is_auto and not is_worth(time, own if own_is_faster else causal)
+    return Choice(tuple(layouts), tuple(reasons), dense_is_faster, own_is_faster)
 
 
 def _table_bytes(layout: Layout, size: CallSize, block_size: int) -> int:

@@ -294,6 +294,9 @@ class CompiledGraph:
             exactly = replace(rewriting, capacities=None)
             variant = self._variant((key, sizes, num_tokens), exactly, inputs, num_tokens, numbers)
         runs = [f"dense: {_DENSE_HEADS}"] * len(self._calls)
+        if rewriting.is_dense:
+            runs = [f"dense: is_causal, {_FASTER_DENSE}"] * len(self._calls)
+            return variant.run(*inputs), runs
         for at, layout in zip(rewriting.calls, rewriting.layouts, strict=True):
             if self._profile.categories[layers[at]].any():
                 its_form = rewriting.form.of(tier_of(self._calls[at], rewriting.given))

@@ -58,6 +58,11 @@ class Layout:
         return "fused" if kinds <= {"all", "mixed"} else "split"
 
 
+def causal_layout(num_heads: int) -> Layout:
+    """Return the layout of dense heads whose mask is plain causal."""
+    return Layout(tuple(range(num_heads)), (("causal", num_heads),))
+
+
 def fused_layout(categories: Sequence[int], num_parts: int = 1) -> Layout:
     """Return the layout of one call.
 

@@ -19,7 +19,7 @@ from blindsight.cost_model import CallSize, costs_of
 from blindsight.data_check import DataCheck
 from blindsight.given_mask import GivenMasks, add_given_inputs, lifted_of_given
 from blindsight.history import History
-from blindsight.lowering import Layout
+from blindsight.lowering import Layout, causal_layout
 from blindsight.masks import BaseMask
 from blindsight.passes.find_attention import find_attention
 from blindsight.passes.graph import copy_graph_module
@@ -40,6 +40,7 @@ class Rewriting:
         form: Of the masks that are known as intervals.
         given: Intervals of the masks that are inputs of the graph, by their names.
         capacities: Of the calls that are replaced, if other lengths than those at hand shall do.
+        is_dense: Whether all heads run dense, on ``is_causal``, which is estimated to be faster.
     """
 
     calls: tuple[int, ...]
@@ -47,6 +48,7 @@ class Rewriting:
     form: MaskForm
     given: Mapping[str, BaseMask]
     capacities: tuple[Capacity, ...] | None
+    is_dense: bool = False
 
 
 class Rewriter:
@@ -67,7 +69,7 @@ class Rewriter:
     def choose(
         self, args: Sequence[Any], layers: Sequence[int], history: History
     ) -> Rewriting | None:
-        """Return how to run a prompt sparse; None where dense is estimated to be faster.
+        """Return how to run a prompt; None: in the model's own graph, estimated to be faster.
 
         Args:
             args: The inputs of the graph.
@@ -115,10 +117,13 @@ class Rewriter:
         decided = choice if own is whole else choose(whole, of_whole)
         for at, reason in zip(of_whole, decided.reasons, strict=True):
             self._calls[at].verdict.estimate = reason
+        layouts = choice.layouts
         if decided.dense_is_faster:
-            return None
+            if decided.own_is_faster:
+                return None
+            layouts = (causal_layout(own.num_heads),) * len(replaced)
         chosen = tuple(capacities[at] for at in replaced) if capacities else None
-        return Rewriting(replaced, choice.layouts, form, given, chosen)
+        return Rewriting(replaced, layouts, form, given, chosen, decided.dense_is_faster)
 
     def rewrite(
         self,

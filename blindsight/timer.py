@@ -42,17 +42,15 @@ class Timer:
         """Return a function that returns the milliseconds of a call; ``run`` ran before."""
         if not self.on_gpu:
             return lambda: self.seconds(run) * 1e3
-        if self._estimate(run) < _SHORT:
+        estimate = self._of_burst(run, 1)
+        if estimate < _SHORT:
             try:
                 run = _Replay.of(run)
             except RuntimeError:  # it waits for the device, or copies from the host
                 self.wait()
-        number = round(_BURST / self._estimate(run))
-        number = max(1, min(_LONGEST_BURST, number))
+            estimate = min(self._of_burst(run, 1) for _ in range(2))
+        number = max(1, min(_LONGEST_BURST, round(_BURST / estimate)))
         return lambda: self._of_burst(run, number)
-
-    def _estimate(self, run: Callable[[], object]) -> float:
-        return min(self._of_burst(run, 1) for _ in range(2))
 
     def _of_burst(self, run: Callable[[], object], number: int) -> float:
         make_event: Any = torch.cuda.Event

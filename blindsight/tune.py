@@ -116,7 +116,7 @@ def _mask_alone(form: str, size: int) -> Callable[..., Any]:
 
     def run(span_id: Tensor, is_sink: Tensor) -> Any:
         mask = make_mask(CAUSAL, span_id, is_sink, batch=1, num_queries=size, num_keys=size)
-        return [x for x in tree_leaves(mask) if isinstance(x, Tensor)]
+        return tuple(x for x in tree_leaves(mask) if isinstance(x, Tensor))
 
     return run
 

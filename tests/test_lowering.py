@@ -25,7 +25,7 @@ from blindsight.cost_model import (
 )
 from blindsight.data_check import _is_plain_causal
 from blindsight.history import History
-from blindsight.lowering import Layout, Lowering, fused_layout, split_layout
+from blindsight.lowering import Layout, Lowering, causal_layout, fused_layout, split_layout
 from blindsight.mask_forms import sorted_mask
 from blindsight.masks import BaseMask, causal_base
 from blindsight.passes.replace_attention import MaskForm
@@ -181,7 +181,9 @@ def choose(history: History, categories: list[int], lowering: str, **options: An
         block_size=128,
         num_threads=2,
     )
-    return None if choice.dense_is_faster else choice.layouts
+    if not choice.dense_is_faster:
+        return choice.layouts
+    return None if choice.own_is_faster else (causal_layout(len(categories)),)
 
 
 def test_a_lowering_that_is_asked_for_is_taken() -> None:
@@ -205,6 +207,30 @@ def test_short_prompts_run_dense_and_long_ones_sparse() -> None:
     short = prompt(4, 256, 16)
     assert choose(short, mixed, "auto") is not None
     assert choose(short, mixed, "auto", is_masked=False) is None
+
+
+def test_dense_prompts_need_no_mask_where_it_is_plain_causal() -> None:
+    """A mask that the model builds costs all pairs, and ``is_causal`` half of them."""
+    history = prompt(2, 400, 5)
+    options: dict[str, Any] = {"block_size": 128, "num_threads": 1, "lowering": Lowering.AUTO}
+    call = call_of(history, [0, 0, 1, 1, 2, 2, 3, 3])
+    slow = replace(COSTS, flex=1000.0, call=10.0)
+    choice = choose_layouts([call], history, costs=slow, **options)
+    assert choice.dense_is_faster and not choice.own_is_faster
+    assert "ms with is_causal" in choice.reasons[0]
+    # Of a call that has no mask, or another one, and where it would save too little.
+    unmasked = replace(call, size=replace(call.size, is_masked=False))
+    other = replace(call, is_causal=False)
+    for own in ([unmasked], [other], [call, other]):
+        choice = choose_layouts(own, history, costs=slow, **options)
+        assert choice.dense_is_faster and choice.own_is_faster
+    large = replace(slow, call=1e9)
+    assert choose_layouts([call], history, costs=large, **options).own_is_faster
+    # Sparse must beat the better of both.
+    between = replace(COSTS, call=10.0, flex=1.1 * COSTS.causal, move=0.0)
+    assert choose_layouts([unmasked], history, costs=between, **options).dense_is_faster
+    assert choose_layouts([call], history, costs=between, **options).dense_is_faster
+    assert not choose_layouts([other], history, costs=between, **options).dense_is_faster
 
 
 def test_tables_per_head_do_not_grow_beyond_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
