@@ -5,6 +5,7 @@ Shapes: B batch, H query heads, L tokens, D head dim.
 
 from __future__ import annotations
 
+import operator
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -48,10 +49,14 @@ def measure_costs(
     timer = Timer(device)
     runs: dict[str, Callable[[], object]] = {}
 
-    def add(name: str, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+    def add(
+        name: str,
+        function: Callable[..., Any],
+        inputs: Sequence[Tensor],
+        num_outputs: int | None = None,
+    ) -> None:
         progress(f"compiling: {name}")
-        run = compile_alone(function, inputs)
-        runs[name] = partial(run, *inputs)
+        runs[name] = partial(compile_alone(function, inputs, num_outputs), *inputs)
 
     for name, size in (("long", length), ("short", 2 * block_size)):
         query, key, value = (
@@ -66,7 +71,8 @@ def measure_costs(
         for form in ("ordered", "sorted") if name == "long" else ("ordered",):
             add(f"{form} {name}", _flex(form, size), inputs)
             if timer.on_gpu:
-                add(f"{form} {name}, mask", _mask_alone(form, size), [span_id, is_sink])
+                mask, read = _mask_alone(form, size), (span_id, is_sink)
+                add(f"{form} {name}, mask", mask, read, len(mask(*read)))
         if name == "long":
             allowed = torch.ones(size, size, dtype=torch.bool, device=device).tril()[None, None]
             runs["causal"] = partial(_causal, query, key, value)
@@ -129,13 +135,23 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tenso
     return scaled_dot_product_attention(query, key, value, attn_mask=allowed)
 
 
-def compile_alone(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., object]:
-    """Compile a function of tensors with Inductor, without Dynamo, for exactly these sizes."""
+def compile_alone(
+    function: Callable[..., Any], inputs: Sequence[Tensor], num_outputs: int | None = None
+) -> Callable[..., object]:
+    """Compile a function of tensors with Inductor, without Dynamo, for exactly these sizes.
+
+    It returns a tensor; or so many, in a tuple.
+    """
     from torch._inductor.compile_fx import compile_fx
 
     graph = fx.Graph()
     names = [graph.placeholder(f"x{at}") for at in range(len(inputs))]
-    graph.output((graph.call_function(function, tuple(names)),))
+    result = graph.call_function(function, tuple(names))
+    if num_outputs is None:
+        graph.output((result,))
+    else:
+        parts = range(num_outputs)
+        graph.output(tuple(graph.call_function(operator.getitem, (result, at)) for at in parts))
     return cast(Callable[..., object], compile_fx(fx.GraphModule({}, graph), list(inputs)))
 
 

@@ -15,7 +15,7 @@ from blindsight.calibration.visibility import (
     visibility_or_given,
 )
 from blindsight.passes.find_attention import Attention
-from blindsight.passes.graph import add_placeholder
+from blindsight.passes.graph import add_placeholder, fake_tensor, placeholders
 from blindsight.passes.lift_mask import Lifted
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ def probe_attention_pass(
     """Measure the given calls; every node of the graph stays as it is, and so do its outputs.
 
     The graph gets two more inputs, the template: ``span_id [B, T]`` ints and ``is_sink [B, T]``
-    bool; and one more output for each call, after its own, what ``measure`` returns. It is to be
-    run as it is, not compiled: how the measurement proceeds depends on the data.
+    bool, on any device; and one more output for each call, after its own, what ``measure`` returns.
+    It is to be run as it is, not compiled: how the measurement proceeds depends on the data.
 
     Args:
         gm: Edited in place; give a copy where somebody else still uses it.
@@ -51,11 +51,17 @@ def probe_attention_pass(
     del example_inputs
     if not attention:
         return gm
-    span_id, is_sink = (add_placeholder(gm, name) for name in PROBE_INPUTS)
+    inputs = [add_placeholder(gm, name) for name in PROBE_INPUTS]
+    templates: dict[torch.device | None, list[fx.Node]] = {}
     visibilities: dict[object, fx.Node] = {}
     losses = []
     for call, proof in zip(attention, lifted, strict=True):
-        shared = (call.attn_mask, call.is_causal)
+        query = fake_tensor(call.query)
+        device = None if query is None else query.device
+        if device not in templates:
+            templates[device] = [_on_device(gm, node, device) for node in inputs]
+        span_id, is_sink = templates[device]
+        shared = (call.attn_mask, call.is_causal, device)
         if shared not in visibilities:
             visibilities[shared] = _visibility(gm, call, proof, span_id)
         with gm.graph.inserting_after(call.node):
@@ -75,6 +81,14 @@ def probe_attention_pass(
     gm.recompile()
     logger.info("probed %d attention calls, %d masks", len(attention), len(visibilities))
     return gm
+
+
+def _on_device(gm: fx.GraphModule, node: fx.Node, device: torch.device | None) -> fx.Node:
+    """Add an input where attention is, which may be on several devices."""
+    if device is None:
+        return node
+    with gm.graph.inserting_after(placeholders(gm)[-1]):
+        return gm.graph.call_method("to", (node, device))
 
 
 def _visibility(gm: fx.GraphModule, call: Attention, proof: Lifted, span_id: fx.Node) -> fx.Node:

@@ -15,9 +15,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import oracles
+import pretend
+from blindsight.base_mask import CAUSAL
 from blindsight.calibrate import find_sink_offsets, select_categories, summarize
 from blindsight.calibration.measure import Prober, measurements_of
-from blindsight.calibration.probe import NUM_OFFSETS, REGIONS, Losses, measure_losses
+from blindsight.calibration.probe import NUM_OFFSETS, REGIONS, Call, Losses, measure_losses
 from blindsight.calibration.visibility import (
     IntervalVisibility,
     Visibility,
@@ -25,6 +27,9 @@ from blindsight.calibration.visibility import (
     visibility_of_form,
     visibility_of_tensor,
 )
+from blindsight.passes.find_attention import find_attention
+from blindsight.passes.lift_mask import lift_mask
+from blindsight.passes.probe_attention import probe_attention_pass
 from blindsight.template import TemplateRule, find_sinks
 from models import Image, make_inputs, tiny_model
 from strategies import BaseCase, gqa_heads, runs_of, templates
@@ -451,3 +456,43 @@ def test_attention_that_is_something_else_is_an_error(monkeypatch: pytest.Monkey
     monkeypatch.setattr(IntervalVisibility, "extent", lambda *_: (0, 9))
     with pytest.raises(ValueError, match="attention of layer 0 must be softmax"):
         prober(make_inputs("gemma3", [[3, Image(), 2, Image()]]))
+
+
+def test_the_template_goes_where_attention_is() -> None:
+    """It is found on the host; mixing devices is an error here, as it is with a GPU."""
+    span_id = torch.tensor([[0, 1, 1, 1, 0, 2, 2, 2, 2, 0, 3, 3, 0]], dtype=torch.int32)
+    is_sink = find_sinks(span_id, (0,))
+    shape = (1, 4, span_id.shape[1], 8)
+    query, key, value, gradient = (torch.randn(shape) for _ in range(4))
+    graph = torch.fx.Graph()
+    inputs = [graph.placeholder(name) for name in ("query", "key", "value", "padding")]
+    index = ("index", "k")
+    form = ("and", ("upper", ("index", "q")), ("valid", ("load", inputs[3], (0, index))))
+    for node in inputs[:3]:
+        node.meta["example_value"] = torch.empty(shape, device=pretend.DEVICE)
+    output = graph.call_function(
+        torch.nn.functional.scaled_dot_product_attention,
+        tuple(inputs[:3]),
+        {"is_causal": True},
+    )
+    graph.output((output,))
+    gm = torch.fx.GraphModule({}, graph)
+    (call,) = find_attention(gm, layer_pattern=r"layers\.(\d+)")
+    lifted = dataclasses.replace(lift_mask(gm, call), form=form)
+    probe_attention_pass(gm, attention=[call], lifted=[lifted], measure=Call)
+    padding = torch.ones(span_id.shape, dtype=torch.bool)
+    arguments = query, key, value, padding
+    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    alone = visibility_of_form(CAUSAL, (), span_id)
+    assert alone is not None
+    expected = measure_losses(
+        query, key, value, dense, alone, span_id, is_sink, gradients=[gradient]
+    )
+    with pretend.pretending():
+        with pytest.raises(RuntimeError, match="same device"):
+            pretend.OnGpu(query) + key
+        kept = gm(*map(pretend.OnGpu, arguments), span_id, is_sink)[1]
+        found = kept.losses([pretend.OnGpu(gradient)])
+    for name, values in found._asdict().items():
+        assert isinstance(values, pretend.OnGpu), name
+        torch.testing.assert_close(values.data_, getattr(expected, name))
