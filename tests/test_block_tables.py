@@ -251,6 +251,26 @@ def test_choice_of_order_counts_blocks_of_the_heads_in_use():
     assert prompt_order(with_text, [0, 0, 0, 8], keys_per_move=10_000)
 
 
+@pytest.mark.parametrize("text", [0, 1, 3, 16])
+def test_some_blocks_stand_for_all_of_a_long_prompt(text, monkeypatch):
+    """The choice turns at nearly the same cost of moving tokens."""
+    masks = both_orders([text, 64] * 300)
+
+    def turns_at():
+        def stays(cost):
+            return prompt_order_lists_less(*masks, [1, 1, 1, 5], 64, keys_per_move=cost)
+
+        low, high = 0.0, 1e5
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (low, middle) if stays(middle) else (middle, high)
+        return high
+
+    sampled = turns_at()
+    monkeypatch.setattr("blindsight.block_tables._MAX_SAMPLED_BLOCKS", 10**6)
+    assert sampled == pytest.approx(turns_at(), rel=0.02, abs=40)
+
+
 @settings(max_examples=5)
 @given(base_masks(), block_sizes())
 def test_tables_trace_without_data_dependence(case, block_size):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blindsight import Profile, TemplateRule, blindsight_backend
+from blindsight import Profile, TemplateRule, blindsight_backend, tune
 from blindsight.attention import attend
 from blindsight.choose import ChoosableCall, choose_layouts
 from blindsight.cost_model import (
@@ -30,6 +30,8 @@ from blindsight.mask_forms import sorted_mask
 from blindsight.masks import BaseMask, causal_base
 from blindsight.passes.replace_attention import MaskForm
 from blindsight.template import Template
+from blindsight.timer import Timer
+from blindsight.tune import measure_costs
 from models import Image, make_inputs, tiny_model, without_vision
 from oracles import oracle_attention, oracle_keep
 
@@ -326,3 +328,32 @@ def test_a_damaged_file_of_costs_is_an_error(text: str) -> None:
     cache_file().write_text(text)
     with pytest.raises(ValueError, match=r"costs.json must hold .* Delete it"):
         costs_of(CPU, torch.float32)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("on_gpu", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_costs_are_measured(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, too, where masks are timed apart: by this machine's clock, here."""
+
+    class OfGpu(Timer):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device)
+            self.on_gpu = True
+
+        def wait(self) -> None:
+            pass
+
+        def prepare(self, run: Any) -> Any:
+            return lambda: 1e3 * self.seconds(run)
+
+    if on_gpu:
+        monkeypatch.setattr(tune, "Timer", OfGpu)
+    steps: list[str] = []
+    with torch.inference_mode():
+        costs = measure_costs(CPU, torch.float32, num_tokens=1024, repeats=1, progress=steps.append)
+    assert steps[-1] == "timing" and len(steps) == (7 if on_gpu else 4)
+    assert ("compiling: sorted long, mask" in steps) == on_gpu
+    # A pair takes nanoseconds, and a call at least as long as many of them.
+    for name in ("causal", "masked", "flex"):
+        assert 0.01 < getattr(costs, name) < 1000
+    assert costs.move >= 0 and costs.call >= 0

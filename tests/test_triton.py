@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.nn.functional import pad
 
 import without_gpu
@@ -438,7 +440,8 @@ def test_a_call_is_one_launch_on_tensor_cores(
     assert found["largest"] < LENGTH**2
     (kernel,) = found["kernels"]
     assert kernel["hgmma"] + kernel["hmma"] > 0
-    assert kernel["spilled"] == 0
+    # A few bytes are no loss: the tile of head dim 256 was timed against one that spills none.
+    assert kernel["spilled"] <= (128 if head_dim == 256 else 0)
     assert kernel["shared"] <= without_gpu.SHARED_MEMORY
 
 
@@ -473,6 +476,20 @@ def test_tiles_are_for_hopper_alone(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     query: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
     with torch._inductor.config.patch(max_autotune=max_autotune):
-        for head_dim in (64, 128, 256):
+        for head_dim in (64, 96, 128, 256):
             query.shape = (1, 4, length, head_dim)
-            assert ("BLOCK_M" in kernel_options_of(query)) == (is_ours and head_dim != 128)
+            options = kernel_options_of(query)
+            assert options.get("USE_TMA", False) == is_ours
+            assert ("BLOCK_M" in options) == (is_ours and head_dim != 96)
+
+
+def test_a_tile_is_for_the_length_at_hand_and_no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    query: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    for length, is_small in ((32768, True), (32769, False)):
+        env = ShapeEnv()
+        symbol = env.create_symbol(length, ConstantSource("length"), DimDynamic.DYNAMIC)
+        for each in (length, env.create_symintnode(symbol, hint=length)):
+            query.shape = (1, 4, each, 128)
+            assert ("BLOCK_M" in kernel_options_of(query)) == is_small
+        assert all("32768" not in str(guard.expr) for guard in env.guards)
