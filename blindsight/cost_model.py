@@ -49,14 +49,15 @@ class Costs:
         return 4 * HEAD_DIM * self.move / self.flex
 
 
-# By `blindsight tune`: a CPU's on two cores of an AMD EPYC with AVX-512, a GPU's on an H100.
+# A CPU's by `blindsight tune`, on two cores of an AMD EPYC with AVX-512. A GPU's in bfloat16 from
+# an H200's rows of bench/results, an empty call estimated; in float32 by `tune` on an H100.
 _DEFAULTS = {
     "cpu": {
         "float32": Costs(causal=3.3, masked=3.5, flex=4.1, move=0.3, call=1_100_000.0),
         "bfloat16": Costs(causal=3.3, masked=3.2, flex=6.7, move=0.6, call=1_300_000.0),
     },
     "cuda": {
-        "bfloat16": Costs(causal=8.5e-4, masked=2e-3, flex=1.3e-3, move=1e-3, call=20_000.0),
+        "bfloat16": Costs(causal=7.5e-4, masked=1.8e-3, flex=1.3e-3, move=1e-3, call=20_000.0),
         "float32": Costs(causal=0.012, masked=0.014, flex=0.1, move=1.4e-3, call=20_000.0),
     },
 }
