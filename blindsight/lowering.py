@@ -20,8 +20,8 @@ class Lowering(Enum):
     ``SPLIT``: dense heads go to ``scaled_dot_product_attention`` where the model's own mask is
     plain causal, the fastest dense kernel there is; the others to one call of FlexAttention, or
     to one per category where block tables per head would be too large.
-    ``AUTO``: whichever is estimated to be the fastest for a prompt, or the model's own graph, all
-    heads dense, where no other is faster: see :mod:`blindsight.cost_model`.
+    ``AUTO``: whichever is estimated to be the fastest for a prompt, or all heads dense where this
+    is faster, in the model's own graph or without its mask: see :mod:`blindsight.cost_model`.
     """
 
     FUSED = "fused"
