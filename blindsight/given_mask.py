@@ -23,7 +23,9 @@ from blindsight.passes.lift_mask import Lifted
 from blindsight.plan import Plan
 from blindsight.tensor_notes import TensorNotes, version_of
 
-_ELEMENTS = 2**20  # looked at together: what is derived of them should stay in a core's cache
+# Elements that are looked at together: what is derived of them should stay in a core's cache, and a
+# GPU has better things to do than to launch kernels for few.
+_ELEMENTS, _ELEMENTS_OF_GPU = 2**20, 2**26
 
 # What is known of a mask of these sizes (B, Q, K); None: it is not intervals.
 Note = tuple[tuple[int, int, int], BaseMask | None]
@@ -97,7 +99,8 @@ def intervals_of_elements(
     valid = torch.zeros((batch, num_keys), dtype=torch.bool, device=device)
     is_mask = torch.ones((), dtype=torch.bool, device=device)
     parts = []
-    step = max(1, _ELEMENTS // max(1, batch * num_keys))
+    together = _ELEMENTS if device.type == "cpu" else _ELEMENTS_OF_GPU
+    step = max(1, together // max(1, batch * num_keys))
     for row in range(0, num_queries, step):
         rows = elements[:, row : row + step]
         allowed = rows if rows.dtype == torch.bool else rows == 0

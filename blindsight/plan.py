@@ -246,6 +246,13 @@ class _Planner:
                 f"{' or '.join(map(str, sorted(head_dims)))} as in the profile, got "
                 f"{attention.head_dim}. Use the profile of this model"
             )
+        query = fake_tensor(attention.query)
+        if self.plan.calls and query is not None and query.device != self.plan.device:
+            return None, self._refuse(
+                f"attention at {where} must be on one device with the others of its graph, "
+                f"{self.plan.device}, got {query.device}. Compile the layers one by one, or load "
+                "the model with device_map, whose hooks end a graph at each layer"
+            )
         if problem := self._take_shard(attention):
             return None, self._refuse(problem)
         if attention.dropout_p:

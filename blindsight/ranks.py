@@ -139,14 +139,17 @@ def check_is_alone(command: str) -> None:
 def local_device(name: str) -> str:
     """Return the device of this process: of several on a host, each its own GPU.
 
+    A GPU becomes the current one: streams, events and synchronisation are of that.
+
     Raises:
         ValueError: There is no such device here.
     """
     if name == "cuda" and is_launched_with_others():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(name)
     try:
         torch.empty(0, device=name)
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name)
     except (AssertionError, RuntimeError) as error:
         what = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -426,7 +426,7 @@ class MaskReader:
         self, node: fx.Node, name: str, shape: tuple[Any, ...], dtype: torch.dtype
     ) -> Expression:
         value = self._operand(node.args[0])
-        if not isinstance(value, Value):
+        if not isinstance(value, Value) or _moves(node):
             raise _CannotReadError
         if dtype != value.dtype:
             if name not in _CASTS:
@@ -556,6 +556,12 @@ def _is_safe(dtype: torch.dtype, parts: Sequence[Expression]) -> bool:
     return dtype == torch.int64 or (
         dtype == torch.int32 and not any(loads_of(part) for part in parts)
     )
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether a node copies its input to another device, where all else of the mask is."""
+    before, after = fake_tensor(node.args[0]), fake_tensor(node)
+    return before is not None and after is not None and before.device != after.device
 
 
 def _order(node: fx.Node, name: str, rank: int) -> list[int]:

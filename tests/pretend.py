@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "dot", "mv"}
 DEVICE = torch.device("meta")  # which every build of torch knows
 
 
@@ -47,8 +48,11 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     moves = name in ("_to_copy", "copy_")
     # A GPU takes numbers, and indices, from a CPU.
     others = [x for x in tensors if not isinstance(x, OnGpu) and x.dim() > 0]
-    if on_gpu and others and not moves and name != "index":
+    indexes = name == "index" and isinstance(args[0], OnGpu)
+    if on_gpu and others and not moves and not indexes:
         raise RuntimeError(f"{name}: all tensors must be on the same device")
+    if on_gpu and name in _PRODUCTS and not tensors[0].is_floating_point():
+        raise RuntimeError(f"{name}: a GPU has no matrix products of integers")
     if kwargs.get("device") is not None:  # factories like another tensor, and moves
         on_gpu = torch.device(kwargs["device"]).type == DEVICE.type
         kwargs["device"] = torch.device("cpu")

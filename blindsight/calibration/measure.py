@@ -266,14 +266,18 @@ def _gradients_of(numbers: Tensor, outputs: Sequence[Tensor]) -> Iterator[Sequen
     """Yield, for each output, the gradients of all numbers ``[Y]`` with respect to it."""
     each = torch.eye(len(numbers), dtype=numbers.dtype, device=numbers.device)
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    batched: Sequence[Tensor | None] | None
     found: Sequence[Sequence[Tensor | None]]
     try:  # all at once: every pass computes the layers again
         batched = torch.autograd.grad(numbers, outputs, each, is_grads_batched=True, **options)
-        found = [len(each) * (None,) if part is None else part.unbind() for part in batched]
     except RuntimeError as error:  # an operator that knows no batches, or too little memory
         logger.info("gradients one after the other: %s", error)
+        batched = None
+    if batched is None:  # the error is gone by now, and with it what its frames kept
         passes = [torch.autograd.grad(numbers, outputs, one, **options) for one in each]
         found = list(zip(*passes, strict=True))
+    else:
+        found = [len(each) * (None,) if part is None else part.unbind() for part in batched]
     for parts, output in zip(found, outputs, strict=True):
         yield [torch.zeros_like(output) if part is None else part for part in parts]
 

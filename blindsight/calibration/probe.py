@@ -30,7 +30,9 @@ from blindsight.template import Template, span_edges
 REGIONS = ("own_span", "other_sinks", "text", "other_spans")
 NUM_OFFSETS = 8  # tokens from the start of a span that are told apart, and its last
 
-QUERY_BLOCK, KEY_BLOCK = 256, 512  # tokens
+# Tokens of queries and keys that are looked at together: few stay in a core's cache, and a GPU is
+# not busy with few.
+_BLOCKS, _BLOCKS_OF_GPU = (256, 512), (512, 4096)
 
 # Groups of keys. A row itself is in one of its own span's.
 _TEXT, _OWN_SINKS, _OWN, _OTHER_SINKS, _OTHERS = range(5)
@@ -86,8 +88,8 @@ def measure_losses(
     *,
     scale: float | None = None,
     gradients: Sequence[Tensor] = (),
-    query_block: int = QUERY_BLOCK,
-    key_block: int = KEY_BLOCK,
+    query_block: int | None = None,
+    key_block: int | None = None,
 ) -> Losses:
     """Measure one call of attention; memory is O(T), plus a block of scores.
 
@@ -99,12 +101,14 @@ def measure_losses(
         span_id, is_sink: ``[B, T]``, the template.
         scale: Factor on the scores; default ``D ** -0.5``.
         gradients: Of Y numbers, with respect to the output, ``[B, H, T, D]`` each.
-        query_block, key_block: Tokens that are looked at together.
+        query_block, key_block: Tokens that are looked at together; by default as the device likes.
 
     Raises:
         ValueError: The call is not the prefill of a whole prompt.
     """
     batch, num_heads, num_queries, head_dim = query.shape
+    blocks = _BLOCKS if query.device.type == "cpu" else _BLOCKS_OF_GPU
+    query_block, key_block = query_block or blocks[0], key_block or blocks[1]
     sizes = (num_queries, key.shape[2])
     if tuple(span_id.shape) != (batch, num_queries) or sizes[0] != sizes[1]:
         raise ValueError(

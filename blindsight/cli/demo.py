@@ -68,6 +68,7 @@ def _options(arguments: argparse.Namespace) -> DemoOptions:
     import torch
 
     from blindsight.demo import DemoOptions
+    from blindsight.ranks import local_device
 
     return DemoOptions(
         images=arguments.images,
@@ -77,7 +78,7 @@ def _options(arguments: argparse.Namespace) -> DemoOptions:
         profile=arguments.profile,
         seed=arguments.seed,
         dtype=getattr(torch, arguments.dtype),
-        device=arguments.device,
+        device=local_device(arguments.device),
         layers=getattr(arguments, "layers", 1),
         inner=getattr(arguments, "inner", "eager"),
         whole=getattr(arguments, "whole", False),

@@ -29,9 +29,10 @@ def _run_tune(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from blindsight.cost_model import device_name, save_costs
+    from blindsight.ranks import local_device
     from blindsight.tune import measure_costs
 
-    device = torch.device(arguments.device)
+    device = torch.device(local_device(arguments.device))
     for name in arguments.dtype:
         dtype = getattr(torch, name)
         steps = 4 if device.type == "cpu" else 7

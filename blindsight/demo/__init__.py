@@ -62,7 +62,9 @@ def run_demo(options: DemoOptions) -> DemoResult:
         progress = Progress(bar)
         answers = speed = None
         if asks and problem is None:
-            answers = answer_questions(inner=options.inner, progress=progress)
+            answers = answer_questions(
+                inner=options.inner, device=options.device, progress=progress
+            )
         # Two models of one class: what Dynamo learned of the first makes it generalise the second.
         torch._dynamo.reset()
         if options.part != "answers" or own:

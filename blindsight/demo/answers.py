@@ -24,7 +24,7 @@ from blindsight.profile import Profile
 from blindsight.progress import Progress
 from blindsight.reference import reference_logits
 from blindsight.runtime import disabled
-from blindsight.samples import Sample, load_processor, load_samples, model_inputs
+from blindsight.samples import Sample, inputs_on, load_processor, load_samples, model_inputs
 
 _ROOT = Path(__file__).resolve().parents[2]
 MODEL = _ROOT / "bench" / "testbed" / "model"
@@ -110,16 +110,18 @@ def find_problem() -> str | None:
     )
 
 
-def answer_questions(*, inner: str, progress: Progress) -> Answers:
+def answer_questions(*, inner: str, device: str, progress: Progress) -> Answers:
     """Answer the questions in one batch, dense and sparse, by one compiled model."""
     from transformers import AutoModelForImageTextToText
 
     auto: Any = AutoModelForImageTextToText
-    model = auto.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = auto.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="sdpa")
+    model = model.eval().to(device)
     processor = load_processor(MODEL)
     profile = Profile.load(PROFILE)
     samples = list(load_samples(QUESTIONS))
     inputs = model_inputs(processor, samples)
+    on_device = inputs_on(model, inputs)
     # Prompts this short run dense if that is estimated to be faster: not here.
     backend = blindsight_backend(profile, inner=inner, model=model, lowering="fused")
     decoder = find_decoder(model, profile.rule.layer_pattern)
@@ -127,7 +129,7 @@ def answer_questions(*, inner: str, progress: Progress) -> Answers:
 
     def last_logits(dense: bool) -> Tensor:
         with disabled() if dense else nullcontext():
-            logits: Tensor = model(**inputs, logits_to_keep=1).logits[:, -1]
+            logits: Tensor = model(**on_device, logits_to_keep=1).logits[:, -1]
         return logits
 
     try:
@@ -137,7 +139,7 @@ def answer_questions(*, inner: str, progress: Progress) -> Answers:
         backend.detach()
         decoder._compiled_call_impl = None
     expected, _ = progress(
-        "running the reference", lambda: reference_logits(model, inputs, profile)[:, -1]
+        "running the reference", lambda: reference_logits(model, on_device, profile)[:, -1]
     )
     said = [processor.tokenizer.batch_decode(x.argmax(-1)[:, None]) for x in (dense, sparse)]
     valid = inputs["attention_mask"].bool()

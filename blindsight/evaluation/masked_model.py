@@ -159,7 +159,8 @@ class _CategoryMasks:
     def count_pairs(self) -> Tensor:
         visible = self._prompt.visible
         heads = [[row.count(code) for code in range(NUM_CATEGORIES)] for row in self._codes]
-        return torch.einsum("lc,lbc->b", torch.tensor(heads).to(visible), visible)
+        # Not as a product of matrices: a GPU has none of integers.
+        return (torch.tensor(heads).to(visible)[:, None] * visible).sum((0, 2))
 
     def count_rows(self) -> Tensor:
         return self._prompt.num_tokens * len(self._codes)

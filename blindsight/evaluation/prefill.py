@@ -293,7 +293,10 @@ class Decoder:
         found = self.prefill(batch, None).logits
         with masked(self.model, self.layers, None):
             expected = self.model(**batch.inputs, use_cache=False).logits[:, -1]
-        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        # One row and many are computed by different kernels: they round differently.
+        tolerance = max(1e-3, 4 * torch.finfo(expected.dtype).eps)
+        atol = tolerance * float(expected.abs().max())
+        if not torch.allclose(found, expected, rtol=tolerance, atol=atol):
             raise ValueError(
                 f"logits of {type(self.model).__name__} must be the output embedding of what its "
                 "decoder returns, and are something else. This family cannot be evaluated yet."
