@@ -46,6 +46,7 @@ from blindsight.intervals import sorted_bounds
 from blindsight.lowering import Layout, fused_layout, split_layout
 from blindsight.mask_forms import sorted_mask
 from blindsight.masks import causal_base
+from blindsight.ranks import local_device
 from blindsight.timer import Timer
 from blindsight.tune import compile_alone
 
@@ -417,7 +418,7 @@ def rows_of_table(results: Sequence[Result]) -> list[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=local_device, default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--shape", default="8 heads", choices=SHAPES)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384])

@@ -18,6 +18,7 @@ import torch
 from common import alone_on_device, conditions, print_table
 
 from blindsight.cost_model import device_name
+from blindsight.ranks import local_device
 from blindsight.tune import measure_costs
 
 RESULTS = Path(__file__).parent / "results" / "costs.jsonl"
@@ -25,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "costs.jsonl"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=local_device, default="cpu")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()

@@ -45,6 +45,7 @@ from blindsight.history import History
 from blindsight.inner import Inner
 from blindsight.lowering import Lowering
 from blindsight.mask_forms import sorted_mask
+from blindsight.ranks import local_device
 from blindsight.template import Template
 from blindsight.timer import Timer
 
@@ -249,7 +250,7 @@ class Counting:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=local_device, default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--shape", default="qwen2.5-vl-3b", choices=SHAPES)
     parser.add_argument("--layers", type=int, default=1)

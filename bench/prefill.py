@@ -33,6 +33,7 @@ from tqdm import tqdm
 from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
 from blindsight import Profile, TemplateRule, blindsight_backend, use_template
+from blindsight.ranks import local_device
 from blindsight.timer import Timer
 
 RESULTS = Path(__file__).parent / "results" / "prefill.jsonl"
@@ -150,7 +151,7 @@ def forward(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=local_device, default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--shape", default="qwen2.5-vl-3b", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="default: 1 on a CPU, else all")
