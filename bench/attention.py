@@ -418,7 +418,7 @@ def rows_of_table(results: Sequence[Result]) -> list[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=local_device, default="cpu")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--shape", default="8 heads", choices=SHAPES)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384])
@@ -432,6 +432,7 @@ def main() -> None:
         "--kernel-options", nargs="+", default=[], metavar="JSON", help="of FlexAttention, to sweep"
     )
     arguments = parser.parse_args()
+    arguments.device = local_device(arguments.device)
     told = conditions(arguments.device)
     timer = Timer(arguments.device)
     RESULTS.parent.mkdir(exist_ok=True)

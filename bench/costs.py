@@ -26,10 +26,11 @@ RESULTS = Path(__file__).parent / "results" / "costs.jsonl"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=local_device, default="cpu")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
+    arguments.device = local_device(arguments.device)
     device = torch.device(arguments.device)
     told = conditions(arguments.device)
     rows = []

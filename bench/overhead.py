@@ -250,7 +250,7 @@ class Counting:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=local_device, default="cpu")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--shape", default="qwen2.5-vl-3b", choices=SHAPES)
     parser.add_argument("--layers", type=int, default=1)
@@ -262,6 +262,7 @@ def main() -> None:
     parts = ("work", "compile", "recompile", "turns")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     arguments = parser.parse_args()
+    arguments.device = local_device(arguments.device)
     told = conditions(arguments.device)
     bench = Bench(arguments)
     rows: list[dict[str, Any]] = []

@@ -151,7 +151,7 @@ def forward(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=local_device, default="cpu")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--shape", default="qwen2.5-vl-3b", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="default: 1 on a CPU, else all")
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="print what a GPU spends time in")
     parser.add_argument("--any-length", action="store_true", help="compiled for any length")
     arguments = parser.parse_args()
+    arguments.device = local_device(arguments.device)
     dtype = getattr(torch, arguments.dtype)
     num_layers = arguments.layers or (
         1 if arguments.device == "cpu" else SHAPES[arguments.shape][4]
