@@ -72,6 +72,19 @@ def check(model: Any, profile: Profile, inputs: dict[str, torch.Tensor], logits:
     assert_close_to_reference(logits, *references, valid_positions(inputs))
 
 
+def outputs_alone(program: Any, examples: list[Any], folder: Path) -> list[torch.Tensor]:
+    """Package a program, and return what it computes in a process without us."""
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(folder / "model.pt2")
+    )
+    torch.save(examples, folder / "inputs.pt")
+    command = [sys.executable, "-c", RUN_ALONE, package]
+    command += [str(folder / name) for name in ("inputs.pt", "outputs.pt")]
+    subprocess.run(command, check=True, cwd=folder)
+    outputs: list[torch.Tensor] = torch.load(folder / "outputs.pt")
+    return outputs
+
+
 def example_of(family: str, model: Any, profile: Profile, inputs: Any) -> dict[str, torch.Tensor]:
     """The whole model's inputs where ``torch.export`` can trace it, else its decoder's."""
     return inputs if family == "gemma3" else decoder_inputs(model, profile, inputs)
@@ -167,14 +180,7 @@ def test_a_package_runs_without_us(
     model, profile, prompts = case(family, num_layers)
     examples = [example_of(family, model, profile, prompt) for prompt in prompts]
     program = blindsight.export(model, profile, examples[0], lowering=lowering)
-    package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "model.pt2")
-    )
-    torch.save(examples, tmp_path / "inputs.pt")
-    command = [sys.executable, "-c", RUN_ALONE, package]
-    command += [str(tmp_path / name) for name in ("inputs.pt", "outputs.pt")]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    outputs = torch.load(tmp_path / "outputs.pt")
+    outputs = outputs_alone(program, examples, tmp_path)
     for prompt, logits in zip(prompts, outputs, strict=True):
         check(model, profile, prompt, logits)
     backend = blindsight_backend(profile, inner="eager", lowering=lowering)

@@ -5,8 +5,6 @@ Skipped without one. ``BLINDSIGHT_GPU_TESTS=cpu`` rehearses them on a CPU, but f
 
 import copy
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,9 @@ from oracles import generate_reference, run_reference
 from processors import tiny_processor
 from test_any_length import Counting, check
 from test_exactness import Case, case_of, model_of, runs_of
-from test_export import RUN_ALONE
 from test_export import case as case_of_export
 from test_export import check as check_export
+from test_export import outputs_alone
 from test_families import check_compiled
 
 DEVICE = os.environ.get("BLINDSIGHT_GPU_TESTS", "cuda")
@@ -210,12 +208,6 @@ def test_a_package_runs_without_us(lowering: str, tmp_path: Path) -> None:
     on_device = copy.deepcopy(model).to(DEVICE)
     examples = [decoder_inputs(on_device, profile, to_device(prompt)) for prompt in prompts]
     program = blindsight.export(on_device, profile, examples[0], lowering=lowering)
-    package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "model.pt2")
-    )
-    torch.save(examples, tmp_path / "inputs.pt")
-    command = [sys.executable, "-c", RUN_ALONE, package]
-    command += [str(tmp_path / name) for name in ("inputs.pt", "outputs.pt")]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    for prompt, logits in zip(prompts, torch.load(tmp_path / "outputs.pt"), strict=True):
+    outputs = outputs_alone(program, examples, tmp_path)
+    for prompt, logits in zip(prompts, outputs, strict=True):
         check_export(model, profile, prompt, logits.cpu())
