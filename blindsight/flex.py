@@ -75,7 +75,7 @@ def flex_attention(
     block_mask = BlockMask.from_kv_blocks(
         *tables,
         BLOCK_SIZE=block_size,
-        mask_mod=cast(Any, rule.mask_mod),
+        mask_mod=cast(Any, _unannotated(rule.mask_mod)),
         seq_lengths=(query.shape[2], key.shape[2]),
         compute_q_blocks=False,
     )
@@ -83,7 +83,7 @@ def flex_attention(
         query,
         key,
         value,
-        rule.score_mod or _unchanged,
+        _unannotated(rule.score_mod or _unchanged),
         block_mask.as_tuple(),
         query.shape[-1] ** -0.5 if scale is None else scale,
         kernel_options_of(query),
@@ -138,6 +138,15 @@ def realize(x: Tensor, span_id: Tensor | None = None) -> Tensor:
 def constant_rows(rows: Sequence[Sequence[int]], dtype: torch.dtype, span_id: Tensor) -> Tensor:
     """Return numbers that a graph holds as constants, as a buffer: see :func:`realize`."""
     return realize(torch.tensor(rows, dtype=dtype, device=span_id.device), span_id)
+
+
+def _unannotated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the function without its annotations.
+
+    They are strings here. Tracing notes a result's in the graph, and a graph with such a note is
+    stored by none of Inductor's caches.
+    """
+    return lambda *args: function(*args)
 
 
 def _unchanged(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

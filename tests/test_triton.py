@@ -314,6 +314,28 @@ def test_a_fault_in_the_mask_is_seen(in_process: Any) -> None:
     assert in_process("test_triton:run_with_a_fault", interpret=True) > 1e-2
 
 
+def cached(orders: list[str]) -> dict[str, Any]:
+    """What Inductor's cache says of one call in each order: hits, misses, bypasses."""
+    from torch._dynamo.utils import counters
+
+    found = {}
+    caches = {"force_disable_caches": False, "fx_graph_cache": True}
+    inputs = inputs_of(1, 203, 32, torch.float32, "each")
+    for order in orders:
+        counters.clear()
+        with torch._inductor.config.patch(caches):
+            without_gpu.lower(attention("causal", order, 1), inputs)
+        kinds = ("hit", "miss", "bypass")
+        found[order] = [counters["inductor"]["fxgraph_cache_" + kind] for kind in kinds]
+    return found
+
+
+def test_inductors_cache_has_a_key_for_each_call(in_process: Any) -> None:
+    """Whatever the graph of a GPU's mask notes, such as annotations that are strings."""
+    orders = ["sorted", "ordered", "expressed", "materialised"]
+    assert in_process("test_triton:cached", orders) == dict.fromkeys(orders, [0, 1, 0])
+
+
 # The whole program of a decoder
 
 DECODER_PROMPTS = [
