@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 from blindsight import Profile, blindsight_backend, use_template
-from decoders import PROMPT, decoder_prompt, template_of
+from decoders import OTHER_PROMPT, PROMPT, decoder_prompt, template_of
 from models import tiny_model
 
 NUM_LAYERS = 4
@@ -62,17 +62,37 @@ def compile_stages(
     return stages
 
 
+class WithTemplate(nn.Module):
+    """A compiled stage that is told with every microbatch where the images of it are."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: Tensor, span_id: Tensor, is_sink: Tensor) -> Tensor:
+        with use_template(span_id, is_sink):
+            return self.stage(x)
+
+
+def prompts() -> dict[str, Tensor]:
+    """Two, with their images at other places: one for each microbatch."""
+    return decoder_prompt([PROMPT, OTHER_PROMPT])
+
+
 def main(folder: str) -> None:
-    """Run a prompt through two processes, by torch.distributed.pipelining."""
+    """Run prompts through two processes, by torch.distributed.pipelining, one a microbatch."""
     rank = int(os.environ["RANK"])
     distributed.init_process_group("gloo")
     model = tiny_model("qwen2_5_vl", num_layers=NUM_LAYERS)
-    input_ids = decoder_prompt([PROMPT])["input_ids"]
+    input_ids = prompts()["input_ids"]
     compiled = compile_stages(model, [0, 3, NUM_LAYERS], keeps_numbers=True)[rank]
-    stage = PipelineStage(compiled, rank, num_stages=2, device=torch.device("cpu"))
-    schedule = ScheduleGPipe(stage, n_microbatches=1)
-    with torch.no_grad(), use_template(*template_of(input_ids)):
-        output = schedule.step(*([input_ids] if rank == 0 else []))
+    whole = WithTemplate(compiled)
+    stage = PipelineStage(whole, rank, num_stages=2, device=torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, n_microbatches=2)
+    span_id, is_sink = template_of(input_ids)
+    with torch.no_grad():
+        args = [input_ids] if rank == 0 else []
+        output = schedule.step(*args, span_id=span_id, is_sink=is_sink)
     if output is not None:
         torch.save(output, Path(folder) / "logits.pt")
     distributed.destroy_process_group()

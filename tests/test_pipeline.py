@@ -13,7 +13,7 @@ from blindsight.cli.show import describe
 from blindsight.runtime import Runtime
 from decoders import PROMPT, check_decoder, decoder_prompt, template_of
 from models import Image, make_inputs, tiny_model
-from stages import CATEGORIES, NUM_LAYERS, Stage, compile_stages
+from stages import CATEGORIES, NUM_LAYERS, Stage, compile_stages, prompts
 from test_distributed import needs_gloo, run_on_ranks
 
 
@@ -171,7 +171,8 @@ def test_the_profile_of_a_stage(qwen: Any, tmp_path: Path) -> None:
 
 
 @needs_gloo
-def test_pipelining_of_torch(qwen: Any, inputs: Any, tmp_path: Path) -> None:
+def test_pipelining_of_torch(qwen: Any, tmp_path: Path) -> None:
+    """Two microbatches, each with a template of its own."""
     run_on_ranks("stages.py", str(tmp_path))
     logits = torch.load(tmp_path / "logits.pt")
-    check_decoder(qwen, Profile.for_model(qwen, CATEGORIES), inputs, logits)
+    check_decoder(qwen, Profile.for_model(qwen, CATEGORIES), prompts(), logits)
