@@ -99,7 +99,7 @@ class CompiledGraph:
         layers = self._layers_of(args)
         self._runtime.met.update(layers)
         sizes = self._plan.sizes(args)
-        past = self._past(args, sizes)
+        past = self._past(args, layers, sizes)
         history, dense_because = self._decide(args, layers, past, sizes)
         rewriting = None
         if dense_because is None and history is not None:
@@ -112,7 +112,7 @@ class CompiledGraph:
         for call, how in zip(self._calls, runs, strict=True):
             call.verdict.runs[how] += 1
         self._runtime.serve(layers)
-        self._remember(args, outputs, history, past)
+        self._remember(args, outputs, layers, history, past)
         return outputs
 
     def _observe(self, args: Sequence[Any]) -> None:
@@ -190,7 +190,9 @@ class CompiledGraph:
             return history, _DENSE_HEADS
         return history, None
 
-    def _past(self, args: Sequence[Any], sizes: tuple[int, int, int]) -> _Past:
+    def _past(
+        self, args: Sequence[Any], layers: tuple[int, ...], sizes: tuple[int, int, int]
+    ) -> _Past:
         """Return what is known of the tokens in the cache before the call."""
         _, num_queries, num_keys = sizes
         cache = self._plan.cache
@@ -199,12 +201,17 @@ class CompiledGraph:
         decodes = pending is not None and pending.is_text and num_queries == 1
         matters = self._runtime.explicit_history() is not None or not decodes
         length = int(args[cache.length]) if cache.length is not None and matters else None
+        if length == 0:
+            return _Past(None, True)
         if cache.before is None:
-            return _Past(None, length == 0 or (length is None and num_keys == num_queries))
+            return _Past(None, length is None and num_keys == num_queries)
         keys: Tensor = args[cache.before]
         note = self._runtime.caches.get(keys)
         if note is None and not decodes:
-            note = self._runtime.caches.find_equal(keys)  # as in a copy of the cache
+            # as in a copy of the cache
+            note = self._runtime.caches.find_equal(
+                keys, lambda known: known.layer == layers[cache.call]
+            )
             if note is not None and note.history.num_tokens > keys.shape[2]:
                 note = None  # it slid: other sequences may end alike
         if note is not None:
@@ -212,7 +219,7 @@ class CompiledGraph:
             if is_as_noted and not (matters and note.witness and not note.witness.holds(keys)):
                 return _Past(note.history, True, decodes)
         alone = cache.has_new and num_keys == num_queries
-        return _Past(None, length == 0 or alone or keys.numel() == 0)
+        return _Past(None, alone or keys.numel() == 0)
 
     def _num_tokens(
         self,
@@ -234,7 +241,12 @@ class CompiledGraph:
         return num_keys if grows and not slides else None
 
     def _remember(
-        self, args: Sequence[Any], outputs: Any, history: History | None, past: _Past
+        self,
+        args: Sequence[Any],
+        outputs: Any,
+        layers: tuple[int, ...],
+        history: History | None,
+        past: _Past,
     ) -> None:
         """Attach what is known of the sequence to the tensors that hold its keys.
 
@@ -255,7 +267,7 @@ class CompiledGraph:
                     notes.drop(keys)
                 else:
                     witness = Witness.of(keys, history, before=note and note.witness)
-                    notes.put(keys, CacheNote(history, witness))
+                    notes.put(keys, CacheNote(history, witness, layers[cache.call]))
 
     def _run_own(self, args: Sequence[Any]) -> Any:
         if self._own is None:

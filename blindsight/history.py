@@ -156,10 +156,11 @@ def _total(keys: Tensor, num_rows: int) -> Tensor:
 
 
 class CacheNote(NamedTuple):
-    """What is known of the tensor that holds a cache's keys."""
+    """What is known of the tensor that holds a cache's keys, those of one layer."""
 
     history: History
     witness: Witness | None
+    layer: int
 
 
 @dataclass

@@ -57,7 +57,7 @@ class CacheInputs:
     """Where a graph finds and leaves the keys of one cache (see ``KeyCache``), by position.
 
     ``has_new`` says that what is found holds the call's own keys already: a frame that Dynamo
-    resumed after the cache was updated.
+    resumed after the cache was updated. ``call`` is the number of a call that attends to them.
     """
 
     before: int | None = None
@@ -65,6 +65,7 @@ class CacheInputs:
     after: tuple[int, ...] = ()
     length: int | None = None
     in_place: bool = False
+    call: int = field(default=0, compare=False)
 
 
 @dataclass
@@ -303,10 +304,11 @@ class _Planner:
         types = self._profile.layer_types
         # A cache that slides forgets its first tokens, so any other says more.
         by_use = sorted(
-            self.plan.calls, key=lambda call: call.layer is not None and forgets(types[call.layer])
+            enumerate(self.plan.calls),
+            key=lambda each: each[1].layer is not None and forgets(types[each[1].layer]),
         )
         caches: dict[CacheInputs, None] = {}  # layers may share one
-        for call in by_use:
+        for number, call in by_use:
             found = find_key_cache(gm, call.attention)
             after = tuple(at for at, node in enumerate(outputs) if node in found.after)  # type: ignore[arg-type]
             if found.before is None and not after:
@@ -319,8 +321,9 @@ class _Planner:
                 after=after,
                 length=None if found.length is None else inputs.index(found.length),
                 in_place=found.in_place,
+                call=number,
             )
-            caches[cache] = None
+            caches.setdefault(cache)
         return tuple(caches)
 
     def _check_recompile_limit(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
@@ -27,17 +28,22 @@ class TensorNotes(Generic[T]):
         reference, version, note = entry
         return note if reference() is tensor and version == version_of(tensor) else None
 
-    def find_equal(self, tensor: Tensor) -> T | None:
-        """Return the note of a tensor ``[..., N, D]`` that holds the very same, if there is one."""
+    def find_equal(self, tensor: Tensor, is_of: Callable[[T], bool]) -> T | None:
+        """Return the note of a tensor ``[..., N, D]`` that holds the very same, if there is one.
+
+        Args:
+            tensor: Comparing it with another one waits for its device.
+            is_of: Whether a note can be the one that is looked for.
+        """
         kind, first = (tensor.shape, tensor.dtype, tensor.device), tensor[..., :1, :]
         with self._lock:
             entries = list(self._entries.values())
         for reference, version, note in entries:
             other = reference()
-            if other is None or other is tensor or version != version_of(other):
+            if other is None or other is tensor or version != version_of(other) or not is_of(note):
                 continue
             is_like = (other.shape, other.dtype, other.device) == kind
-            # Other layers' tensors differ in their first rows already.
+            # Other prompts' tensors mostly differ in their first rows already.
             if is_like and torch.equal(other[..., :1, :], first) and torch.equal(other, tensor):
                 return note
         return None
