@@ -65,6 +65,8 @@ class CompiledGraph:
         self._rewriter = Rewriter(state, self._plan)
         self._variants: OrderedDict[object, CompiledForLengths] = OrderedDict()
         self._rows: dict[object, tuple[Tensor, Tensor]] = {}
+        known = tuple(call.layer for call in self._calls if call.layer is not None)
+        self._layers = known if len(known) == len(self._calls) else None  # None: told per call
         # What a compiler assumes of symbolic sizes must become a guard of Dynamo's, which is only
         # possible now. A graph of fixed sizes is compiled when first needed.
         now = not self._calls or bool(self._plan.symbols or self._plan.numbers)
@@ -124,6 +126,8 @@ class CompiledGraph:
             self._runtime.observe_positions(args[self._plan.positions])
 
     def _layers_of(self, args: Sequence[Any]) -> tuple[int, ...]:
+        if self._layers is not None:
+            return self._layers
         layers = []
         for call in self._calls:
             layer = call.layer
@@ -209,9 +213,7 @@ class CompiledGraph:
         note = self._runtime.caches.get(keys)
         if note is None and not decodes:
             # as in a copy of the cache
-            note = self._runtime.caches.find_equal(
-                keys, lambda known: known.layer == layers[cache.call]
-            )
+            note = self._runtime.caches.find_equal(keys, layers[cache.call])
             if note is not None and note.history.num_tokens > keys.shape[2]:
                 note = None  # it slid: other sequences may end alike
         if note is not None:
@@ -252,22 +254,24 @@ class CompiledGraph:
 
         Of every layer: other graphs may run some of them in the next call.
         """
-        notes = self._runtime.caches
-        for cache in self._plan.caches:
-            before = None if cache.before is None else args[cache.before]
-            note = None if before is None or not past.decodes else notes.get(before)
-            holders = [outputs[at] for at in cache.after]
-            if before is not None and cache.in_place:
-                holders.append(before)
-            if before is not None and cache.has_new:
-                # What was known of it is of an earlier call; what that left there nobody saw.
-                notes.drop(before)
-            for keys in holders:
-                if history is None:
-                    notes.drop(keys)
-                else:
-                    witness = Witness.of(keys, history, before=note and note.witness)
-                    notes.put(keys, CacheNote(history, witness, layers[cache.call]))
+        notes, caches = self._runtime.caches, self._plan.kept_keys
+        tensors = [*[outputs[at] for at in caches.left], *[args[at] for at in caches.written]]
+        labels = [layers[call] for call in caches.calls]
+        witnesses: list[Witness | None] = []
+        if history is not None and any(keys.is_inference() for keys in tensors):
+            for keys, at in zip(tensors, caches.befores, strict=True):
+                note = notes.get(args[at]) if past.decodes and at is not None else None
+                witnesses.append(Witness.of(keys, history, before=note and note.witness))
+        # What was known of these is of an earlier call; what that left there nobody saw.
+        unknown = [args[at] for at in caches.found]
+        for keys in unknown if history is not None else [*unknown, *tensors]:
+            notes.drop(keys)
+        if history is None or not tensors:
+            return
+        if not witnesses:
+            notes.put(tensors, CacheNote(history), labels)
+        for keys, witness, label in zip(tensors, witnesses, labels, strict=False):
+            notes.put([keys], CacheNote(history, witness), [label])
 
     def _run_own(self, args: Sequence[Any]) -> Any:
         if self._own is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import FrameType
@@ -11,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from blindsight.template import IMAGE, Template, TemplateRule
+from blindsight.template import IMAGE, Template, TemplateRule, is_all_text
 from blindsight.tensor_notes import version_of
 from blindsight.videos import (
     FRAME,
@@ -34,11 +36,14 @@ class History:
         rule: TemplateRule,
         *,
         kinds: Tensor | None = None,
+        text_after: int = 0,
         corner: Tensor | None = None,
         template: Template | None = None,
     ) -> None:
         self._rule = rule
-        self._kinds = kinds
+        # Tokens of text after the others are joined to them when needed: not in decoding. One
+        # attribute, as threads may share a history.
+        self._tokens = None if kinds is None else (kinds, text_after)
         self._corner = corner  # [2, B], height and width of the last token, if it is of a video
         self._template = template
         self._on_device: dict[torch.device, Template] = {}
@@ -46,14 +51,16 @@ class History:
         self.memo: dict[object, Any] = {}  # what others found out of this sequence
         known = kinds if template is None else template.span_id
         assert known is not None
-        self.batch, self.num_tokens = known.shape
+        self.batch: int = known.shape[0]
+        self.num_tokens: int = known.shape[1] + text_after
 
     @property
     def template(self) -> Template:
         """The template, computed on first use: decoding never needs it."""
         if self._template is None:
-            assert self._kinds is not None
-            self._template = self._rule.template_of_kinds(self._kinds)
+            kinds = self._kinds
+            assert kinds is not None
+            self._template = self._rule.template_of_kinds(kinds)
         return self._template
 
     def restricts_queries_from(self, past: int) -> bool:
@@ -73,10 +80,13 @@ class History:
         kinds = new.kinds
         if len(kinds) != self.batch:
             return None
-        if self._kinds is not None:
-            goes_on, _ = self._border(new)
+        if self._tokens is not None and new.is_text:
+            first_kinds, text = self._tokens
+            return History(self._rule, kinds=first_kinds, text_after=text + kinds.shape[1])
+        if (before := self._kinds) is not None:
+            goes_on, _ = self._border(before, new)
             first = torch.where(goes_on, kinds[:, 0] & _NO_FRAME, kinds[:, 0])
-            whole = torch.cat([self._kinds, first[:, None], kinds[:, 1:]], dim=1)
+            whole = torch.cat([before, first[:, None], kinds[:, 1:]], dim=1)
             return History(self._rule, kinds=whole, corner=new.last_corner)
         # A template given by hand says nothing of the tokens that would join its last span, nor of
         # marks, which tell what tiles are part of.
@@ -86,8 +96,8 @@ class History:
             joins |= (kinds & IMAGE).bool().any(1)
         if bool(joins.any()):
             return None
-        before = old.span_id.amax(dim=1, keepdim=True)
-        span_id = torch.where(after.span_id > 0, after.span_id + before, 0)
+        last = old.span_id.amax(dim=1, keepdim=True)
+        span_id = torch.where(after.span_id > 0, after.span_id + last, 0)
         return History(
             self._rule,
             template=Template(
@@ -98,18 +108,33 @@ class History:
 
     def lacks_frames(self, new: Pending) -> bool:
         """Whether new tokens go on with a video, and nothing tells if they begin a frame."""
-        if self._kinds is None or len(new.kinds) != self.batch:
+        if new.is_text or len(new.kinds) != self.batch:
             return False
-        return bool(self._border(new)[1].any())
+        before = self._kinds
+        return before is not None and bool(self._border(before, new)[1].any())
 
-    def _border(self, new: Pending) -> tuple[Tensor, Tensor]:
+    @property
+    def _kinds(self) -> Tensor | None:
+        """The kinds of all tokens, ``[B, T]``; None where a template was given instead."""
+        if self._tokens is None:
+            return None
+        kinds, text = self._tokens
+        if text:
+            kinds = pad(kinds, (0, text))  # 0: text
+            self._tokens = kinds, 0
+        return kinds
+
+    def _border(self, before: Tensor, new: Pending) -> tuple[Tensor, Tensor]:
         """Whether the first new token goes on with a frame, and whether that is not known.
+
+        Args:
+            before: The kinds of this history's tokens.
+            new: What comes after them.
 
         Returns:
             Two flags ``[B]``; what is not known goes on.
         """
-        assert self._kinds is not None
-        is_cut = (self._kinds[:, -1] & new.kinds[:, 0] & VIDEO) > 0
+        is_cut = (before[:, -1] & new.kinds[:, 0] & VIDEO) > 0
         if new.by_grid:  # whose frames are whole
             return torch.zeros_like(is_cut), torch.zeros_like(is_cut)
         if self._corner is None or new.corners is None:
@@ -138,7 +163,7 @@ class Witness(NamedTuple):
             before: Of some of its rows, which will do.
         """
         num_rows = history.num_tokens
-        if version_of(keys) is not None or keys.dim() != 4 or keys.itemsize not in _INTS:
+        if not keys.is_inference() or keys.dim() != 4 or keys.itemsize not in _INTS:
             return None
         if num_rows > keys.shape[2]:  # it slid: its first rows are gone, the others elsewhere
             return None
@@ -156,11 +181,10 @@ def _total(keys: Tensor, num_rows: int) -> Tensor:
 
 
 class CacheNote(NamedTuple):
-    """What is known of the tensor that holds a cache's keys, those of one layer."""
+    """What is known of the tensors that hold a cache's keys, of one layer each."""
 
     history: History
-    witness: Witness | None
-    layer: int
+    witness: Witness | None = None
 
 
 @dataclass
@@ -197,7 +221,7 @@ class Pending:
     @cached_property
     def is_text(self) -> bool:
         """Whether no token can belong to an image."""
-        return not bool(self.kinds.any())
+        return is_all_text(self.tokens)
 
     def take_grid(self, video_grid_thw: Tensor) -> None:
         """Take what the model is told of its videos; the last that is told counts."""
@@ -224,10 +248,10 @@ class Pending:
         """Whether anything told the frames of its videos apart."""
         return self.by_grid or self.corners is not None
 
-    @property
+    @cached_property
     def has_videos(self) -> bool:
         """Whether there are videos that are one run each."""
-        return bool((self.tokens & VIDEO).any())
+        return not self.is_text and bool((self.tokens & VIDEO).any())
 
     @property
     def last_corner(self) -> Tensor | None:
@@ -236,13 +260,16 @@ class Pending:
 
 def module_calls() -> list[tuple[FrameType, nn.Module]]:
     """Return the calls of modules that are running in this thread, the outermost first."""
-    found: list[tuple[FrameType, nn.Module]] = []
+    return list(inner_calls())[::-1]
+
+
+def inner_calls() -> Iterator[tuple[FrameType, nn.Module]]:
+    """Yield the calls of modules that are running in this thread, the innermost first."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code is nn.Module._wrapped_call_impl.__code__:
-            found.append((frame, frame.f_locals["self"]))
+            yield frame, frame.f_locals["self"]
         frame = frame.f_back
-    return found[::-1]
 
 
 def has_returned(call: FrameType | None) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -68,6 +68,24 @@ class CacheInputs:
     call: int = field(default=0, compare=False)
 
 
+class KeptKeys(NamedTuple):
+    """Where the keys of a graph's caches are when it has run, by position.
+
+    Attributes:
+        left: Outputs that hold them.
+        written: Inputs that hold them, then.
+        calls: For both in turn: a call that attends to them.
+        befores: For both in turn: the input that held what was in the cache before, or None.
+        found: Inputs that hold keys of the graph's own tokens when it begins.
+    """
+
+    left: tuple[int, ...]
+    written: tuple[int, ...]
+    calls: tuple[int, ...]
+    befores: tuple[int | None, ...]
+    found: tuple[int, ...]
+
+
 @dataclass
 class Plan:
     """What is known of a graph before it runs.
@@ -109,6 +127,19 @@ class Plan:
         """The cache that stands for all."""
         return self.caches[0] if self.caches else CacheInputs()
 
+    @cached_property
+    def kept_keys(self) -> KeptKeys:
+        left = [(at, cache) for cache in self.caches for at in cache.after]
+        inputs = [(cache.before, cache) for cache in self.caches if cache.before is not None]
+        written = [(at, cache) for at, cache in inputs if cache.in_place]
+        return KeptKeys(
+            left=tuple(at for at, _ in left),
+            written=tuple(at for at, _ in written),
+            calls=tuple(cache.call for _, cache in (*left, *written)),
+            befores=tuple(cache.before for _, cache in (*left, *written)),
+            found=tuple(at for at, cache in inputs if cache.has_new),
+        )
+
     @property
     def device(self) -> torch.device:
         query = fake_tensor(self.calls[0].attention.query)
@@ -132,24 +163,21 @@ class Plan:
 
     def sizes(self, args: Sequence[Any]) -> tuple[int, int, int]:
         """Return B, Q and the largest K of the graph's attention, for these inputs."""
-        values = [args[at] for at in self.symbols.values()]
-        batch, num_queries, *keys = (function(*values) for function in self._sizes)
+        batch, num_queries, *keys = self._sizes(*[args[at] for at in self.symbols.values()])
         return batch, num_queries, max(keys)
 
     @cached_property
-    def _sizes(self) -> tuple[Callable[..., int], ...]:
-        """Functions of the symbols' values: B, Q, and every K that there is, once."""
-        query = _shape(self.calls[0].attention.query)
-        keys = dict.fromkeys(
-            self._function_of(_shape(call.attention.key)[2]) for call in self.calls
-        )
-        return self._function_of(query[0]), self._function_of(query[2]), *keys
+    def _sizes(self) -> Callable[..., Sequence[int]]:
+        """A function of the symbols' values: B, Q, and every K that there is, once."""
+        keys = {_expression(_shape(call.attention.key)[2]): None for call in self.calls}
+        return compiled_sizes([*map(_expression, self.query_sizes), *keys], list(self.symbols))
 
     def _function_of(self, size: int | torch.SymInt) -> Callable[..., int]:
         """Return a size as a function of the symbols' values; substituting takes long."""
-        expression = size if isinstance(size, int) else size.node.expr
+        expression = _expression(size)
         if expression not in self._functions:
-            self._functions[expression] = compiled_size(expression, list(self.symbols))
+            sizes = compiled_sizes([expression], list(self.symbols))
+            self._functions[expression] = lambda *values: sizes(*values)[0]
         return self._functions[expression]
 
 
@@ -363,18 +391,34 @@ def _numbers(gm: fx.GraphModule) -> dict[str, int]:
     }
 
 
-def compiled_size(expression: Any, symbols: Sequence[Any]) -> Callable[..., int]:
-    """Return a size as a function of the values that symbols have, or what became of them."""
-    if isinstance(expression, int):
-        return lambda *values: expression
-    plain = (sympy.Symbol, sympy.Integer, sympy.Add, sympy.Mul)
-    is_plain = all(isinstance(part, plain) for part in sympy.preorder_traversal(expression))
-    if is_plain and expression.free_symbols <= set(symbols):
+def compiled_sizes(
+    expressions: Sequence[Any], symbols: Sequence[Any]
+) -> Callable[..., Sequence[int]]:
+    """Return sizes as a function of the values that symbols have, or what became of them."""
+    if all(_is_plain(each, symbols) for each in expressions):
         # An input may have become a number since, or be composed.
         names = [each if isinstance(each, sympy.Symbol) else sympy.Dummy() for each in symbols]
-        function: Callable[..., int] = sympy.lambdify(names, expression)
+        function: Callable[..., Sequence[int]] = sympy.lambdify(names, list(expressions))
         return function
-    return lambda *values: int(expression.subs(dict(zip(symbols, values, strict=True))))
+
+    def substituted(*values: int) -> list[int]:
+        known = dict(zip(symbols, values, strict=True))
+        return [int(sympy.sympify(each).subs(known)) for each in expressions]
+
+    return substituted
+
+
+def _is_plain(expression: Any, symbols: Sequence[Any]) -> bool:
+    """Whether a size is sums and products of symbols that are known: Python computes it."""
+    if isinstance(expression, int):
+        return True
+    plain = (sympy.Symbol, sympy.Integer, sympy.Add, sympy.Mul)
+    parts_are = all(isinstance(part, plain) for part in sympy.preorder_traversal(expression))
+    return parts_are and expression.free_symbols <= set(symbols)
+
+
+def _expression(size: int | torch.SymInt) -> Any:
+    return size if isinstance(size, int) else size.node.expr
 
 
 def _shape(node: fx.Node) -> Sequence[int | torch.SymInt]:

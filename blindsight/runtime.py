@@ -212,16 +212,22 @@ class Runtime:
                 self._check_served(pending, certain=False)
         self._thread.pending = Pending.of(input_ids, self.rule, self._call_of_model())
 
+    def _pending_videos(self) -> Pending | None:
+        """Return the tokens of the forward under way, if frames of videos can still be told."""
+        pending = self._thread.pending
+        if pending is None or not pending.has_videos or pending.served:
+            return None
+        return self.pending
+
     def observe_videos(self, video_grid_thw: Tensor) -> None:
         """Take note of the frames of the videos in the forward under way: ``[V, 3]``."""
-        pending = self.pending
-        if pending is not None and not pending.served and pending.has_videos:
+        pending = self._pending_videos()
+        if pending is not None:
             pending.take_grid(video_grid_thw.cpu())
 
     def observe_positions(self, position_ids: Tensor) -> None:
         """Take note of positions in (text,) time, height and width: ``[3 or 4, B or 1, Q]``."""
-        pending = self.pending
-        if pending is None or pending.served or not pending.has_videos:
+        if (pending := self._pending_videos()) is None:
             return
         batch, num_queries = pending.tokens.shape
         if position_ids.shape[1] in (1, batch) and position_ids.shape[2] == num_queries:
@@ -318,7 +324,7 @@ class Runtime:
             pending.served.update(layers)
             if pending.served >= self.layers:
                 self._thread.pending = None
-                if (watched := self._watched) is not None:
+                if (watched := self._thread.watched) is not None:
                     self._thread.watched = watched._replace(is_served=True)
 
     def warn_once(self, message: str) -> None:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ TEXT, IMAGE, START, END, LEADING, TRAILING = 0, 1, 2, 4, 8, 16
 
 # Left out of a rule's JSON where they are empty: it is then what it was before there were any.
 _OPTIONAL = ("leading_tile_ids", "trailing_tile_ids", "video_token_ids")
+
+_FEW = 16  # ids of a token that is decoded, of every row: looked up one by one
 
 # What the decoders of transformers' multimodal models are called.
 DEFAULT_LAYER_PATTERN = r"(?:language|text)_model(?:\.model)?\.layers\.(\d+)\.self_attn"
@@ -162,10 +165,24 @@ class TemplateRule:
 
     def classify(self, input_ids: Tensor) -> Tensor:
         """Return what each token is, as bits (``IMAGE``, ...): ``[B, T]`` uint8."""
-        return self._kinds(input_ids.detach().cpu())
+        if input_ids.numel() > _FEW:
+            return self._kinds(input_ids.detach().cpu())
+        ids = input_ids.detach().flatten().tolist()
+        if self._bits.keys().isdisjoint(ids):
+            return torch.zeros(input_ids.shape, dtype=torch.uint8)
+        kinds = [self._bits.get(each, TEXT) for each in ids]
+        return torch.tensor(kinds, dtype=torch.uint8).view(input_ids.shape)
 
     def _kinds(self, ids: Tensor) -> Tensor:
         kinds = torch.zeros_like(ids, dtype=torch.uint8)
+        for token_id, bits in self._bits.items():
+            kinds = kinds | ((ids == token_id).to(torch.uint8) * bits)
+        return kinds
+
+    @cached_property
+    def _bits(self) -> dict[int, int]:
+        """What the tokens are that are no text, by their ids."""
+        bits: dict[int, int] = {}
         for bit, token_ids in (
             (IMAGE, self.image_token_ids),
             (START, self.start_token_ids),
@@ -175,8 +192,8 @@ class TemplateRule:
             (VIDEO, self.video_token_ids),
         ):
             for token_id in token_ids:
-                kinds = kinds | ((ids == token_id).to(torch.uint8) * bit)
-        return kinds
+                bits[token_id] = bits.get(token_id, 0) | bit
+        return bits
 
     def template(self, input_ids: Tensor, video_grid_thw: Tensor | None = None) -> Template:
         """Return the template of a prompt.
@@ -210,6 +227,13 @@ class TemplateRule:
         begins |= (kinds & FRAME).bool() & after_image
         span_id = begins.cumsum(1, dtype=torch.int32) * inside
         return Template(span_id, find_sinks(span_id, self.sink_offsets))
+
+
+def is_all_text(kinds: Tensor) -> bool:
+    """Whether none of the classified tokens can belong to an image: ``[B, T]``, on the CPU."""
+    if kinds.numel() > _FEW:
+        return not bool(kinds.any())
+    return not any(kinds.flatten().tolist())
 
 
 def _goes_on(kinds: Tensor, begins: Tensor) -> Tensor:

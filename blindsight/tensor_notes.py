@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -13,56 +13,82 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+class _Batch(Generic[T]):
+    """A note of several tensors, each with a label."""
+
+    def __init__(self, tensors: Sequence[Tensor], note: T, labels: Sequence[int]) -> None:
+        self.references = list(map(weakref.ref, tensors))
+        self.versions = list(map(version_of, tensors))
+        self.note = note
+        self.labels = labels
+
+    def holds(self, at: int, tensor: Tensor | None) -> bool:
+        """Whether a tensor is there, and one of these, and unchanged."""
+        if tensor is None or self.references[at]() is not tensor:
+            return False
+        return self.versions[at] == version_of(tensor)
+
+
 class TensorNotes(Generic[T]):
-    """What is known of tensors; a note dies with its tensor, and with any change of it."""
+    """What is known of tensors; a note dies with its tensor, and with any change of it.
+
+    Tensors that are noted together are forgotten with the first of them at the latest. There are
+    as many as layers for every token that is decoded, and little time.
+    """
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref[Tensor], int | None, T]] = {}
+        self._batches: dict[int, _Batch[T]] = {}
         # Garbage collection may end the life of a tensor in the midst of writing a note.
         self._lock = threading.RLock()
 
     def get(self, tensor: Tensor) -> T | None:
-        entry = self._entries.get(id(tensor))
-        if entry is None:
+        batch = self._batches.get(id(tensor))
+        if batch is None:
             return None
-        reference, version, note = entry
-        return note if reference() is tensor and version == version_of(tensor) else None
+        at = range(len(batch.references))
+        return batch.note if any(batch.holds(each, tensor) for each in at) else None
 
-    def find_equal(self, tensor: Tensor, is_of: Callable[[T], bool]) -> T | None:
+    def find_equal(self, tensor: Tensor, label: int) -> T | None:
         """Return the note of a tensor ``[..., N, D]`` that holds the very same, if there is one.
 
         Args:
             tensor: Comparing it with another one waits for its device.
-            is_of: Whether a note can be the one that is looked for.
+            label: That of the other one.
         """
         kind, first = (tensor.shape, tensor.dtype, tensor.device), tensor[..., :1, :]
         with self._lock:
-            entries = list(self._entries.values())
-        for reference, version, note in entries:
-            other = reference()
-            if other is None or other is tensor or version != version_of(other) or not is_of(note):
-                continue
-            is_like = (other.shape, other.dtype, other.device) == kind
-            # Other prompts' tensors mostly differ in their first rows already.
-            if is_like and torch.equal(other[..., :1, :], first) and torch.equal(other, tensor):
-                return note
+            batches = set(self._batches.values())
+        for batch in batches:
+            for at, its_label in enumerate(batch.labels):
+                other = batch.references[at]() if its_label == label else None
+                if other is None or other is tensor or not batch.holds(at, other):
+                    continue
+                is_like = (other.shape, other.dtype, other.device) == kind
+                # Other prompts' tensors mostly differ in their first rows already.
+                if is_like and torch.equal(other[..., :1, :], first) and torch.equal(other, tensor):
+                    return batch.note
         return None
 
-    def put(self, tensor: Tensor, note: T) -> None:
-        number, entries, lock = id(tensor), self._entries, self._lock
+    def put(self, tensors: Sequence[Tensor], note: T, labels: Sequence[int] = (0,)) -> None:
+        """Note the same of all these tensors, one label each."""
+        numbers = list(map(id, tensors))
+        batch = _Batch(tensors, note, labels)
+        batches, lock = self._batches, self._lock
 
         def forget(dead: weakref.ref[Tensor]) -> None:
             with lock:
-                if number in entries and entries[number][0] is dead:
-                    del entries[number]
+                for number in numbers:
+                    if batches.get(number) is batch:
+                        del batches[number]
 
+        batch.references[0] = weakref.ref(tensors[0], forget)
         with lock:
-            entries[number] = (weakref.ref(tensor, forget), version_of(tensor), note)
+            batches.update(dict.fromkeys(numbers, batch))
 
     def drop(self, tensor: Tensor) -> None:
         """Forget what a tensor holds: something unknown was written to it."""
         with self._lock:
-            self._entries.pop(id(tensor), None)
+            self._batches.pop(id(tensor), None)
 
 
 def version_of(tensor: Tensor) -> int | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from blindsight.history import module_calls
+from blindsight.history import inner_calls
 from blindsight.layers import plain_name
 from blindsight.passes.find_attention import is_axis_positions, is_token_ids, is_video_grid
 from blindsight.runtime import Runtime
@@ -114,7 +114,7 @@ def watch_forward(
 
 def _call_of(module: nn.Module) -> FrameType | None:
     """Return the innermost call of a module that is running in this thread."""
-    return next((call for call, each in reversed(module_calls()) if each is module), None)
+    return next((call for call, each in inner_calls() if each is module), None)
 
 
 def _callbacks() -> Iterator[object]:

@@ -21,7 +21,7 @@ from blindsight import Profile, blindsight_backend
 from blindsight.any_length import SymbolicSizes, capacity_of
 from blindsight.intervals import allowed_sorted, sorted_bounds, stretched
 from blindsight.masks import causal_base
-from blindsight.plan import compiled_size
+from blindsight.plan import compiled_sizes
 from models import (
     END_ID,
     FAMILIES,
@@ -332,10 +332,9 @@ def test_a_warmup_with_a_prompt_that_does_not_do(change: Any, lengths: Any, mess
 def test_sizes_are_functions_of_what_the_inputs_are_by_now() -> None:
     first, second = sympy.symbols("s0 s1", integer=True)
     inputs = [sympy.Integer(15), first, 2 * second]  # one became a number, one is composed
-    assert compiled_size(3 * first + 1, inputs)(15, 7, 8) == 22
-    assert compiled_size(first + 2 * second, inputs)(15, 7, 8) == 15
-    assert compiled_size(sympy.Max(first, 9), inputs)(15, 7, 8) == 9
-    assert compiled_size(5, inputs)(15, 7, 8) == 5
+    plain = [3 * first + 1, first + 2 * second, 5]
+    assert compiled_sizes(plain, inputs)(15, 7, 8) == [22, 15, 5]
+    assert compiled_sizes([*plain, sympy.Max(first, 9)], inputs)(15, 7, 8) == [22, 15, 5, 9]
 
 
 @pytest.mark.parametrize("length", [2, 17, 64, 100])

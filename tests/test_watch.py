@@ -312,28 +312,28 @@ def test_an_interrupted_forward_is_forgotten(model: Any) -> None:
 
 def test_garbage_collected_in_the_midst_of_a_note() -> None:
     class Collects(dict[int, Any]):
-        def __setitem__(self, key: int, value: Any) -> None:
+        def update(self, *args: Any, **kwargs: Any) -> None:
             gc.collect()
-            super().__setitem__(key, value)
+            super().update(*args, **kwargs)
 
     notes: TensorNotes[int] = TensorNotes()
-    notes._entries = Collects()
+    notes._batches = Collects()
     kept = torch.zeros(1)
 
     def write() -> None:
         for number in range(3):
             cycle: list[Any] = [torch.zeros(1)]
             cycle.append(cycle)
-            notes.put(cycle[0], number)
+            notes.put(cycle[:1], number)
             del cycle
-        notes.put(kept, 3)
+        notes.put([kept], 3)
 
     thread = threading.Thread(target=write, daemon=True)
     thread.start()
     thread.join(timeout=60)
     assert not thread.is_alive()
     assert notes.get(kept) == 3
-    assert len(notes._entries) == 1
+    assert len(notes._batches) == 1
 
 
 def test_a_copy_has_layers_of_its_own() -> None:
