@@ -26,6 +26,11 @@ def is_symbol(size: int | torch.SymInt) -> bool:
     return isinstance(size, torch.SymInt) and bool(size.node.expr.is_symbol)
 
 
+def takes_any_number(device: torch.device, size: int | torch.SymInt) -> bool:
+    """Whether attention that is compiled for many queries, or keys, does for every number."""
+    return device.type == "cuda" and is_symbol(size)
+
+
 def capacity_of(num_tokens: int, device: torch.device, size: int | torch.SymInt) -> int | None:
     """Return up to how many queries, or keys, attention with so many is compiled for; None: any.
 
@@ -42,7 +47,7 @@ def capacity_of(num_tokens: int, device: torch.device, size: int | torch.SymInt)
     """
     if isinstance(size, int):
         return None
-    if device.type == "cuda" and num_tokens > _MIN_CAPACITY and is_symbol(size):
+    if num_tokens > _MIN_CAPACITY and takes_any_number(device, size):
         return None
     return max(_MIN_CAPACITY, 1 << (num_tokens - 1).bit_length())
 

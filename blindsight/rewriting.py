@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from blindsight.any_length import capacity_of, is_symbol
+from blindsight.any_length import capacity_of, is_symbol, takes_any_number
 from blindsight.block_tables import block_size_of
 from blindsight.choose import Choice, ChoosableCall, best_form, choose_layouts
 from blindsight.cost_model import CallSize, costs_of
@@ -40,6 +40,7 @@ class Rewriting:
         form: Of the masks that are known as intervals.
         given: Intervals of the masks that are inputs of the graph, by their names.
         capacities: Of the calls that are replaced, if other lengths than those at hand shall do.
+        longer: Those of longer prompts; a graph that was compiled for these may do as well.
         is_dense: Whether all heads run dense, on ``is_causal``, which is estimated to be faster.
     """
 
@@ -48,6 +49,7 @@ class Rewriting:
     form: MaskForm
     given: Mapping[str, BaseMask]
     capacities: tuple[Capacity, ...] | None
+    longer: tuple[Capacity, ...] | None = None
     is_dense: bool = False
 
 
@@ -122,8 +124,11 @@ class Rewriter:
             if decided.own_is_faster:
                 return None
             layouts = (causal_layout(own.num_heads),) * len(replaced)
-        chosen = tuple(capacities[at] for at in replaced) if capacities else None
-        return Rewriting(replaced, layouts, form, given, chosen, decided.dense_is_faster)
+        chosen = longer = None
+        if capacities:
+            chosen = tuple(capacities[at] for at in replaced)
+            longer = tuple(self._longer(at, capacities[at]) for at in replaced)
+        return Rewriting(replaced, layouts, form, given, chosen, longer, decided.dense_is_faster)
 
     def rewrite(
         self,
@@ -243,6 +248,15 @@ class Rewriter:
         size_of, device = self._plan.size_of(args), self._plan.device
         queries, keys = (
             capacity_of(size_of(size), device, size) for size in self._calls[at].attention.lengths
+        )
+        return queries, keys
+
+    def _longer(self, at: int, capacity: Capacity) -> Capacity:
+        """Return the capacity of a call in longer prompts, where the device has one for all."""
+        device, lengths = self._plan.device, self._calls[at].attention.lengths
+        queries, keys = (
+            None if takes_any_number(device, size) else number
+            for size, number in zip(lengths, capacity, strict=True)
         )
         return queries, keys
 

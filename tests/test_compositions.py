@@ -102,7 +102,13 @@ def with_lora(model: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:All adapters are already merged")
-@pytest.mark.parametrize(("family", "inner"), [("qwen2_5_vl", "aot_eager"), ("qwen3_vl", "eager")])
+@pytest.mark.parametrize(
+    ("family", "inner"),
+    [
+        ("qwen2_5_vl", "aot_eager"),
+        pytest.param("qwen3_vl", "eager", marks=pytest.mark.nightly),
+    ],
+)
 def test_lora(family: str, inner: str) -> None:
     """Adapters beside the weights, merged into them, switched off, and merged for good."""
     model = model_of(family)
@@ -170,7 +176,9 @@ def test_int8_weights(family: str, inner: str) -> None:
 # Regions
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("qwen2_5_vl", marks=pytest.mark.nightly), "gemma3"]
+)
 def test_nested_compile_regions(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One traced region serves every layer; each has its own categories all the same."""
     model, inputs = model_of(family, num_layers=4), prompt(family)

@@ -49,6 +49,8 @@ NUM_LAYERS = 3
 # Mixed in every layer, and no two layers alike: a swapped head or layer is seen.
 CATEGORIES = [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]]
 NIGHTLY = pytest.mark.nightly
+# The decoder of Qwen2-VL is that of Qwen2.5-VL.
+DISTINCT = [pytest.param(x, marks=NIGHTLY) if x == "qwen2_vl" else x for x in FAMILIES]
 
 
 def image(family: str, height: int, width: int) -> Image:
@@ -193,6 +195,8 @@ def matrix(*, ci: Callable[[str, torch.dtype, Any, str], bool]) -> list[Any]:
 
 
 def in_ci(family: str, dtype: torch.dtype, inner: str, scenario: str) -> bool:
+    if family == "qwen2_vl" and scenario != "left_padding":
+        return False
     if dtype == torch.float32 and inner == "eager":
         return True
     # one other combination each, so that every axis is met in CI
@@ -217,7 +221,7 @@ def test_prefill_equals_dense_masks(
 
 
 @pytest.mark.parametrize("form_name", ["ORDERED", "EXPRESSED", "MATERIALISED"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_other_forms_of_the_mask(family: str, form_name: str, form: Any) -> None:
     form(MaskForm[form_name])
     case = case_of(family, torch.float32, "left_padding")
@@ -227,9 +231,18 @@ def test_other_forms_of_the_mask(family: str, form_name: str, form: Any) -> None
     assert hows == {f"sparse, {form_name.lower()}, fused"}
 
 
-@pytest.mark.parametrize("scenario", ["one_row", "left_padding"])
-@pytest.mark.parametrize("form_name", ["SORTED", "EXPRESSED", "MATERIALISED"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("scenario", "form_name"),
+    [
+        ("one_row", "SORTED"),
+        ("left_padding", "EXPRESSED"),
+        ("left_padding", "MATERIALISED"),
+        pytest.param("left_padding", "SORTED", marks=NIGHTLY),
+        pytest.param("one_row", "EXPRESSED", marks=NIGHTLY),
+        pytest.param("one_row", "MATERIALISED", marks=NIGHTLY),
+    ],
+)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_heads_split_by_category(
     family: str, form_name: str, scenario: str, form: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,7 +271,7 @@ def test_heads_split_by_category(
     assert runs_of(backend) == {"sparse"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_layers_of_dense_heads_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are rewritten, too: their mask need not be built."""
     monkeypatch.setattr(f"{__name__}.CATEGORIES", [[0, 0, 0, 0], [3, 2, 1, 0], [0, 0, 0, 0]])
@@ -295,10 +308,8 @@ def test_prefill_on_inductor_throughout(family: str, scenario: str, dtype: torch
 
 
 TURNS_IN_CI = {
-    ("qwen2_5_vl", "dynamic"),
     ("qwen2_5_vl", "static"),
     ("gemma3", "dynamic"),
-    ("gemma3", "static"),
     ("qwen3_vl", "dynamic"),
 }
 
@@ -514,7 +525,7 @@ def test_a_decoded_token_waits_for_no_algebra(monkeypatch: pytest.MonkeyPatch) -
             past = model(**token, use_cache=True).past_key_values
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_decoding_after_prefill(family: str) -> None:
     """A decoded token runs the model's own graph on the keys that the sparse prefill left."""
     case = case_of(family, torch.float32, "one_row")
@@ -550,7 +561,7 @@ def test_decoding_after_prefill(family: str) -> None:
     assert "dense: no query in a second image" in runs_of(backend)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_a_dense_profile_is_plain_torch_compile(family: str) -> None:
     case = case_of(family, torch.float32, "left_padding")
     torch._dynamo.reset()
@@ -695,9 +706,16 @@ def test_packed_sequences(family: str, form_name: str, form: Any) -> None:
     assert all(row.tier == 1 for row in backend.report().rows if row.rewritten)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("scenario", ["long", "two_turns"])
-@pytest.mark.parametrize("attention_mask", [True, False])
+@pytest.mark.parametrize("family", DISTINCT)
+@pytest.mark.parametrize(
+    ("scenario", "attention_mask"),
+    [
+        ("long", False),
+        ("two_turns", True),
+        pytest.param("long", True, marks=NIGHTLY),
+        pytest.param("two_turns", False, marks=NIGHTLY),
+    ],
+)
 def test_no_tensor_of_all_pairs_is_left(family: str, scenario: str, attention_mask: bool) -> None:
     """Where masks are intervals, no node of a rewritten graph has Q x K elements."""
     case = case_of(family, torch.float32, scenario)
