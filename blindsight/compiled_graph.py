@@ -109,10 +109,11 @@ class CompiledGraph:
             dense_because = None if rewriting else _FASTER_DENSE
         if rewriting is not None and history is not None:
             outputs, runs = self._run_rewritten(args, layers, history, rewriting)
+            for call, how in zip(self._calls, runs, strict=True):
+                call.verdict.own_runs[how] += 1
         else:
-            outputs, runs = self._run_own(args), [f"dense: {dense_because}"] * len(self._calls)
-        for call, how in zip(self._calls, runs, strict=True):
-            call.verdict.runs[how] += 1
+            outputs = self._run_own(args)
+            self._plan.runs[f"dense: {dense_because}"] += 1
         self._runtime.serve(layers)
         self._remember(args, outputs, layers, history, past)
         return outputs

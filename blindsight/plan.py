@@ -5,6 +5,7 @@ Shapes: B batch, H query heads, Q and K lengths in tokens, D head dim.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -100,6 +101,7 @@ class Plan:
         runs_head: Whether the graph computes logits: when it runs, the decoder has run.
         caches: Those of its layers. The first tells the sequence's history.
         symbols: Positions of the inputs that are symbolic sizes, by symbol.
+        runs: How often all calls ran dense, by reason.
         numbers: Positions of the inputs that are floats in the shape of 0-d tensors, by the name
             of the node that reads them: what Dynamo makes of a float that varies.
     """
@@ -115,6 +117,7 @@ class Plan:
     caches: tuple[CacheInputs, ...] = ()
     symbols: dict[object, int] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
+    runs: Counter[str] = field(default_factory=Counter)
     _functions: dict[object, Callable[..., int]] = field(default_factory=dict, repr=False)
 
     @property
@@ -230,6 +233,7 @@ class _Planner:
             categories="",
             rewritten=False,
             reason=reason or "its heads keep what their categories keep",
+            runs_of_graph=self.plan.runs,
         )
         self._state.verdicts.append(verdict)
         if reason is not None:

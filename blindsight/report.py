@@ -24,9 +24,7 @@ class Verdict:
         categories: For example ``"2 DENSE, 6 SINK"``.
         rewritten: Whether prompts with several images run the rewritten call.
         reason: Why the call is, or is not, rewritten.
-        runs: How often it ran: sparse, by the form of its mask and the lowering (``"sparse,
-            sorted, fused"``; see :mod:`blindsight.mask_forms` and
-            :class:`~blindsight.lowering.Lowering`), or dense, by reason.
+        own_runs, runs_of_graph: How often it ran, counted alone or with its graph's other calls.
         estimate: What ``lowering="auto"`` estimated of the last prompt.
     """
 
@@ -38,8 +36,18 @@ class Verdict:
     categories: str
     rewritten: bool
     reason: str
-    runs: Counter[str] = field(default_factory=Counter)
+    own_runs: Counter[str] = field(default_factory=Counter)
+    runs_of_graph: Counter[str] = field(default_factory=Counter)
     estimate: str = ""
+
+    @property
+    def runs(self) -> Counter[str]:
+        """How often it ran: sparse, by form and lowering (``"sparse, sorted, fused"``), or dense.
+
+        See :mod:`blindsight.mask_forms` and :class:`~blindsight.lowering.Lowering`. A dense run
+        says why.
+        """
+        return self.own_runs + self.runs_of_graph
 
 
 def _cells(row: Verdict) -> tuple[str, ...]:

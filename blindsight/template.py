@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -167,11 +167,10 @@ class TemplateRule:
         """Return what each token is, as bits (``IMAGE``, ...): ``[B, T]`` uint8."""
         if input_ids.numel() > _FEW:
             return self._kinds(input_ids.detach().cpu())
-        ids = input_ids.detach().flatten().tolist()
-        if self._bits.keys().isdisjoint(ids):
-            return torch.zeros(input_ids.shape, dtype=torch.uint8)
-        kinds = [self._bits.get(each, TEXT) for each in ids]
-        return torch.tensor(kinds, dtype=torch.uint8).view(input_ids.shape)
+        rows = input_ids.tolist()
+        if all(map(self._bits.keys().isdisjoint, rows)):
+            return _text(*input_ids.shape)
+        return torch.tensor([[self._bits.get(each, TEXT) for each in row] for row in rows]).byte()
 
     def _kinds(self, ids: Tensor) -> Tensor:
         kinds = torch.zeros_like(ids, dtype=torch.uint8)
@@ -231,9 +230,15 @@ class TemplateRule:
 
 def is_all_text(kinds: Tensor) -> bool:
     """Whether none of the classified tokens can belong to an image: ``[B, T]``, on the CPU."""
-    if kinds.numel() > _FEW:
-        return not bool(kinds.any())
-    return not any(kinds.flatten().tolist())
+    if kinds.numel() <= _FEW and kinds is _text(*kinds.shape):
+        return True
+    return not bool(kinds.any())
+
+
+@cache
+def _text(batch: int, length: int) -> Tensor:
+    """Return the kinds of a few tokens of text, the same tensor each time: nobody writes to it."""
+    return torch.zeros((batch, length), dtype=torch.uint8)
 
 
 def _goes_on(kinds: Tensor, begins: Tensor) -> Tensor:
