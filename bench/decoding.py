@@ -148,6 +148,7 @@ def decode(
         suppress_tokens=list(range(TEXT)),
         cache_implementation="static" if kind == "static" else None,
         streamer=clock,
+        disable_compile=True,  # of its own
     )
     return clock.milliseconds()
 
@@ -203,14 +204,14 @@ def measure(family: str, kind: str, arguments: argparse.Namespace) -> list[dict[
     inputs = prompt_of(2, arguments.device)
     models = {name: compiled(name, family, arguments) for name in ("torch.compile", "blindsight")}
     for model in models.values():
-        decode(model, inputs, kind, 8)
+        decode(model, inputs, kind, arguments.tokens)
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(arguments.repeats):
         for name, model in models.items():
             times[name] += decode(model, inputs, kind, arguments.tokens)
     with Overhead() as overhead:
         model = compiled("blindsight", family, arguments)
-        decode(model, inputs, kind, 8)
+        decode(model, inputs, kind, arguments.tokens)
         added = []
         for _ in range(arguments.repeats):
             number = len(decode(model, inputs, kind, arguments.tokens, overhead.reset))

@@ -305,11 +305,10 @@ class CompiledGraph:
         variant = None
         if rewriting.capacities is not None:
             its_sizes = (history.batch, str(self._size_of_tokens(args, num_tokens)))
-            of_lengths = (key, its_sizes, rewriting.longer)
-            known = self._variants.get(of_lengths)
-            if known is None or not known.fits(sizes, num_tokens):
+            variant = self._variants.get((key, its_sizes, rewriting.longer))
+            if variant is None or not variant.fits(sizes, num_tokens):
                 of_lengths = (key, its_sizes, rewriting.capacities)
-            variant = self._variant(of_lengths, rewriting, inputs, num_tokens, numbers)
+                variant = self._variant(of_lengths, rewriting, inputs, num_tokens, numbers)
         if variant is None or not variant.fits(sizes, num_tokens):
             exactly = replace(rewriting, capacities=None)
             variant = self._variant((key, sizes, num_tokens), exactly, inputs, num_tokens, numbers)

@@ -399,15 +399,19 @@ def compiled_sizes(
     expressions: Sequence[Any], symbols: Sequence[Any]
 ) -> Callable[..., Sequence[int]]:
     """Return sizes as a function of the values that symbols have, or what became of them."""
-    if all(_is_plain(each, symbols) for each in expressions):
-        # An input may have become a number since, or be composed.
-        names = [each if isinstance(each, sympy.Symbol) else sympy.Dummy() for each in symbols]
-        function: Callable[..., Sequence[int]] = sympy.lambdify(names, list(expressions))
+    # An input may have become a number since, or be composed.
+    names = [each if isinstance(each, sympy.Symbol) else sympy.Dummy() for each in symbols]
+    plain = [each if _is_plain(each, symbols) else 0 for each in expressions]
+    function: Callable[..., list[int]] = sympy.lambdify(names, plain)
+    others = [at for at, each in enumerate(expressions) if not _is_plain(each, symbols)]
+    if not others:
         return function
 
     def substituted(*values: int) -> list[int]:
-        known = dict(zip(symbols, values, strict=True))
-        return [int(sympy.sympify(each).subs(known)) for each in expressions]
+        sizes, known = function(*values), dict(zip(symbols, values, strict=True))
+        for at in others:
+            sizes[at] = int(expressions[at].subs(known))
+        return sizes
 
     return substituted
 

@@ -86,8 +86,10 @@ class Rewriter:
         categories = whole.categories[[layers[at] for at in of_whole]]
         form = self._form(args, history, categories, given, any_length)
         capacities: dict[int, Capacity] = {}
+        longer: dict[int, Capacity] = {}
         if any_length and form is MaskForm.SORTED:
             capacities = {at: self._capacity(at, args) for at in replaced}
+            longer = {at: self._longer(at, capacities[at]) for at in replaced}
         # Only dense heads can do with less than FlexAttention.
         is_causal = [False] * len(self._calls)
         if bool((categories == 0).any()):
@@ -99,7 +101,7 @@ class Rewriter:
                     categories=tuple(profile.categories[layers[at]].tolist()),
                     form=form.of(tier_of(self._calls[at], given)),
                     is_causal=is_causal[at],
-                    size=self._call_size(profile, at, args, capacities.get(at, (None, None))),
+                    size=self._call_size(profile, at, args, longer.get(at, (None, None))),
                 )
                 for at in replaced
             ]
@@ -124,11 +126,18 @@ class Rewriter:
             if decided.own_is_faster:
                 return None
             layouts = (causal_layout(own.num_heads),) * len(replaced)
-        chosen = longer = None
-        if capacities:
-            chosen = tuple(capacities[at] for at in replaced)
-            longer = tuple(self._longer(at, capacities[at]) for at in replaced)
-        return Rewriting(replaced, layouts, form, given, chosen, longer, decided.dense_is_faster)
+        own_capacities, of_longer = (
+            tuple(each[at] for at in replaced) if each else None for each in (capacities, longer)
+        )
+        return Rewriting(
+            calls=replaced,
+            layouts=layouts,
+            form=form,
+            given=given,
+            capacities=own_capacities,
+            longer=of_longer,
+            is_dense=decided.dense_is_faster,
+        )
 
     def rewrite(
         self,

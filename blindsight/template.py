@@ -170,7 +170,8 @@ class TemplateRule:
         rows = input_ids.tolist()
         if all(map(self._bits.keys().isdisjoint, rows)):
             return _text(*input_ids.shape)
-        return torch.tensor([[self._bits.get(each, TEXT) for each in row] for row in rows]).byte()
+        kinds = [[self._bits.get(each, TEXT) for each in row] for row in rows]
+        return torch.tensor(kinds, dtype=torch.uint8, device="cpu")
 
     def _kinds(self, ids: Tensor) -> Tensor:
         kinds = torch.zeros_like(ids, dtype=torch.uint8)
@@ -238,7 +239,7 @@ def is_all_text(kinds: Tensor) -> bool:
 @cache
 def _text(batch: int, length: int) -> Tensor:
     """Return the kinds of a few tokens of text, the same tensor each time: nobody writes to it."""
-    return torch.zeros((batch, length), dtype=torch.uint8)
+    return torch.zeros((batch, length), dtype=torch.uint8, device="cpu")
 
 
 def _goes_on(kinds: Tensor, begins: Tensor) -> Tensor:

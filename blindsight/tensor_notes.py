@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ class _Batch(Generic[T]):
     """A note of several tensors, each with a label."""
 
     def __init__(self, tensors: Sequence[Tensor], note: T, labels: Sequence[int]) -> None:
+        self.numbers = list(map(id, tensors))
         self.references = list(map(weakref.ref, tensors))
         self.versions = list(map(version_of, tensors))
         self.note = note
@@ -28,12 +29,24 @@ class _Batch(Generic[T]):
             return False
         return self.versions[at] == version_of(tensor)
 
+    def watch(self, forget: Callable[[weakref.ref[Tensor]], None]) -> bool:
+        """Call ``forget`` when the last tensor that is still there dies; False if none is.
+
+        The last, as a forward replaces the keys of its layers in turn.
+        """
+        for at in reversed(range(len(self.references))):
+            tensor = self.references[at]()
+            if tensor is not None:
+                self.references[at] = weakref.ref(tensor, forget)
+                return True
+        return False
+
 
 class TensorNotes(Generic[T]):
     """What is known of tensors; a note dies with its tensor, and with any change of it.
 
-    Tensors that are noted together are forgotten with the first of them at the latest. There are
-    as many as layers for every token that is decoded, and little time.
+    Tensors are noted together, as there are as many as layers for every token that is decoded, and
+    little time. What is left of a note goes when all of its tensors are gone.
     """
 
     def __init__(self) -> None:
@@ -53,7 +66,7 @@ class TensorNotes(Generic[T]):
 
         Args:
             tensor: Comparing it with another one waits for its device.
-            label: That of the other one.
+            label: Which of the tensors that are noted together it can be, such as a layer.
         """
         kind, first = (tensor.shape, tensor.dtype, tensor.device), tensor[..., :1, :]
         with self._lock:
@@ -71,19 +84,21 @@ class TensorNotes(Generic[T]):
 
     def put(self, tensors: Sequence[Tensor], note: T, labels: Sequence[int] = (0,)) -> None:
         """Note the same of all these tensors, one label each."""
-        numbers = list(map(id, tensors))
         batch = _Batch(tensors, note, labels)
-        batches, lock = self._batches, self._lock
+        batches, lock, reference = self._batches, self._lock, weakref.ref(batch)
 
         def forget(dead: weakref.ref[Tensor]) -> None:
             with lock:
-                for number in numbers:
-                    if batches.get(number) is batch:
+                known = reference()
+                if known is None or known.watch(forget):
+                    return
+                for number in known.numbers:
+                    if batches.get(number) is known:
                         del batches[number]
 
-        batch.references[0] = weakref.ref(tensors[0], forget)
+        batch.watch(forget)
         with lock:
-            batches.update(dict.fromkeys(numbers, batch))
+            batches.update(dict.fromkeys(batch.numbers, batch))
 
     def drop(self, tensor: Tensor) -> None:
         """Forget what a tensor holds: something unknown was written to it."""

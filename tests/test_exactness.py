@@ -355,8 +355,10 @@ def test_whole_and_two_turns_agree(family: str, cache: str, inner: str) -> None:
     "family",
     ["qwen3_vl", *(pytest.param(x, marks=NIGHTLY) for x in FAMILIES if x != "qwen3_vl")],
 )
-@torch.inference_mode()
-def test_a_conversation_with_turns_of_text(family: str, cache: str) -> None:
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, pytest.param(torch.inference_mode, marks=NIGHTLY)]
+)
+def test_a_conversation_with_turns_of_text(family: str, cache: str, context: Any) -> None:
     """Qwen3-VL runs text in one graph and images layer by layer: each must know every cache."""
     case = case_of(family, torch.float32, "one_row")
     config = case.model.config.get_text_config()
@@ -373,8 +375,9 @@ def test_a_conversation_with_turns_of_text(family: str, cache: str) -> None:
     expected = reference_logits(case.model, inputs, case.profile)
     model, backend = case.compile()
     logits = []
-    for turn in turns:
-        logits.append(model(**turn, past_key_values=past, use_cache=True).logits)
+    with context():
+        for turn in turns:
+            logits.append(model(**turn, past_key_values=past, use_cache=True).logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-4, rtol=0)
     assert runs_of(backend) == {"dense: no query in a second image", "sparse"}
 
