@@ -269,10 +269,11 @@ class CompiledGraph:
             notes.drop(keys)
         if history is None or not tensors:
             return
-        if not witnesses:
+        if witnesses:
+            for keys, witness, label in zip(tensors, witnesses, labels, strict=True):
+                notes.put([keys], CacheNote(history, witness), [label])
+        else:
             notes.put(tensors, CacheNote(history), labels)
-        for keys, witness, label in zip(tensors, witnesses, labels, strict=False):
-            notes.put([keys], CacheNote(history, witness), [label])
 
     def _run_own(self, args: Sequence[Any]) -> Any:
         if self._own is None:
@@ -305,8 +306,11 @@ class CompiledGraph:
         variant = None
         if rewriting.capacities is not None:
             its_sizes = (history.batch, str(self._size_of_tokens(args, num_tokens)))
-            variant = self._variants.get((key, its_sizes, rewriting.longer))
-            if variant is None or not variant.fits(sizes, num_tokens):
+            of_longer = (key, its_sizes, rewriting.longer)
+            variant = self._variants.get(of_longer)
+            if variant is not None and variant.fits(sizes, num_tokens):
+                self._variants.move_to_end(of_longer)
+            else:
                 of_lengths = (key, its_sizes, rewriting.capacities)
                 variant = self._variant(of_lengths, rewriting, inputs, num_tokens, numbers)
         if variant is None or not variant.fits(sizes, num_tokens):

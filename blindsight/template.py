@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -169,7 +169,7 @@ class TemplateRule:
             return self._kinds(input_ids.detach().cpu())
         rows = input_ids.tolist()
         if all(map(self._bits.keys().isdisjoint, rows)):
-            return _text(*input_ids.shape)
+            return torch.zeros(input_ids.shape, dtype=torch.uint8, device="cpu")
         kinds = [[self._bits.get(each, TEXT) for each in row] for row in rows]
         return torch.tensor(kinds, dtype=torch.uint8, device="cpu")
 
@@ -231,15 +231,9 @@ class TemplateRule:
 
 def is_all_text(kinds: Tensor) -> bool:
     """Whether none of the classified tokens can belong to an image: ``[B, T]``, on the CPU."""
-    if kinds.numel() <= _FEW and kinds is _text(*kinds.shape):
-        return True
-    return not bool(kinds.any())
-
-
-@cache
-def _text(batch: int, length: int) -> Tensor:
-    """Return the kinds of a few tokens of text, the same tensor each time: nobody writes to it."""
-    return torch.zeros((batch, length), dtype=torch.uint8, device="cpu")
+    if kinds.numel() > _FEW:
+        return not bool(kinds.any())
+    return not any(map(any, kinds.tolist()))
 
 
 def _goes_on(kinds: Tensor, begins: Tensor) -> Tensor:
