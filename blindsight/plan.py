@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 
@@ -40,6 +39,7 @@ from blindsight.passes.lift_mask import Lifted, lift_mask
 from blindsight.profile import Profile
 from blindsight.report import Verdict
 from blindsight.shards import is_distributed_tensor, shard_of_call, sharded_weights
+from blindsight.sizes import compiled_sizes, expression_of
 from blindsight.state import BackendState
 
 
@@ -172,12 +172,12 @@ class Plan:
     @cached_property
     def _sizes(self) -> Callable[..., Sequence[int]]:
         """A function of the symbols' values: B, Q, and every K that there is, once."""
-        keys = {_expression(_shape(call.attention.key)[2]): None for call in self.calls}
-        return compiled_sizes([*map(_expression, self.query_sizes), *keys], list(self.symbols))
+        keys = {expression_of(_shape(call.attention.key)[2]): None for call in self.calls}
+        return compiled_sizes([*map(expression_of, self.query_sizes), *keys], list(self.symbols))
 
     def _function_of(self, size: int | torch.SymInt) -> Callable[..., int]:
         """Return a size as a function of the symbols' values; substituting takes long."""
-        expression = _expression(size)
+        expression = expression_of(size)
         if expression not in self._functions:
             sizes = compiled_sizes([expression], list(self.symbols))
             self._functions[expression] = lambda *values: sizes(*values)[0]
@@ -393,40 +393,6 @@ def _numbers(gm: fx.GraphModule) -> dict[str, int]:
         for node in gm.graph.nodes
         if node.op == "call_method" and node.target == "item" and node.args[0] in inputs
     }
-
-
-def compiled_sizes(
-    expressions: Sequence[Any], symbols: Sequence[Any]
-) -> Callable[..., Sequence[int]]:
-    """Return sizes as a function of the values that symbols have, or what became of them."""
-    # An input may have become a number since, or be composed.
-    names = [each if isinstance(each, sympy.Symbol) else sympy.Dummy() for each in symbols]
-    plain = [each if _is_plain(each, symbols) else 0 for each in expressions]
-    function: Callable[..., list[int]] = sympy.lambdify(names, plain)
-    others = [at for at, each in enumerate(expressions) if not _is_plain(each, symbols)]
-    if not others:
-        return function
-
-    def substituted(*values: int) -> list[int]:
-        sizes, known = function(*values), dict(zip(symbols, values, strict=True))
-        for at in others:
-            sizes[at] = int(expressions[at].subs(known))
-        return sizes
-
-    return substituted
-
-
-def _is_plain(expression: Any, symbols: Sequence[Any]) -> bool:
-    """Whether a size is sums and products of symbols that are known: Python computes it."""
-    if isinstance(expression, int):
-        return True
-    plain = (sympy.Symbol, sympy.Integer, sympy.Add, sympy.Mul)
-    parts_are = all(isinstance(part, plain) for part in sympy.preorder_traversal(expression))
-    return parts_are and expression.free_symbols <= set(symbols)
-
-
-def _expression(size: int | torch.SymInt) -> Any:
-    return size if isinstance(size, int) else size.node.expr
 
 
 def _shape(node: fx.Node) -> Sequence[int | torch.SymInt]:

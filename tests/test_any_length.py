@@ -21,7 +21,7 @@ from blindsight import Profile, blindsight_backend
 from blindsight.any_length import SymbolicSizes, capacity_of, is_symbol
 from blindsight.intervals import allowed_sorted, sorted_bounds, stretched
 from blindsight.masks import causal_base
-from blindsight.plan import compiled_sizes
+from blindsight.sizes import compiled_sizes
 from models import (
     END_ID,
     FAMILIES,
