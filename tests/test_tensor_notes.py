@@ -15,9 +15,9 @@ def tensors() -> list[Tensor]:
     return [torch.full((1, 2, 3, 4), float(number)) for number in range(3)]
 
 
-def noted(tensors: list[Tensor], note: str = "it") -> TensorNotes[str]:
+def noted(tensors: list[Tensor]) -> TensorNotes[str]:
     notes: TensorNotes[str] = TensorNotes()
-    notes.put(tensors, note, range(len(tensors)))
+    notes.put(tensors, "it", range(len(tensors)))
     return notes
 
 
