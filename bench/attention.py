@@ -36,12 +36,13 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from blindsight import flex
+from blindsight import flex, mask_forms
 from blindsight.attention import _masked, attend
 from blindsight.base_mask import CAUSAL
 from blindsight.block_tables import block_size_of, runs_of_sorted
 from blindsight.categories import HeadCategory
 from blindsight.choose import MAX_TABLE_BYTES
+from blindsight.chunks import num_chunks_of
 from blindsight.intervals import sorted_bounds
 from blindsight.lowering import Layout, fused_layout, split_layout
 from blindsight.mask_forms import sorted_mask
@@ -139,9 +140,10 @@ class Bench:
             for name, layout in (("fused", fused), ("split", split)):
                 found[mix, name] = lambda codes=codes, layout=layout: self._flex(codes, layout)
             for text in options:
-                found[mix, f"fused, {text}"] = lambda codes=codes, layout=fused, text=text: (
-                    self._flex(codes, layout, json.loads(text))
-                )
+                for name, layout in (("fused", fused), ("split", split)):
+                    found[mix, f"{name}, {text}"] = lambda codes=codes, layout=layout, text=text: (
+                        self._flex(codes, layout, json.loads(text))
+                    )
             found[mix, IN_ORDER] = lambda mix=mix: self._in_order(mix)
         return found
 
@@ -213,14 +215,22 @@ class Bench:
         rows = [x.to(self.device) for x in (heads, categories)]
         inputs = [*self.dense, *self.template, *rows]
         usual = flex.kernel_options_of
+        options = dict(options or {})
+        chunks = options.pop("num_chunks", None)
 
         def options_of(query: Tensor) -> dict[str, Any]:
-            return {**usual(query), **(options or {})}
+            return {**usual(query), **options}
+
+        def chunks_of(*args: Any) -> int:
+            return num_chunks_of(*args) if chunks is None else chunks
 
         # Mixes differ in what a program is given, and share it.
-        key = layout.groups, json.dumps(options)
+        key = layout.groups, chunks, json.dumps(options)
         if key not in self._programs:
-            with mock.patch.object(flex, "kernel_options_of", options_of):
+            with (
+                mock.patch.object(flex, "kernel_options_of", options_of),
+                mock.patch.object(mask_forms, "num_chunks_of", chunks_of),
+            ):
                 self._programs[key] = compile_alone(function, inputs)
         run = self._programs[key]
         return lambda: run(*inputs)
@@ -429,7 +439,11 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="print what a GPU spends time in")
     parser.add_argument("--forms", metavar="REGEX", default="", help="only those; default: all")
     parser.add_argument(
-        "--kernel-options", nargs="+", default=[], metavar="JSON", help="of FlexAttention, to sweep"
+        "--kernel-options",
+        nargs="+",
+        default=[],
+        metavar="JSON",
+        help="of FlexAttention, to sweep; num_chunks is ours (blindsight/chunks.py)",
     )
     arguments = parser.parse_args()
     arguments.device = local_device(arguments.device)

@@ -57,10 +57,26 @@ def attention(shape: str, tokens: str, more: str = "") -> str:
 
 PREFILL = "bench/prefill.py --device cuda --dtype bfloat16 --shape qwen2.5-vl-7b --any-length"
 OVERHEAD = "bench/overhead.py --device cuda --dtype bfloat16 --shape qwen2.5-vl-7b"
-PREFILL_WHOLE = PREFILL.replace("--any-length", "--no-eager")
 IMAGES = "--image-tokens 256 1296"
 FEW = "--forms SDPA|fused|split$|flex,.dense"  # create_block_mask takes long to compile
 FEWEST = "--forms SDPA.is_causal$|SDPA.bool|fused|split$|flex,.dense"
+OPTIONS = [
+    {"num_chunks": 1},
+    {"num_chunks": 4},
+    dict(zip(NAMES, (64, 64, 4, 3, True), strict=True)),
+    dict(zip(NAMES, (128, 64, 8, 3, True), strict=True)),
+]
+
+
+def options(tokens: str, image: int, number: int = len(OPTIONS)) -> str:
+    """Return the command that times chunks of queries, and tiles, for a long prompt."""
+    texts = shlex.join(json.dumps(option) for option in OPTIONS[:number])
+    more = f"--image-tokens {image} --sparse 0.75 --repeats 3 --kernels"
+    command = attention(
+        "qwen2.5-vl-7b", tokens, f"{more} --forms 'SDPA.is_causal$|split(?!,.heads)'"
+    )
+    return f"{command} --kernel-options {texts}"
+
 
 STEPS = {
     "tests": f"-m pytest -v -p no:cacheprovider -p on_gpu -n {WORKERS} --dist worksteal {TESTS}",
@@ -68,6 +84,10 @@ STEPS = {
     "tiles-64": tiles("internvl3-1b"),
     "tiles-128": tiles("qwen2.5-vl-7b"),
     "tiles-256": tiles("gemma-3-12b"),
+    "options-36k": options("36864", 256),
+    "options-36k-large": options("36864", 1296),
+    "options-100k": options("102400", 256),
+    "options-300k": options("307200", 1296),
     "4k": attention("qwen2.5-vl-7b", "4096", IMAGES),
     "16k": attention("qwen2.5-vl-7b", "16384", IMAGES),
     "36k": attention("qwen2.5-vl-7b", "36864", f"{IMAGES} {FEW} --kernels"),
@@ -78,8 +98,7 @@ STEPS = {
     ),
     "qwen2-vl-2b": attention("qwen2-vl-2b", "36864", f"--sparse 0.75 {FEW}"),
     "gemma-3-12b": attention("gemma-3-12b", "36864", f"--sparse 0.75 {FEW}"),
-    "prefill": f"{PREFILL} --layers 8 --tokens 2048 4096 16384 36864 --repeats 3 --kernels",
-    "prefill-whole": f"{PREFILL_WHOLE} --tokens 36864 --repeats 3",
+    "prefill": f"{PREFILL} --tokens 36864 4096 16384 102400 --longest-mask 40000 --repeats 3",
     "overhead": f"{OVERHEAD} --tokens 4096 16384 36864 --parts work",
 }
 CHECKS = ["tests", "costs", "tiles-64", "tiles-128", "tiles-256", "16k"]

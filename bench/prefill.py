@@ -8,9 +8,9 @@ A Qwen2.5-VL decoder with random weights, of a real model's widths, fewer layers
 of 256-token images with 16 text tokens between, given as embeddings. Times are of whole forwards:
 MLPs, projections, masks, block tables. "torch.compile, is_causal" is given no mask at all, which is
 as fast as dense heads get. All in turn, A B C A B C, medians; the first call of each, which
-compiles, is told apart. With ``--any-length`` another prompt comes before, and
-everything is compiled for any length after it. A prompt that does not fit in memory is a row, too.
-Appends a row for each measurement to bench/results/prefill.jsonl.
+compiles, is told apart. With ``--any-length`` everything is compiled for any length, once. A prompt
+that does not fit in memory is a row, too. Appends a row for each measurement to
+bench/results/prefill.jsonl.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ SHAPES = {  # hidden, intermediate, heads, key heads, layers
 
 IS_CAUSAL = "torch.compile, is_causal"
 NO_MASK = {"attention_mask": {"full_attention": None}}
-FIRST_LENGTHS = (1600,)  # of prompts that come before: the next is compiled for any length
 
 
 @dataclass(frozen=True)
@@ -162,6 +161,9 @@ def main() -> None:
     parser.add_argument("--no-eager", action="store_true")
     parser.add_argument("--kernels", action="store_true", help="print what a GPU spends time in")
     parser.add_argument("--any-length", action="store_true", help="compiled for any length")
+    parser.add_argument(
+        "--longest-mask", type=int, default=10**6, help="tokens; no masks are materialised beyond"
+    )
     arguments = parser.parse_args()
     arguments.device = local_device(arguments.device)
     dtype = getattr(torch, arguments.dtype)
@@ -177,7 +179,7 @@ def main() -> None:
     codes = [head_mix(num_heads, arguments.sparse)] * num_layers
     profile = Profile.for_model(model, codes, rule=rule)
     timer = Timer(arguments.device)
-    dynamic = None if arguments.any_length else False
+    dynamic = arguments.any_length
     torch._dynamo.config.recompile_limit = 64  # forms and lengths share the model's frames
 
     def compiled_forms() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -193,8 +195,7 @@ def main() -> None:
 
     cases: list[Case] = []
     models, backends = compiled_forms()
-    lengths = [*FIRST_LENGTHS, *arguments.tokens] if arguments.any_length else arguments.tokens
-    with tqdm(lengths) as bar:
+    with tqdm(arguments.tokens) as bar:
         for at, size in enumerate(bar):
             if not arguments.any_length and at:
                 models, backends = compiled_forms()
@@ -202,15 +203,16 @@ def main() -> None:
             inputs, template = inputs_of(model, config)
             case = Case(config.num_tokens, backends)
             for name, module in models.items():
+                if size > arguments.longest_mask and name in ("eager", "torch.compile"):
+                    continue
                 bar.set_postfix_str(f"{case.length:,} tokens: compiling {name}")
                 more = NO_MASK if name == IS_CAUSAL else {}
                 case.add(name, partial(forward, module, inputs, template, **more), timer)
-            if not (arguments.any_length and at < len(FIRST_LENGTHS)):
-                cases.append(case)
+            cases.append(case)
     table: list[list[str]] = []
     with alone_on_device(), tqdm(cases) as bar:
         for case in bar:
-            times: dict[str, list[float]] = {name: [] for name in models}
+            times: dict[str, list[float]] = {name: [] for name in case.first_s}
             for turn in range(arguments.repeats):
                 for name, run in case.runs.items():
                     bar.set_postfix_str(f"{case.length:,} tokens: turn {turn + 1}, {name}")
@@ -252,7 +254,7 @@ def rows_of_table(results: list[Result]) -> list[list[str]]:
     medians = {result.form: result.median_ms for result in results}
 
     def ratio(over: str, ms: float | None) -> str:
-        dense = medians[over]
+        dense = medians.get(over)
         return f"{dense / ms:.2f}" if ms and dense else "-"
 
     return [

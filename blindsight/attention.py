@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from blindsight.chunks import flex_attention_by_chunks
 from blindsight.flex import flex_attention
 from blindsight.mask_forms import Mask
 from blindsight.region import call_in_region
@@ -103,7 +104,11 @@ def _masked(
         return flex_attention(query, key, value, tables, mask.block_size, rule, scale)
     query = _take_tokens(query, order.query)
     key, value = _take_tokens(key, order.key), _take_tokens(value, order.key)
-    output = flex_attention(query, key, value, tables, mask.block_size, rule, scale)
+    args = query, key, value, tables, mask.block_size, rule, scale
+    if mask.num_chunks == 1:
+        output = flex_attention(*args)
+    else:
+        output = flex_attention_by_chunks(*args, mask.num_chunks)
     return _take_tokens(output, order.inverse_query)
 
 

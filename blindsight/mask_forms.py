@@ -30,6 +30,7 @@ from blindsight.block_tables import (
     tables_of_prompt_order,
     tables_of_sorted,
 )
+from blindsight.chunks import num_chunks_of
 from blindsight.flex import Rule, realize
 from blindsight.intervals import TokenOrder, allowed_sorted, sorted_bounds, stretched
 from blindsight.masks import BaseMask, Keep, keep_intervals
@@ -46,6 +47,10 @@ class Mask(Protocol):
     @property
     def block_size(self) -> int:
         """Of the tables, in tokens."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Into how many chunks the queries are cut, see :mod:`blindsight.chunks`."""
 
     def tables_of(self, heads: Tensor, categories: Tensor) -> BlockTables:
         """Return the blocks to visit.
@@ -67,6 +72,7 @@ class SortedMask(NamedTuple):
         lower, upper: ``[B, 3 * C, Q]`` int32, the intervals of each sorted query.
         tables: Blocks per category.
         block_size: Theirs.
+        num_chunks: Of queries, which are a whole number of blocks each if there are several.
     """
 
     order: TokenOrder
@@ -74,6 +80,7 @@ class SortedMask(NamedTuple):
     upper: Tensor
     tables: BlockTables
     block_size: int
+    num_chunks: int = 1
 
     def tables_of(self, heads: Tensor, categories: Tensor) -> BlockTables:
         return self.tables.of_heads(categories)
@@ -90,6 +97,7 @@ class OrderedMask(NamedTuple):
     tables: BlockTables
     block_size: int
     order: None = None
+    num_chunks: int = 1
 
     def tables_of(self, heads: Tensor, categories: Tensor) -> BlockTables:
         return self.tables.of_heads(categories)
@@ -126,6 +134,7 @@ class ExpressedMask(NamedTuple):
     tables: BlockTables
     block_size: int
     order: None = None
+    num_chunks: int = 1
 
     def tables_of(self, heads: Tensor, categories: Tensor) -> BlockTables:
         return self.tables.of_heads(categories)
@@ -171,6 +180,7 @@ class MaterialisedMask(NamedTuple):
     tables: BlockTables | None
     block_size: int
     order: None = None
+    num_chunks: int = 1
 
     def tables_of(self, heads: Tensor, categories: Tensor) -> BlockTables:
         if self.tables is not None:
@@ -224,12 +234,18 @@ def sorted_mask(
     bounds, order = sorted_bounds(
         base, span_id, is_sink, num_queries, num_keys, first_span=first_span
     )
+    block_size = block_size_of(span_id.device)
+    capacity = num_queries if query_capacity is None else query_capacity
+    num_chunks = num_chunks_of(span_id.device, capacity, block_size)
+    if num_chunks > 1:
+        step = num_chunks * block_size
+        query_capacity = -(-capacity // step) * step
     bounds, order = stretched(bounds, order, query_capacity, key_capacity)
     num_keys = order.key.shape[1]
     lower, upper = (realize(rows, span_id) for rows in bounds.rows())
-    block_size = block_size_of(span_id.device)
     tables = tables_of_sorted(bounds, num_keys, block_size)
-    return SortedMask(TokenOrder(*map(realize, order)), lower, upper, tables, block_size)
+    order = TokenOrder(*map(realize, order))
+    return SortedMask(order, lower, upper, tables, block_size, num_chunks)
 
 
 def ordered_mask(
