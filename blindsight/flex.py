@@ -24,15 +24,14 @@ _KERNEL_OPTIONS: dict[str, Any] = {
     "OUTPUT_MAX": False,
 }
 # On Hopper, in 16 bits: loads by the tensor memory accelerator (USE_TMA), and tiles by head dim.
-# Each was the fastest that bench/on_gpu.py timed at 16,504 tokens; the other head dims keep
-# Inductor's tiles. So does 128 for long prompts: small tiles were not timed there.
+# Each was the fastest that bench/on_gpu.py timed at 16,504 tokens, and that of 128 up to 307,540;
+# the other head dims keep Inductor's tiles.
 _SMALL_TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
 _HOPPER_TILES = {
     64: _SMALL_TILE,
     128: _SMALL_TILE,
     256: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
 }
-_LONGEST_OF_SMALL_TILES = 32768  # tokens, for head dim 128
 # With fewer queries Inductor may take its kernel for decoding, whose tiles are other ones.
 _MIN_TILED_QUERIES = 128
 
@@ -102,16 +101,7 @@ def kernel_options_of(query: Tensor) -> dict[str, Any]:
         return _KERNEL_OPTIONS
     if torch._inductor.config.max_autotune:
         return _KERNEL_OPTIONS
-    tile = _HOPPER_TILES.get(query.shape[3], {})
-    if query.shape[3] == 128 and _length_now(query) > _LONGEST_OF_SMALL_TILES:
-        tile = {}
-    return {**_KERNEL_OPTIONS, "USE_TMA": True, **tile}
-
-
-def _length_now(query: Tensor) -> int:
-    """Return how many queries there are, of any number what it is now: without a guard."""
-    length: int | torch.SymInt = query.shape[2]
-    return length if isinstance(length, int) else int(length.node.hint or 0)
+    return {**_KERNEL_OPTIONS, "USE_TMA": True, **_HOPPER_TILES.get(query.shape[3], {})}
 
 
 def _is_on_hopper(x: Tensor) -> bool:

@@ -289,16 +289,19 @@ def span_edges(span_id: Tensor) -> tuple[Tensor, Tensor]:
 
     Those of text are some positions, and nothing is to be read from them.
     """
+    # Not by running maxima: on a GPU, one block of threads walks through a whole row for each.
     num_tokens = span_id.shape[1]
     position = torch.arange(num_tokens, device=span_id.device).expand(span_id.shape)
-    # Not by running maxima: on a GPU, one block of threads walks through all of a row for each.
-    index = span_id.long().clamp(0, num_tokens)
-    edges = (
-        position.new_full((span_id.shape[0], num_tokens + 1), start)
-        .scatter_reduce(1, index, position, reduce)
-        .gather(1, index)
-        for start, reduce in ((num_tokens, "amin"), (0, "amax"))
-    )
+    spans = span_id.long().clamp(0, num_tokens)
+    # Only the edges of runs write to their span: a place that all tokens write to makes them wait.
+    changes = spans[:, 1:] != spans[:, :-1]
+    beside = num_tokens + 1 + position
+    edges = []
+    for begins, start, reduce in ((True, num_tokens, "amin"), (False, 0, "amax")):
+        is_edge = torch.nn.functional.pad(changes, (1, 0) if begins else (0, 1), value=True)
+        edge = position.new_full((span_id.shape[0], 2 * num_tokens + 1), start)
+        edge = edge.scatter_reduce(1, torch.where(is_edge, spans, beside), position, reduce)
+        edges.append(edge.gather(1, spans))
     first, last = edges
     return first, last
 

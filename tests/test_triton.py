@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.nn.functional import pad
 
 import without_gpu
@@ -503,15 +501,3 @@ def test_tiles_are_for_hopper_alone(
             options = kernel_options_of(query)
             assert options.get("USE_TMA", False) == is_ours
             assert ("BLOCK_M" in options) == (is_ours and head_dim != 96)
-
-
-def test_a_tile_is_for_the_length_at_hand_and_no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    query: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    for length, is_small in ((32768, True), (32769, False)):
-        env = ShapeEnv()
-        symbol = env.create_symbol(length, ConstantSource("length"), DimDynamic.DYNAMIC)
-        for each in (length, env.create_symintnode(symbol, hint=length)):
-            query.shape = (1, 4, each, 128)
-            assert ("BLOCK_M" in kernel_options_of(query)) == is_small
-        assert all("32768" not in str(guard.expr) for guard in env.guards)

@@ -474,10 +474,11 @@ class Program:
 
     def largest_buffer(self, length: int) -> int:
         """Return the elements of the largest buffer it allocates, ``length`` for symbolic sizes."""
-        pattern = r"= empty_strided_\w+\((\(.*?\)), \(.*\), torch\.\w+\)"
-        shapes = re.findall(pattern, self.source)
-        assert len(shapes) == self.source.count("= empty_strided_")
-        return max(math.prod(eval(re.sub(r"\b[su]\d+\b", str(length), x))) for x in shapes)
+        pattern = r"= empty_strided_\w+(\(\(.*\), \(.*\), )torch\.\w+\)"
+        layouts = re.findall(pattern, self.source)
+        assert len(layouts) == self.source.count("= empty_strided_")
+        pairs = (eval(re.sub(r"\b[su]\d+\b", str(length), each) + ")") for each in layouts)
+        return max(math.prod(shape) for shape, _ in pairs)
 
     @property
     def kernels(self) -> dict[str, str]:
