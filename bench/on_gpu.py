@@ -55,7 +55,9 @@ def attention(shape: str, tokens: str, more: str = "") -> str:
     return f"{ATTENTION} --shape {shape} --tokens {tokens} {more}"
 
 
-PREFILL = "bench/prefill.py --device cuda --dtype bfloat16 --shape qwen2.5-vl-7b --any-length"
+PREFILL = (
+    "bench/prefill.py --device cuda --dtype bfloat16 --shape qwen2.5-vl-7b --any-length --no-eager"
+)
 OVERHEAD = "bench/overhead.py --device cuda --dtype bfloat16 --shape qwen2.5-vl-7b"
 IMAGES = "--image-tokens 256 1296"
 FEW = "--forms SDPA|fused|split$|flex,.dense"  # create_block_mask takes long to compile
@@ -98,7 +100,7 @@ STEPS = {
     ),
     "qwen2-vl-2b": attention("qwen2-vl-2b", "36864", f"--sparse 0.75 {FEW}"),
     "gemma-3-12b": attention("gemma-3-12b", "36864", f"--sparse 0.75 {FEW}"),
-    "prefill": f"{PREFILL} --tokens 36864 4096 16384 102400 --longest-mask 40000 --no-eager --repeats 3",
+    "prefill": f"{PREFILL} --tokens 36864 4096 16384 102400 --longest-mask 40000 --repeats 3",
     "overhead": f"{OVERHEAD} --tokens 4096 16384 36864 --parts work",
 }
 CHECKS = ["tests", "costs", "tiles-64", "tiles-128", "tiles-256", "16k"]
