@@ -102,13 +102,13 @@ def _masked(
     order = mask.order
     if order is None:
         return flex_attention(query, key, value, tables, mask.block_size, rule, scale)
-    query = _take_tokens(query, order.query)
     key, value = _take_tokens(key, order.key), _take_tokens(value, order.key)
-    args = query, key, value, tables, mask.block_size, rule, scale
-    if mask.num_chunks == 1:
-        output = flex_attention(*args)
-    else:
-        output = flex_attention_by_chunks(*args, mask.num_chunks)
+    if mask.num_chunks > 1:
+        return flex_attention_by_chunks(
+            query, key, value, order, tables, mask.block_size, rule, scale, mask.num_chunks
+        )
+    query = _take_tokens(query, order.query)
+    output = flex_attention(query, key, value, tables, mask.block_size, rule, scale)
     return _take_tokens(output, order.inverse_query)
 
 

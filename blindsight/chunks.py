@@ -17,6 +17,7 @@ from torch import Tensor
 
 from blindsight.block_tables import BlockTables
 from blindsight.flex import Rule, flex_attention, realize
+from blindsight.intervals import TokenOrder
 
 _MAX_CHUNKS = 8  # more gain nothing: text is a tenth of a prompt of images, or less
 _MIN_BLOCKS = 8  # of a chunk, where a last one that is not full would cost something
@@ -39,59 +40,75 @@ def flex_attention_by_chunks(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    order: TokenOrder,
     tables: BlockTables,
     block_size: int,
     rule: Rule,
     scale: float | None,
     num_chunks: int,
 ) -> Tensor:
-    """As :func:`blindsight.flex.flex_attention`, in another order.
+    """Call FlexAttention with tokens in another order, their queries in chunks.
 
     Args:
-        query: ``[B, H, Q, D]``, Q a multiple of ``num_chunks * block_size``.
-        key, value, tables, block_size, scale: As there.
+        query: ``[B, H, Q, D]``.
+        key, value: ``[B, G, K, D]``, tokens sorted.
+        order: Of queries, of which the sorted ones are a multiple of ``num_chunks * block_size``.
+        tables, block_size, scale: See :func:`blindsight.flex.flex_attention`.
         rule: Without a ``score_mod``.
         num_chunks: N.
+
+    Returns:
+        ``[B, H, Q, D]``, tokens in the order of ``query``.
     """
     assert rule.score_mod is None
-    batch, num_heads, num_queries, _ = query.shape
-    key_heads = key.shape[1]
-    per_key_head = num_heads // key_heads
-    begin = torch.arange(num_chunks, dtype=torch.int32, device=query.device)
-    begin = realize(begin * (num_queries // num_chunks))
+    batch, num_heads, _, head_dim = query.shape
+    num_key_heads = key.shape[1]
+    per_key_head = num_heads // num_key_heads
+    length = order.query.shape[1] // num_chunks
+    begin = torch.arange(num_chunks, dtype=torch.int32, device=query.device) * length
+    begin = realize(begin)
 
     def allowed(
         b: Tensor, h: Tensor, q: Tensor, k: Tensor, begin: Tensor, *captures: Tensor
     ) -> Tensor:
-        head = b % key_heads * per_key_head + h % per_key_head
-        return rule.mask_mod(b // key_heads, head, begin[h // per_key_head] + q, k, *captures)
+        head = b % num_key_heads * per_key_head + h % per_key_head
+        return rule.mask_mod(b // num_key_heads, head, begin[h // per_key_head] + q, k, *captures)
 
-    def folded(x: Tensor, key_heads: int = key_heads) -> Tensor:
-        """``[B, H, L, ...]`` as ``[B * G, N * R, L / N, ...]``."""
-        heads, length, *rest = x.shape[1:]
-        # Sizes in full: what is left for torch to infer is wrong where they are symbolic.
-        inside = heads // key_heads, num_chunks, length // num_chunks
-        x = x.reshape(x.shape[0], key_heads, *inside, *rest).transpose(2, 3)
-        return x.reshape(x.shape[0] * key_heads, num_chunks * inside[0], inside[2], *rest)
+    # Sizes that are symbolic are indexed, and never split: torch would assume something of them.
+    def in_chunks(size: int) -> Tensor:
+        """Return the positions of so many in each chunk, ``[N, size]``."""
+        chunk, position = (torch.arange(n, device=query.device) for n in (num_chunks, size))
+        return chunk[:, None] * size + position
 
-    if tables.partial.shape[1] == num_heads:
-        tables = BlockTables(*map(folded, tables))
-    elif batch == per_key_head == 1:  # one table for all of the call
-        tables = BlockTables(*(folded(table, 1) for table in tables))
-    else:
-        tables = BlockTables(
-            *(folded(table.expand(-1, num_heads, *table.shape[2:])) for table in tables)
-        )
+    def folded(x: Tensor, key_heads: int) -> Tensor:
+        """``[B, H, N, ...]`` as ``[B * G, N * R, ...]``."""
+        x = x.unflatten(1, (key_heads, x.shape[1] // key_heads)).transpose(2, 3)
+        return x.flatten(2, 3).flatten(0, 1)
+
+    def folded_table(table: Tensor) -> Tensor:
+        key_heads = num_key_heads
+        if table.shape[1] != num_heads:  # one for all of the call
+            if batch == per_key_head == 1:
+                key_heads = 1
+            else:
+                table = table.expand(-1, num_heads, *table.shape[2:])
+        return folded(table[:, :, in_chunks(table.shape[2] // num_chunks)], key_heads)
+
+    chosen = order.query[:, None, in_chunks(length), None]  # [B, 1, N, L, 1]
+    query = query[:, :, None].expand(-1, -1, num_chunks, -1, -1)
+    query = query.gather(3, chosen.expand(-1, num_heads, -1, -1, head_dim))
     output = flex_attention(
-        folded(query),
+        realize(folded(query, num_key_heads)),
         key.flatten(0, 1)[:, None],
         value.flatten(0, 1)[:, None],
-        tables,
+        BlockTables(*map(folded_table, tables)),
         block_size,
         Rule(allowed, (begin, *rule.captures)),
         scale,
-    )
-    output = output.reshape(
-        batch, key_heads, num_chunks, per_key_head, num_queries // num_chunks, value.shape[3]
-    )
-    return output.transpose(2, 3).reshape(batch, num_heads, num_queries, value.shape[3])
+    )  # [B * G, N * R, L, D]
+    chunk, position = order.inverse_query // length, order.inverse_query % length
+    head = torch.arange(per_key_head, device=query.device)[:, None]
+    chosen = (chunk[:, None] * per_key_head + head) * length + position[:, None]  # [B, R, Q]
+    chosen = chosen[:, None, :, :, None].expand(-1, num_key_heads, -1, -1, value.shape[3])
+    output = output.flatten(1, 2).unflatten(0, (batch, num_key_heads))[:, :, None]
+    return output.expand(-1, -1, per_key_head, -1, -1).gather(3, chosen).flatten(1, 2)

@@ -71,8 +71,10 @@ def flex_attention(
         rule: For the elements of partial blocks.
         scale: Factor on the scores; None: ``D ** -0.5``.
     """
+    # The kernel takes the rows of a batch for as far apart as its heads are in all: Inductor, which
+    # pads the strides of large buffers, must not (bench/upstream/padded_block_tables.py).
     block_mask = BlockMask.from_kv_blocks(
-        *tables,
+        *map(realize, tables),
         BLOCK_SIZE=block_size,
         mask_mod=cast(Any, _unannotated(rule.mask_mod)),
         seq_lengths=(query.shape[2], key.shape[2]),

@@ -239,7 +239,7 @@ def sorted_mask(
     num_chunks = num_chunks_of(span_id.device, capacity, block_size)
     if num_chunks > 1:
         step = num_chunks * block_size
-        query_capacity = -(-capacity // step) * step
+        query_capacity = (capacity + (step - 1)) // step * step
     bounds, order = stretched(bounds, order, query_capacity, key_capacity)
     num_keys = order.key.shape[1]
     lower, upper = (realize(rows, span_id) for rows in bounds.rows())

@@ -1,0 +1,90 @@
+"""Queries in chunks: the same attention, in another order.
+
+Compiled for the CPU, as what is not compiled reads no tables. On a GPU chunks are usual:
+tests/test_triton.py runs them in Triton's interpreter, and with heads that share their keys.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from blindsight import mask_forms
+from blindsight.attention import attend
+from blindsight.chunks import num_chunks_of
+from blindsight.mask_forms import sorted_mask
+from blindsight.tune import compile_alone
+from oracles import oracle_attention, oracle_keep
+from test_triton import form_of, template_of
+
+HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 16
+
+
+def attend_in_chunks(num_queries: int, groups: Any) -> Any:
+    def call(*inputs: Tensor) -> Tensor:
+        query, key, value, span_id, is_sink, heads, kinds = inputs
+        sizes = {"batch": len(query), "num_queries": num_queries, "num_keys": key.shape[2]}
+        form = form_of("causal", span_id, span_id, key.shape[2] - num_queries)
+        mask = sorted_mask(form, span_id, is_sink, **sizes)
+        assert mask.num_chunks > 1
+        assert mask.order.query.shape[1] % (mask.num_chunks * mask.block_size) == 0
+        return attend(query, key, value, mask, heads, kinds, groups)
+
+    return call
+
+
+def error_of(
+    run: Any, batch: int, length: int, past: int, codes: list[int], heads: list[int]
+) -> float:
+    """The largest difference from the definitions in float64."""
+    generator = torch.Generator().manual_seed(length)
+    span_id, is_sink = template_of(batch, length)
+    query, key, value = (
+        torch.randn(batch, number, length, HEAD_DIM, generator=generator)
+        for number in (HEADS, KEY_HEADS, KEY_HEADS)
+    )
+    query = query[:, :, past:].contiguous()
+    order = torch.tensor(heads)
+    kinds = torch.tensor(codes, dtype=torch.int32)[order]
+    found = run(query, key, value, span_id, is_sink, order, kinds)
+    causal = torch.arange(length) <= torch.arange(past, length)[:, None]
+    keep = torch.stack([oracle_keep(span_id, is_sink, code) for code in codes], dim=1)
+    exact = (x.double() for x in (query, key, value))
+    expected = oracle_attention(*exact, keep[:, :, past:] & causal, HEAD_DIM**-0.5)
+    return float((found - expected).abs().max())
+
+
+CASES = {
+    "two calls": (1, 290, 0, 2, [0, 3, 1, 0], [0, 3, 2, 1], [("causal", 2), ("mixed", 2)]),
+    "after a cache": (1, 290, 101, 3, [0, 3, 1, 0], [0, 3, 2, 1], [("mixed", 4)]),
+    "one table": (1, 290, 0, 4, [0, 2, 2, 2], [0, 1, 2, 3], [("causal", 1), ("alike", 3)]),
+    "one table, batch": (2, 203, 0, 2, [3, 3, 3, 3], [2, 1, 0, 3], [("alike", 4)]),
+}
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=[pytest.mark.nightly] * (name == "one table")) for name in CASES],
+)
+def test_chunks_change_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, length, past, chunks, codes, heads, groups = CASES[case]
+    monkeypatch.setattr(mask_forms, "num_chunks_of", lambda *_: chunks)
+
+    def run(*inputs: Tensor) -> Any:
+        call: Any = compile_alone(attend_in_chunks(length - past, groups), inputs)
+        (found,) = call(*inputs)
+        return found
+
+    assert error_of(run, batch, length, past, codes, heads) < 5e-6
+
+
+def test_how_many_chunks_there_are() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    size = ShapeEnv().create_unbacked_symint()
+    assert num_chunks_of(cpu, 100_000, 64) == num_chunks_of(cpu, size, 64) == 1
+    assert num_chunks_of(cuda, size, 128) == 8
+    sizes = (1, 2047, 2048, 4095, 4096, 8191, 8192, 300_000)
+    assert [num_chunks_of(cuda, n, 128) for n in sizes] == [1, 1, 2, 2, 4, 4, 8, 8]
