@@ -10,7 +10,7 @@ block that holds an allowed pair is left out, and none is called full that holds
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from blindsight.intervals import NUM_PARTS, SortedBounds
 from blindsight.masks import BaseMask, Keep
 
 BlockSize = int | tuple[int, int]  # queries, keys
+Number = TypeVar("Number", int, Tensor)
 
 _MAX_SAMPLED_BLOCKS = 64  # query blocks that stand for all of a prompt, to choose an order
 
@@ -145,7 +146,7 @@ def tables_of_sorted(
         block_size: Of queries and keys alike, or of each.
         max_listed: As for :meth:`BlockRuns.tables`.
     """
-    num_blocks = -(-num_keys // _sizes(block_size)[1])
+    num_blocks = _ceil_div(num_keys, _sizes(block_size)[1])
     return runs_of_sorted(bounds, block_size).tables(num_blocks, max_listed)
 
 
@@ -234,8 +235,8 @@ def prompt_order_lists_less(
     keep = Keep(*(part[:, used] for part in keep))
     bounds = SortedBounds(*(part[:, used] for part in bounds))
     batch, num_queries, num_keys = *base.lower.shape, base.valid.shape[1]
-    num_blocks = -(-num_queries // query_size)
-    step = -(-num_blocks // _MAX_SAMPLED_BLOCKS)
+    num_blocks = _ceil_div(num_queries, query_size)
+    step = _ceil_div(num_blocks, _MAX_SAMPLED_BLOCKS)
     if step > 1:
         sampled = torch.arange(num_queries) // query_size % step == step // 2
         base = base._replace(lower=base.lower[:, sampled], upper=base.upper[:, sampled])
@@ -271,7 +272,7 @@ class _Ranges:
     def full(self) -> Tensor:
         """Return in which blocks every key is allowed, if they are listed."""
         device = self.valid.device
-        num_blocks = -(-self.num_keys // self.key_size)
+        num_blocks = _ceil_div(self.num_keys, self.key_size)
         first = self.key_size * torch.arange(num_blocks, dtype=torch.int32, device=device)
         num_valid = _at_block_edges(_num_before(self.valid), self.key_size).diff(dim=-1)
         begin, end = self._common(self.base_begin, self.base_end)
@@ -315,7 +316,8 @@ def _width(num_blocks: int, max_listed: int | None) -> int:
     return num_blocks if max_listed is None else max(1, min(max_listed, num_blocks))
 
 
-def _ceil_div(x: Tensor, divisor: int) -> Tensor:
+def _ceil_div(x: Number, divisor: int) -> Number:
+    # Not -(-x // divisor), which torch simplifies wrongly: bench/upstream/ceiling_of_ceilings.py
     return (x + (divisor - 1)) // divisor
 
 

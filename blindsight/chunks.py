@@ -65,8 +65,8 @@ def flex_attention_by_chunks(
     num_key_heads = key.shape[1]
     per_key_head = num_heads // num_key_heads
     length = order.query.shape[1] // num_chunks
-    begin = torch.arange(num_chunks, dtype=torch.int32, device=query.device) * length
-    begin = realize(begin)
+    positions = _positions(num_chunks, length, query.device)
+    begin = realize(positions[:, 0].to(torch.int32))
 
     def allowed(
         b: Tensor, h: Tensor, q: Tensor, k: Tensor, begin: Tensor, *captures: Tensor
@@ -74,41 +74,40 @@ def flex_attention_by_chunks(
         head = b % num_key_heads * per_key_head + h % per_key_head
         return rule.mask_mod(b // num_key_heads, head, begin[h // per_key_head] + q, k, *captures)
 
-    # Sizes that are symbolic are indexed, and never split: torch would assume something of them.
-    def in_chunks(size: int) -> Tensor:
-        """Return the positions of so many in each chunk, ``[N, size]``."""
-        chunk, position = (torch.arange(n, device=query.device) for n in (num_chunks, size))
-        return chunk[:, None] * size + position
-
-    def folded(x: Tensor, key_heads: int) -> Tensor:
-        """``[B, H, N, ...]`` as ``[B * G, N * R, ...]``."""
-        x = x.unflatten(1, (key_heads, x.shape[1] // key_heads)).transpose(2, 3)
-        return x.flatten(2, 3).flatten(0, 1)
-
-    def folded_table(table: Tensor) -> Tensor:
-        key_heads = num_key_heads
-        if table.shape[1] != num_heads:  # one for all of the call
-            if batch == per_key_head == 1:
-                key_heads = 1
-            else:
-                table = table.expand(-1, num_heads, *table.shape[2:])
-        return folded(table[:, :, in_chunks(table.shape[2] // num_chunks)], key_heads)
-
-    chosen = order.query[:, None, in_chunks(length), None]  # [B, 1, N, L, 1]
-    query = query[:, :, None].expand(-1, -1, num_chunks, -1, -1)
-    query = query.gather(3, chosen.expand(-1, num_heads, -1, -1, head_dim))
+    chosen = order.query[:, None, positions, None].expand(-1, num_heads, -1, -1, head_dim)
+    in_chunks = query[:, :, None].expand(-1, -1, num_chunks, -1, -1).gather(3, chosen)
+    if tables.partial.shape[1] != num_heads and (batch, per_key_head) != (1, 1):
+        of_each = (table.expand(-1, num_heads, *table.shape[2:]) for table in tables)
+        tables = BlockTables(*of_each)
+    rows = _positions(num_chunks, tables.partial.shape[2] // num_chunks, query.device)
+    table_heads = min(num_key_heads, tables.partial.shape[1])
     output = flex_attention(
-        realize(folded(query, num_key_heads)),
+        realize(_fold(in_chunks, num_key_heads)),
         key.flatten(0, 1)[:, None],
         value.flatten(0, 1)[:, None],
-        BlockTables(*map(folded_table, tables)),
+        BlockTables(*(_fold(table[:, :, rows], table_heads) for table in tables)),
         block_size,
         Rule(allowed, (begin, *rule.captures)),
         scale,
-    )  # [B * G, N * R, L, D]
+    )
+
+    # [B, G, 1, N * R * L, D], and where in that each token is, for R heads
+    output = torch.unflatten(output.flatten(1, 2), 0, (batch, num_key_heads))[:, :, None]
     chunk, position = order.inverse_query // length, order.inverse_query % length
     head = torch.arange(per_key_head, device=query.device)[:, None]
-    chosen = (chunk[:, None] * per_key_head + head) * length + position[:, None]  # [B, R, Q]
+    chosen = (chunk[:, None] * per_key_head + head) * length + position[:, None]
     chosen = chosen[:, None, :, :, None].expand(-1, num_key_heads, -1, -1, value.shape[3])
-    output = output.flatten(1, 2).unflatten(0, (batch, num_key_heads))[:, :, None]
     return output.expand(-1, -1, per_key_head, -1, -1).gather(3, chosen).flatten(1, 2)
+
+
+# Sizes that are symbolic are indexed, and never split: torch would assume something of them.
+def _positions(num_chunks: int, size: int, device: torch.device) -> Tensor:
+    """Return the positions in each chunk of so many, ``[N, size]``."""
+    chunk, position = (torch.arange(number, device=device) for number in (num_chunks, size))
+    return chunk[:, None] * size + position
+
+
+def _fold(x: Tensor, key_heads: int) -> Tensor:
+    """Return ``x [B, H, N, ...]`` as ``[B * G, N * R, ...]``."""
+    x = torch.unflatten(x, 1, (key_heads, x.shape[1] // key_heads)).transpose(2, 3)
+    return x.flatten(2, 3).flatten(0, 1)

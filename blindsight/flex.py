@@ -73,8 +73,9 @@ def flex_attention(
     """
     # The kernel takes the rows of a batch for as far apart as its heads are in all: Inductor, which
     # pads the strides of large buffers, must not (bench/upstream/padded_block_tables.py).
+    tables = BlockTables(*map(realize, tables))
     block_mask = BlockMask.from_kv_blocks(
-        *map(realize, tables),
+        *tables,
         BLOCK_SIZE=block_size,
         mask_mod=cast(Any, _unannotated(rule.mask_mod)),
         seq_lengths=(query.shape[2], key.shape[2]),
