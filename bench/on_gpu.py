@@ -100,7 +100,7 @@ STEPS = {
     ),
     "qwen2-vl-2b": attention("qwen2-vl-2b", "36864", f"--sparse 0.75 {FEW}"),
     "gemma-3-12b": attention("gemma-3-12b", "36864", f"--sparse 0.75 {FEW}"),
-    "prefill": f"{PREFILL} --tokens 36864 4096 16384 102400 --longest-mask 40000 --repeats 3",
+    "prefill": f"{PREFILL} --layers 8 --tokens 36864 4096 102400 --longest-mask 40000",
     "overhead": f"{OVERHEAD} --tokens 4096 16384 36864 --parts work",
 }
 CHECKS = ["tests", "costs", "tiles-64", "tiles-128", "tiles-256", "16k"]
