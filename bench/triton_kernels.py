@@ -3,7 +3,7 @@
     python bench/triton_kernels.py [--head-dims 64 128 256]
 
 Needs no GPU, but triton and g++: see tests/without_gpu.py. One causal call of 4 heads of all four
-categories, 2,000 tokens, bfloat16. Appends a row for each kernel to
+categories, 2,100 tokens, bfloat16. Appends a row for each kernel to
 bench/results/triton_kernels.jsonl.
 """
 

@@ -103,7 +103,8 @@ def _masked(
     if order is None:
         return flex_attention(query, key, value, tables, mask.block_size, rule, scale)
     key, value = _take_tokens(key, order.key), _take_tokens(value, order.key)
-    if mask.num_chunks > 1:
+    # One table for several rows of a batch cannot be folded: it would have to be written for each.
+    if mask.num_chunks > 1 and (len(for_tables) == query.shape[1] or query.shape[0] == 1):
         return flex_attention_by_chunks(
             query, key, value, order, tables, mask.block_size, rule, scale, mask.num_chunks
         )

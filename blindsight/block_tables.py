@@ -34,6 +34,15 @@ def block_size_of(device: torch.device) -> int:
     return 64 if device.type == "cpu" else 128
 
 
+def ceil_div(x: Number, divisor: int) -> Number:
+    """Return a quotient rounded up.
+
+    Not ``-(-x // divisor)``: of symbolic sizes torch may simplify that to something else
+    (bench/upstream/ceiling_of_ceilings.py).
+    """
+    return (x + (divisor - 1)) // divisor
+
+
 class BlockTables(NamedTuple):
     """Key blocks to visit for each query block: first ``num`` entries of each row of indices.
 
@@ -111,7 +120,7 @@ def runs_of_sorted(bounds: SortedBounds, block_size: BlockSize) -> BlockRuns:
     begins, ends = [], []
     previous = torch.zeros_like(hull_begin[:, :, 0])
     for part in range(NUM_PARTS):
-        end = torch.maximum(_ceil_div(hull_end[:, :, part], key_size), previous)
+        end = torch.maximum(ceil_div(hull_end[:, :, part], key_size), previous)
         begins.append((hull_begin[:, :, part] // key_size).clamp(previous, end))
         ends.append(end)
         previous = end
@@ -126,7 +135,7 @@ def runs_of_sorted(bounds: SortedBounds, block_size: BlockSize) -> BlockRuns:
     for part in reversed(range(1, NUM_PARTS)):
         joins = core_end[:, :, part - 1] == core_begin[:, :, part]
         run_end[part - 1] = torch.where(joins, run_end[part], run_end[part - 1])
-    full_begin = _ceil_div(torch.stack(run_begin, -1), key_size).clamp(*listed)
+    full_begin = ceil_div(torch.stack(run_begin, -1), key_size).clamp(*listed)
     full_end = (torch.stack(run_end, -1) // key_size).clamp(full_begin, listed[1])
     return BlockRuns(listed, (full_begin, full_end))
 
@@ -146,7 +155,7 @@ def tables_of_sorted(
         block_size: Of queries and keys alike, or of each.
         max_listed: As for :meth:`BlockRuns.tables`.
     """
-    num_blocks = _ceil_div(num_keys, _sizes(block_size)[1])
+    num_blocks = ceil_div(num_keys, _sizes(block_size)[1])
     return runs_of_sorted(bounds, block_size).tables(num_blocks, max_listed)
 
 
@@ -235,8 +244,8 @@ def prompt_order_lists_less(
     keep = Keep(*(part[:, used] for part in keep))
     bounds = SortedBounds(*(part[:, used] for part in bounds))
     batch, num_queries, num_keys = *base.lower.shape, base.valid.shape[1]
-    num_blocks = _ceil_div(num_queries, query_size)
-    step = _ceil_div(num_blocks, _MAX_SAMPLED_BLOCKS)
+    num_blocks = ceil_div(num_queries, query_size)
+    step = ceil_div(num_blocks, _MAX_SAMPLED_BLOCKS)
     if step > 1:
         sampled = torch.arange(num_queries) // query_size % step == step // 2
         base = base._replace(lower=base.lower[:, sampled], upper=base.upper[:, sampled])
@@ -272,7 +281,7 @@ class _Ranges:
     def full(self) -> Tensor:
         """Return in which blocks every key is allowed, if they are listed."""
         device = self.valid.device
-        num_blocks = _ceil_div(self.num_keys, self.key_size)
+        num_blocks = ceil_div(self.num_keys, self.key_size)
         first = self.key_size * torch.arange(num_blocks, dtype=torch.int32, device=device)
         num_valid = _at_block_edges(_num_before(self.valid), self.key_size).diff(dim=-1)
         begin, end = self._common(self.base_begin, self.base_end)
@@ -314,11 +323,6 @@ def _sizes(block_size: BlockSize) -> tuple[int, int]:
 def _width(num_blocks: int, max_listed: int | None) -> int:
     """Return the width of tables; kernels read ahead, so there is an entry even if none counts."""
     return num_blocks if max_listed is None else max(1, min(max_listed, num_blocks))
-
-
-def _ceil_div(x: Number, divisor: int) -> Number:
-    # Not -(-x // divisor), which torch simplifies wrongly: bench/upstream/ceiling_of_ceilings.py
-    return (x + (divisor - 1)) // divisor
 
 
 def _reduce(

@@ -1,6 +1,7 @@
 """FlexAttention with the longest rows of all heads first.
 
-A kernel on a GPU launches its programs head by head. With tokens sorted, each head begins with its
+Inductor's kernel on a GPU launches its programs head by head (its grid is blocks of queries, batch,
+heads, from the fastest to the slowest). With tokens sorted, each head begins with its
 rows of text, which see every image and take a hundred times as long as those of an image: those of
 the last head would run alone in the end, on a part of the device. So queries are cut into chunks,
 and the axes of a call are used for something else: its batch are key heads, its heads are the
@@ -53,19 +54,20 @@ def flex_attention_by_chunks(
         query: ``[B, H, Q, D]``.
         key, value: ``[B, G, K, D]``, tokens sorted.
         order: Of queries, of which the sorted ones are a multiple of ``num_chunks * block_size``.
-        tables, block_size, scale: See :func:`blindsight.flex.flex_attention`.
-        rule: Without a ``score_mod``.
+        tables: ``[B, H, ...]``, or ``[1, 1, ...]`` where every head has keys of its own.
+        block_size: Of those, in tokens.
+        rule: Of sorted tokens, without a ``score_mod``.
+        scale: See :func:`blindsight.flex.flex_attention`.
         num_chunks: N.
 
     Returns:
         ``[B, H, Q, D]``, tokens in the order of ``query``.
     """
-    assert rule.score_mod is None
     batch, num_heads, _, head_dim = query.shape
     num_key_heads = key.shape[1]
     per_key_head = num_heads // num_key_heads
     length = order.query.shape[1] // num_chunks
-    positions = _positions(num_chunks, length, query.device)
+    positions = _in_chunks(num_chunks, length, query.device)
     begin = realize(positions[:, 0].to(torch.int32))
 
     def allowed(
@@ -74,34 +76,31 @@ def flex_attention_by_chunks(
         head = b % num_key_heads * per_key_head + h % per_key_head
         return rule.mask_mod(b // num_key_heads, head, begin[h // per_key_head] + q, k, *captures)
 
-    chosen = order.query[:, None, positions, None].expand(-1, num_heads, -1, -1, head_dim)
-    in_chunks = query[:, :, None].expand(-1, -1, num_chunks, -1, -1).gather(3, chosen)
-    if tables.partial.shape[1] != num_heads and (batch, per_key_head) != (1, 1):
-        of_each = (table.expand(-1, num_heads, *table.shape[2:]) for table in tables)
-        tables = BlockTables(*of_each)
-    rows = _positions(num_chunks, tables.partial.shape[2] // num_chunks, query.device)
+    tokens = order.query[:, None, positions, None].expand(-1, num_heads, -1, -1, head_dim)
+    query = query[:, :, None].expand(-1, -1, num_chunks, -1, -1).gather(3, tokens)
+    blocks = _in_chunks(num_chunks, tables.partial.shape[2] // num_chunks, query.device)
     table_heads = min(num_key_heads, tables.partial.shape[1])
     output = flex_attention(
-        realize(_fold(in_chunks, num_key_heads)),
+        realize(_fold(query, num_key_heads)),
         key.flatten(0, 1)[:, None],
         value.flatten(0, 1)[:, None],
-        BlockTables(*(_fold(table[:, :, rows], table_heads) for table in tables)),
+        BlockTables(*(_fold(table[:, :, blocks], table_heads) for table in tables)),
         block_size,
         Rule(allowed, (begin, *rule.captures)),
         scale,
     )
 
-    # [B, G, 1, N * R * L, D], and where in that each token is, for R heads
+    # [B, G, 1, N * R * L, D] of chunks of length L, and where in that each token is, for R heads
     output = torch.unflatten(output.flatten(1, 2), 0, (batch, num_key_heads))[:, :, None]
     chunk, position = order.inverse_query // length, order.inverse_query % length
     head = torch.arange(per_key_head, device=query.device)[:, None]
-    chosen = (chunk[:, None] * per_key_head + head) * length + position[:, None]
-    chosen = chosen[:, None, :, :, None].expand(-1, num_key_heads, -1, -1, value.shape[3])
-    return output.expand(-1, -1, per_key_head, -1, -1).gather(3, chosen).flatten(1, 2)
+    places = (chunk[:, None] * per_key_head + head) * length + position[:, None]
+    places = places[:, None, :, :, None].expand(-1, num_key_heads, -1, -1, value.shape[3])
+    return output.expand(-1, -1, per_key_head, -1, -1).gather(3, places).flatten(1, 2)
 
 
 # Sizes that are symbolic are indexed, and never split: torch would assume something of them.
-def _positions(num_chunks: int, size: int, device: torch.device) -> Tensor:
+def _in_chunks(num_chunks: int, size: int, device: torch.device) -> Tensor:
     """Return the positions in each chunk of so many, ``[N, size]``."""
     chunk, position = (torch.arange(number, device=device) for number in (num_chunks, size))
     return chunk[:, None] * size + position

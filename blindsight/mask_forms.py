@@ -26,6 +26,7 @@ from blindsight.base_mask import Expression, Form, base_mask_of, evaluate_expres
 from blindsight.block_tables import (
     BlockTables,
     block_size_of,
+    ceil_div,
     tables_of_mask,
     tables_of_prompt_order,
     tables_of_sorted,
@@ -68,11 +69,11 @@ class SortedMask(NamedTuple):
     """The mask of every category, tokens sorted.
 
     Attributes:
-        order: Of queries and keys.
+        order: Of queries and keys. There may be more sorted ones than tokens.
         lower, upper: ``[B, 3 * C, Q]`` int32, the intervals of each sorted query.
         tables: Blocks per category.
         block_size: Theirs.
-        num_chunks: Of queries, which are a whole number of blocks each if there are several.
+        num_chunks: Of sorted queries, which are a whole number of blocks each if there are several.
     """
 
     order: TokenOrder
@@ -228,7 +229,8 @@ def sorted_mask(
         query_capacity, key_capacity: If given, of so many sorted positions the mask is, whatever
             Q and K are when a graph runs: those beyond hold a token that is already there, and see
             and show nothing. Then FlexAttention computes on fixed sizes (its C++ kernel cannot do
-            with symbolic ones) inside a graph that does not.
+            with symbolic ones) inside a graph that does not. On a GPU there are so many sorted
+            queries more that every chunk is a whole number of blocks.
     """
     base, first_span = _lifted_base(form, span_id, batch, num_queries, num_keys)
     bounds, order = sorted_bounds(
@@ -239,7 +241,7 @@ def sorted_mask(
     num_chunks = num_chunks_of(span_id.device, capacity, block_size)
     if num_chunks > 1:
         step = num_chunks * block_size
-        query_capacity = (capacity + (step - 1)) // step * step
+        query_capacity = ceil_div(capacity, step) * step
     bounds, order = stretched(bounds, order, query_capacity, key_capacity)
     num_keys = order.key.shape[1]
     lower, upper = (realize(rows, span_id) for rows in bounds.rows())

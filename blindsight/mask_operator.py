@@ -19,7 +19,7 @@ import torch
 from torch import SymInt, Tensor
 
 from blindsight.base_mask import Form
-from blindsight.block_tables import BlockTables, block_size_of
+from blindsight.block_tables import BlockTables, block_size_of, ceil_div
 from blindsight.categories import NUM_CATEGORIES
 from blindsight.intervals import NUM_PARTS, TokenOrder
 from blindsight.mask_forms import OrderedMask, SortedMask, ordered_mask, sorted_mask
@@ -183,7 +183,7 @@ def _empty(like: Tensor, dtype: torch.dtype, *shapes: Sequence[int]) -> list[Ten
 
 def _empty_tables(like: Tensor, batch: int, num_queries: int, num_keys: int) -> list[Tensor]:
     size = block_size_of(like.device)
-    rows, width = -(-num_queries // size), -(-num_keys // size)
+    rows, width = (ceil_div(length, size) for length in (num_queries, num_keys))
     num, blocks = (batch, NUM_CATEGORIES, rows), (batch, NUM_CATEGORIES, rows, width)
     return _empty(like, torch.int32, num, blocks, num, blocks)
 

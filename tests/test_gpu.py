@@ -8,19 +8,19 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
-import blindsight.chunks
+import blindsight
 import questions
 from blindsight import Profile, blindsight_backend
 from blindsight.calibrate import calibrate
 from blindsight.exported import decoder_inputs
 from blindsight.tune import compile_alone
+from fused_call import KERNELS, as_of_long_prompts, attention, errors_of, inputs_of
 from models import FAMILIES, Image, generation_options, make_inputs, split_turns, tiny_model
 from oracles import generate_reference, run_reference
 from processors import tiny_processor
@@ -30,7 +30,6 @@ from test_export import case as case_of_export
 from test_export import check as check_export
 from test_export import outputs_alone
 from test_families import check_compiled
-from test_triton import KERNELS, PADDING, attention, errors_of, inputs_of
 
 DEVICE = os.environ.get("BLINDSIGHT_GPU_TESTS", "cuda")
 pytestmark = [
@@ -86,14 +85,11 @@ def test_prefill(family: str, dtype: torch.dtype, lowering: str) -> None:
 @needs_cuda
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: "-".join(map(str, kernel)))
 def test_kernels_whose_buffers_are_padded(kernel: Any) -> None:
-    """As in Triton's interpreter, with small chunks and padded buffers, which long prompts have."""
+    """As in Triton's interpreter, with chunks and padded buffers, which long prompts have."""
     base, order, batch, length, mix, past, dtype = kernel
     inputs = inputs_of(batch, length, 32, getattr(torch, dtype), mix, base, past)
     on_device = [x.to(DEVICE) for x in inputs]
-    with (
-        torch._inductor.config.patch(PADDING),
-        mock.patch.object(blindsight.chunks, "_MIN_BLOCKS", 1),
-    ):
+    with as_of_long_prompts():
         run: Any = compile_alone(attention(base, order, batch), on_device)
         (found,) = run(*on_device)
     error, of_eager = errors_of(found.cpu(), base, inputs)

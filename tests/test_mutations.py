@@ -273,11 +273,20 @@ def test_a_condition_left_out_of_prompt_order_tables_is_caught(name):
     assert is_caught(lambda case, size: check_prompt_order(case, size, tables_of=faulty))
 
 
+def rounds_bounds_down(x, divisor):
+    """Those of rows; the numbers of blocks are right."""
+    return x // divisor if isinstance(x, torch.Tensor) else -(-x // divisor)
+
+
+def rounds_bounds_too_far(x, divisor):
+    return x // divisor + 1 if isinstance(x, torch.Tensor) else -(-x // divisor)
+
+
 @pytest.mark.parametrize(
     ("module", "name", "faulty"),
     [
-        (block_tables, "_ceil_div", lambda x, divisor: x // divisor),
-        (block_tables, "_ceil_div", lambda x, divisor: x // divisor + 1),
+        (block_tables, "ceil_div", rounds_bounds_down),
+        (block_tables, "ceil_div", rounds_bounds_too_far),
         (block_tables, "_sizes", lambda size: (size[1], size[0])),
         (intervals, "is_unrestricted", lambda span, first: span == 0),
         (intervals, "is_unrestricted", lambda span, first: span <= 1),

@@ -555,6 +555,9 @@ def inductor_for_gpu() -> Iterator[LargestTensor]:
     compile_fx = inductor.compile_fx
     is_inside = False
 
+    def takes_any_number(_: torch.device, size: int | torch.SymInt) -> bool:
+        return any_length.is_symbol(size)
+
     def moved(x: Any) -> Any:
         return torch.device("cuda", 0) if x == torch.device("cpu") else x
 
@@ -588,7 +591,7 @@ def inductor_for_gpu() -> Iterator[LargestTensor]:
     with (
         _patch(inductor, {"compile_fx": compile_moved}),
         mock.patch.dict(replace_attention._BY_OPERATOR, replace_attention._MAKE_MASK),
-        _patch(any_length, {"_MIN_CAPACITY": 1}),
+        _patch(any_length, {"_MIN_CAPACITY": 1, "takes_any_number": takes_any_number}),
     ):
         yield largest
 

@@ -44,7 +44,8 @@ def happens() -> str | None:
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        sys.exit("needs a GPU")
+        print("needs a GPU")
+        sys.exit(2)
     with torch.no_grad():
         found = happens()
     print(f"torch {torch.__version__}: {found or 'gone'}")
