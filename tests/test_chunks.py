@@ -70,7 +70,10 @@ CASES = {
 @pytest.mark.inductor
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(name, marks=[pytest.mark.nightly] * (name == "one table")) for name in CASES],
+    [
+        pytest.param(name, marks=[pytest.mark.nightly] * (name == "one table, batch"))
+        for name in CASES
+    ],
 )
 def test_chunks_change_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, length, past, chunks, codes, heads, groups = CASES[case]

@@ -6,7 +6,6 @@ Each in a process of its own that pretends to have an H200, see :mod:`without_gp
 import traceback
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import without_gpu
-from blindsight import Profile, blindsight_backend, chunks
+from blindsight import Profile, blindsight_backend
 from blindsight.flex import kernel_options_of
 from blindsight.passes.replace_attention import Capacity
 from decoders import DecoderWithHead, check_decoder, decoder_prompt
@@ -166,7 +165,6 @@ def run_decoder(categories: list[list[int]], num_prompts: int) -> dict[str, Any]
     lengths = []
     with (
         torch.no_grad(),
-        mock.patch.object(chunks, "_MAX_CHUNKS", 2),  # so that less is filled up
         without_gpu.inductor_for_gpu() as largest,
         without_gpu.written() as programs,
     ):
