@@ -1,11 +1,11 @@
 """FlexAttention with the longest rows of all heads first.
 
-Inductor's kernel on a GPU launches its programs head by head (its grid is blocks of queries, batch,
-heads, from the fastest to the slowest). With tokens sorted, each head begins with its
-rows of text, which see every image and take a hundred times as long as those of an image: those of
-the last head would run alone in the end, on a part of the device. So queries are cut into chunks,
-and the axes of a call are used for something else: its batch are key heads, its heads are the
-chunks of their query heads. Then the first chunk of every head is launched before any second one.
+Inductor's kernel on a GPU launches its programs head by head: its grid is blocks of queries, batch,
+heads, from the fastest to the slowest. With tokens sorted, each head begins with its rows of text,
+which see every image and take many times as long as those of an image: those of the last head would
+run alone in the end, on a part of the device. So queries are cut into chunks, and the axes of a
+call are used for something else: its batch are key heads, its heads are the chunks of their query
+heads. Then the first chunk of every head is launched before any second one.
 
 Shapes: B batch, H query heads, G key heads, R query heads of each, N chunks, Q and K lengths in
 tokens, D head dim.

@@ -184,25 +184,27 @@ def errors_of(found: Tensor, base: str, inputs: list[Tensor]) -> tuple[float, fl
 
 # Base mask, form, batch, length, categories, tokens in the cache before, dtype
 KERNELS = [
-    ("causal", "sorted", 1, 203, "each", 0, "float32"),
-    ("causal", "sorted", 1, 128, "document", 0, "float32"),
     ("causal", "sorted", 2, 203, "each", 0, "bfloat16"),
     ("causal", "sorted", 1, 290, "each", 101, "float32"),
-    ("causal", "ordered", 1, 203, "dense", 0, "float32"),
     ("causal", "ordered", 1, 290, "two", 101, "float32"),
     ("padding", "sorted", 2, 203, "each", 0, "float32"),
-    ("padding", "ordered", 2, 203, "two", 0, "float32"),
     ("padding", "expressed", 2, 203, "two", 0, "float32"),
     ("padding", "materialised", 1, 150, "each", 0, "bfloat16"),
     ("sliding", "sorted", 2, 260, "two", 0, "float32"),
+    ("chunks", "ordered", 2, 203, "each", 0, "float32"),
+    ("image", "sorted", 2, 203, "each", 0, "float32"),
+    ("image", "expressed", 1, 203, "each", 0, "float32"),
+    ("packed", "sorted", 2, 203, "each", 0, "float32"),
+]
+MORE_KERNELS = [
+    ("causal", "sorted", 1, 203, "each", 0, "float32"),
+    ("causal", "sorted", 1, 128, "document", 0, "float32"),
+    ("causal", "ordered", 1, 203, "dense", 0, "float32"),
+    ("padding", "ordered", 2, 203, "two", 0, "float32"),
     ("sliding", "ordered", 1, 150, "each", 0, "float32"),
     ("sliding", "expressed", 2, 203, "each", 0, "float32"),
     ("chunks", "sorted", 1, 203, "each", 0, "float32"),
-    ("chunks", "ordered", 2, 203, "each", 0, "float32"),
-    ("image", "sorted", 2, 203, "each", 0, "float32"),
     ("image", "ordered", 1, 203, "each", 0, "float32"),
-    ("image", "expressed", 1, 203, "each", 0, "float32"),
-    ("packed", "sorted", 2, 203, "each", 0, "float32"),
     ("packed", "ordered", 1, 203, "each", 0, "float32"),
 ]
 

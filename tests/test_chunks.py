@@ -71,7 +71,9 @@ CASES = {
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(name, marks=[pytest.mark.nightly] * (name == "one table, batch"))
+        pytest.param(
+            name, marks=[pytest.mark.nightly] * (name in ("two calls", "one table, batch"))
+        )
         for name in CASES
     ],
 )

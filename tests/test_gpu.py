@@ -20,7 +20,7 @@ from blindsight import Profile, blindsight_backend
 from blindsight.calibrate import calibrate
 from blindsight.exported import decoder_inputs
 from blindsight.tune import compile_alone
-from fused_call import KERNELS, as_of_long_prompts, attention, errors_of, inputs_of
+from fused_call import KERNELS, MORE_KERNELS, as_of_long_prompts, attention, errors_of, inputs_of
 from models import FAMILIES, Image, generation_options, make_inputs, split_turns, tiny_model
 from oracles import generate_reference, run_reference
 from processors import tiny_processor
@@ -83,7 +83,9 @@ def test_prefill(family: str, dtype: torch.dtype, lowering: str) -> None:
 
 
 @needs_cuda
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: "-".join(map(str, kernel)))
+@pytest.mark.parametrize(
+    "kernel", [*KERNELS, *MORE_KERNELS], ids=lambda kernel: "-".join(map(str, kernel))
+)
 def test_kernels_whose_buffers_are_padded(kernel: Any) -> None:
     """As in Triton's interpreter, with chunks and padded buffers, which long prompts have."""
     base, order, batch, length, mix, past, dtype = kernel

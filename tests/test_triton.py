@@ -17,7 +17,7 @@ from blindsight import Profile, blindsight_backend
 from blindsight.flex import kernel_options_of
 from blindsight.passes.replace_attention import Capacity
 from decoders import DecoderWithHead, check_decoder, decoder_prompt
-from fused_call import KERNELS, as_of_long_prompts, attention, errors_of, inputs_of
+from fused_call import KERNELS, MORE_KERNELS, as_of_long_prompts, attention, errors_of, inputs_of
 from models import Image, tiny_model
 
 pytest.importorskip("triton", reason="needs triton, which the extra 'test' installs on Linux")
@@ -36,10 +36,10 @@ def run_one(
     return errors_of(found, base, inputs)
 
 
-def run_all() -> list[Any]:
+def run_all(kernels: list[Any]) -> list[Any]:
     """The errors of all kernels, or why there are none."""
     results: list[Any] = []
-    for kernel in KERNELS:
+    for kernel in kernels:
         try:
             results.append(run_one(*kernel))
         except Exception:
@@ -67,11 +67,16 @@ def run_many(
     return errors
 
 
-def test_the_kernels_compute_what_the_masks_mean(in_process: Any) -> None:
+@pytest.mark.parametrize(
+    "kernels",
+    [KERNELS, pytest.param(MORE_KERNELS, marks=pytest.mark.nightly)],
+    ids=["usual", "more"],
+)
+def test_the_kernels_compute_what_the_masks_mean(in_process: Any, kernels: Any) -> None:
     """One test, so that one process runs them all: beginning takes longer than a kernel does."""
     wrong = {}
     for kernel, found in zip(
-        KERNELS, in_process("test_triton:run_all", interpret=True), strict=True
+        kernels, in_process("test_triton:run_all", kernels, interpret=True), strict=True
     ):
         if isinstance(found, str):
             wrong[kernel] = found
@@ -113,7 +118,7 @@ def run_with_a_fault() -> float:
         return SortedBounds(lower, torch.where(lower < upper, upper + 1, upper)), order
 
     forms.sorted_bounds = wrong
-    return run_one(*KERNELS[0])[0]
+    return run_one(*MORE_KERNELS[0])[0]
 
 
 def test_a_fault_in_the_mask_is_seen(in_process: Any) -> None:
