@@ -140,8 +140,7 @@ class Bench:
             split = self.split(mix)
             for name, layout in (("fused", fused), ("split", split)):
                 found[mix, name] = lambda codes=codes, layout=layout: self._flex(codes, layout)
-            for text in options:
-                for name, layout in (("fused", fused), ("split", split)):
+                for text in options:
                     found[mix, f"{name}, {text}"] = lambda codes=codes, layout=layout, text=text: (
                         self._flex(codes, layout, json.loads(text))
                     )

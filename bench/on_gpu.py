@@ -55,9 +55,7 @@ def attention(shape: str, tokens: str, more: str = "") -> str:
     return f"{ATTENTION} --shape {shape} --tokens {tokens} {more}"
 
 
-PREFILL = (
-    "bench/prefill.py --device cuda --dtype bfloat16 --shape qwen2.5-vl-7b --any-length --no-eager"
-)
+PREFILL = "bench/prefill.py --device cuda --dtype bfloat16 --shape qwen2.5-vl-7b --layers 8"
 OVERHEAD = "bench/overhead.py --device cuda --dtype bfloat16 --shape qwen2.5-vl-7b"
 IMAGES = "--image-tokens 256 1296"
 FEW = "--forms SDPA|fused|split$|flex,.dense"  # create_block_mask takes long to compile
@@ -70,9 +68,9 @@ OPTIONS = [
 ]
 
 
-def options(tokens: str, image: int, number: int = len(OPTIONS)) -> str:
+def options(tokens: str, image: int) -> str:
     """Return the command that times chunks of queries, and tiles, for a long prompt."""
-    texts = shlex.join(json.dumps(option) for option in OPTIONS[:number])
+    texts = shlex.join(map(json.dumps, OPTIONS))
     more = f"--image-tokens {image} --sparse 0.75 --repeats 3 --kernels"
     command = attention(
         "qwen2.5-vl-7b", tokens, f"{more} --forms 'SDPA.is_causal$|split(?!,.heads)'"
@@ -100,7 +98,7 @@ STEPS = {
     ),
     "qwen2-vl-2b": attention("qwen2-vl-2b", "36864", f"--sparse 0.75 {FEW}"),
     "gemma-3-12b": attention("gemma-3-12b", "36864", f"--sparse 0.75 {FEW}"),
-    "prefill": f"{PREFILL} --layers 8 --tokens 36864 4096 102400 --longest-mask 40000",
+    "prefill": f"{PREFILL} --any-length --no-eager --tokens 36864 4096 102400 --longest-mask 40000",
     "overhead": f"{OVERHEAD} --tokens 4096 16384 36864 --parts work",
 }
 CHECKS = ["tests", "costs", "tiles-64", "tiles-128", "tiles-256", "16k"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blindsight.block_tables import (
+    ceil_div,
     prompt_order_lists_less,
     runs_of_sorted,
     tables_of_prompt_order,
@@ -174,7 +175,7 @@ def choose_layouts(
 
 def _table_bytes(layout: Layout, size: CallSize, block_size: int) -> int:
     """Return the memory of the block tables per head of a layout, at most."""
-    rows, columns = (-(-tokens // block_size) for tokens in (size.query_rows, size.key_rows))
+    rows, columns = (ceil_div(tokens, block_size) for tokens in (size.query_rows, size.key_rows))
     num_heads = sum(number for kind, number in layout.groups if kind in ("all", "mixed"))
     return 2 * 4 * size.batch * num_heads * rows * columns  # partial and full, int32
 

@@ -296,14 +296,14 @@ def span_edges(span_id: Tensor) -> tuple[Tensor, Tensor]:
     # Only the edges of runs write to their span: a place that all tokens write to makes them wait.
     changes = spans[:, 1:] != spans[:, :-1]
     beside = num_tokens + 1 + position
-    edges = []
-    for begins, start, reduce in ((True, num_tokens, "amin"), (False, 0, "amax")):
-        is_edge = torch.nn.functional.pad(changes, (1, 0) if begins else (0, 1), value=True)
-        edge = position.new_full((span_id.shape[0], 2 * num_tokens + 1), start)
-        edge = edge.scatter_reduce(1, torch.where(is_edge, spans, beside), position, reduce)
-        edges.append(edge.gather(1, spans))
-    first, last = edges
-    return first, last
+
+    def edge(is_edge: Tensor, start: int, reduce: str) -> Tensor:
+        of_spans = position.new_full((span_id.shape[0], 2 * num_tokens + 1), start)
+        place = torch.where(is_edge, spans, beside)
+        return of_spans.scatter_reduce(1, place, position, reduce).gather(1, spans)
+
+    begins, ends = (torch.nn.functional.pad(changes, side, value=True) for side in ((1, 0), (0, 1)))
+    return edge(begins, num_tokens, "amin"), edge(ends, 0, "amax")
 
 
 def find_order_problem(span_id: Tensor) -> str | None:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from blindsight.attention import attend
 from blindsight.base_mask import CAUSAL
-from blindsight.block_tables import block_size_of
+from blindsight.block_tables import block_size_of, ceil_div
 from blindsight.categories import HeadCategory
 from blindsight.cost_model import HEAD_DIM, Costs
 from blindsight.mask_forms import ordered_mask, sorted_mask
@@ -84,7 +84,7 @@ def measure_costs(
         times[name] - times.get(f"{name}, mask", 0.0)
         for name in ("ordered long", "sorted long", "ordered short")
     )
-    blocks = -(-length // block_size)
+    blocks = ceil_div(length, block_size)
     listed = _NUM_HEADS * blocks * (blocks + 1) / 2 * block_size**2
     pairs = _NUM_HEADS * length**2
     moved = 4 * _NUM_HEADS * length * HEAD_DIM
