@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from blindsight.any_length import CompiledForLengths, SymbolicSizes
 from blindsight.families import forgets
 from blindsight.given_mask import given_inputs
-from blindsight.history import CacheNote, History, Witness
+from blindsight.history import CacheNote, History, Pending, Witness
 from blindsight.inner import Inner
 from blindsight.lowering import Layout
 from blindsight.passes.graph import copy_graph_module
@@ -101,8 +101,12 @@ class CompiledGraph:
         layers = self._layers_of(args)
         self._runtime.met.update(layers)
         sizes = self._plan.sizes(args)
-        past = self._past(args, layers, sizes)
-        history, dense_because = self._decide(args, layers, past, sizes)
+        explicit, pending = self._runtime.explicit_history(), self._runtime.pending
+        if explicit is None and pending is None:
+            self._state.models.look_for_prompt()
+            pending = self._runtime.pending
+        past = self._past(args, layers, sizes, explicit, pending)
+        history, dense_because = self._decide(args, layers, sizes, explicit, pending, past)
         rewriting = None
         if dense_because is None and history is not None:
             rewriting = self._rewriter.choose(args, layers, history)
@@ -148,15 +152,14 @@ class CompiledGraph:
         self,
         args: Sequence[Any],
         layers: tuple[int, ...],
-        past: _Past,
         sizes: tuple[int, int, int],
+        explicit: History | None,
+        pending: Pending | None,
+        past: _Past,
     ) -> tuple[History | None, str | None]:
         """Return what is known of the sequence, and why the call runs dense (None: sparse)."""
         batch, num_queries, num_keys = sizes
-        history = explicit = self._runtime.explicit_history()
-        if history is None and self._runtime.pending is None:
-            self._state.models.look_for_prompt()
-        pending = self._runtime.pending
+        history = explicit
         if history is not None:
             expected = self._num_tokens(args, past, num_queries, num_keys)
             if expected is not None and (batch, expected) != (history.batch, history.num_tokens):
@@ -196,15 +199,19 @@ class CompiledGraph:
         return history, None
 
     def _past(
-        self, args: Sequence[Any], layers: tuple[int, ...], sizes: tuple[int, int, int]
+        self,
+        args: Sequence[Any],
+        layers: tuple[int, ...],
+        sizes: tuple[int, int, int],
+        explicit: History | None,
+        pending: Pending | None,
     ) -> _Past:
         """Return what is known of the tokens in the cache before the call."""
         _, num_queries, num_keys = sizes
         cache = self._plan.cache
-        pending = self._runtime.pending
         # Reading a counter on a device waits for it: not for a decoded token.
         decodes = pending is not None and pending.is_text and num_queries == 1
-        matters = self._runtime.explicit_history() is not None or not decodes
+        matters = explicit is not None or not decodes
         length = int(args[cache.length]) if cache.length is not None and matters else None
         if length == 0:
             return _Past(None, True)
@@ -258,22 +265,24 @@ class CompiledGraph:
         notes, caches = self._runtime.caches, self._plan.kept_keys
         tensors = [*[outputs[at] for at in caches.left], *[args[at] for at in caches.written]]
         labels = [layers[call] for call in caches.calls]
-        witnesses: list[Witness | None] = []
-        if history is not None and any(keys.is_inference() for keys in tensors):
-            for keys, at in zip(tensors, caches.befores, strict=True):
-                note = notes.get(args[at]) if past.decodes and at is not None else None
-                witnesses.append(Witness.of(keys, history, before=note and note.witness))
+        left: Sequence[CacheNote] = []
+        if history is not None and not any(map(Tensor.is_inference, tensors)):
+            left = [CacheNote(history)] * len(tensors)
+        elif history is not None:
+            befores = [
+                notes.get(args[at]) if past.decodes and at is not None else None
+                for at in caches.befores
+            ]
+            left = [
+                CacheNote(history, Witness.of(keys, history, before=note and note.witness))
+                for keys, note in zip(tensors, befores, strict=True)
+            ]
         # What was known of these is of an earlier call; what that left there nobody saw.
         unknown = [args[at] for at in caches.found]
         for keys in unknown if history is not None else [*unknown, *tensors]:
             notes.drop(keys)
-        if history is None or not tensors:
-            return
-        if witnesses:
-            for keys, witness, label in zip(tensors, witnesses, labels, strict=True):
-                notes.put([keys], CacheNote(history, witness), [label])
-        else:
-            notes.put(tensors, CacheNote(history), labels)
+        if left:
+            notes.put(tensors, left, labels)
 
     def _run_own(self, args: Sequence[Any]) -> Any:
         if self._own is None:

@@ -78,7 +78,7 @@ class History:
     def extended(self, new: Pending) -> History | None:
         """Return the history with new tokens after it, or None where that is ambiguous."""
         kinds = new.kinds
-        if len(kinds) != self.batch:
+        if kinds.shape[0] != self.batch:
             return None
         if self._tokens is not None and new.is_text:
             first_kinds, text = self._tokens
@@ -108,7 +108,7 @@ class History:
 
     def lacks_frames(self, new: Pending) -> bool:
         """Whether new tokens go on with a video, and nothing tells if they begin a frame."""
-        if new.is_text or len(new.kinds) != self.batch:
+        if new.is_text or new.kinds.shape[0] != self.batch:
             return False
         before = self._kinds
         return before is not None and bool(self._border(before, new)[1].any())

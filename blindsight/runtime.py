@@ -15,12 +15,12 @@ import re
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,10 +115,11 @@ class _Given:
     forwards: dict[Runtime, _Forward] = field(default_factory=dict)
 
 
-class _Watched(NamedTuple):
+@dataclass
+class _Watched:
     """A forward of which hooks tell the beginning and the end."""
 
-    is_compiled: bool
+    is_compiled: Callable[[], bool]
     call: FrameType | None
     is_served: bool = False  # in all layers
 
@@ -182,13 +183,15 @@ class Runtime:
         """Return the outermost call of a model that is running in this thread, if any is."""
         return next((call for call, module in module_calls() if self._is_model(module)), None)
 
-    def begin(self, call: FrameType | None, input_ids: Tensor | None, *, is_compiled: bool) -> None:
+    def begin(
+        self, call: FrameType | None, input_ids: Tensor | None, *, is_compiled: Callable[[], bool]
+    ) -> None:
         """Take note of the tokens of a forward that begins, of which the end will be told.
 
         Args:
             call: The call of the model, if it is known.
             input_ids: ``[B, Q]``, where it is given any.
-            is_compiled: Whether the whole forward is compiled with this backend.
+            is_compiled: Whether the whole forward is compiled with this backend, if that is asked.
         """
         if self._watched is not None:
             return  # within another model's, which knows better
@@ -215,7 +218,7 @@ class Runtime:
     def _pending_videos(self) -> Pending | None:
         """Return the tokens of the forward under way, if frames of videos can still be told."""
         pending = self._thread.pending
-        if pending is None or not pending.has_videos or pending.served:
+        if pending is None or pending.is_text or not pending.has_videos or pending.served:
             return None
         return self.pending
 
@@ -255,7 +258,7 @@ class Runtime:
             return  # nothing was to be sparse: not to look through the model for each token
         served = () if pending is None else pending.served
         # A model of which nothing is compiled runs its hooks, too, and dense is what it shall run.
-        if not watched.is_compiled and not served and not may_be_compiled():
+        if not served and not watched.is_compiled() and not may_be_compiled():
             return
         if explicit is not None:
             num_queries = explicit.num_tokens if pending is None else pending.kinds.shape[1]
@@ -314,7 +317,7 @@ class Runtime:
             raise ValueError(message[0].upper() + message[1:])
         self.warn_once(message)
 
-    def serve(self, layers: Sequence[int]) -> None:
+    def serve(self, layers: Collection[int]) -> None:
         """Take note that these layers of the forward under way have run."""
         pending, given = self._thread.pending, _given.get()
         self._thread.decoder_ran = True
@@ -325,7 +328,7 @@ class Runtime:
             if pending.served >= self.layers:
                 self._thread.pending = None
                 if (watched := self._thread.watched) is not None:
-                    self._thread.watched = watched._replace(is_served=True)
+                    watched.is_served = True
 
     def warn_once(self, message: str) -> None:
         if message not in self._warned:

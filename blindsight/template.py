@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,12 @@ TEXT, IMAGE, START, END, LEADING, TRAILING = 0, 1, 2, 4, 8, 16
 _OPTIONAL = ("leading_tile_ids", "trailing_tile_ids", "video_token_ids")
 
 _FEW = 16  # ids of a token that is decoded, of every row: looked up one by one
+# What these mostly are, by shape: making a tensor for each token takes as long as all the rest.
+_TEXT_ALONE: dict[Sequence[int], Tensor] = {
+    (rows, tokens): torch.zeros(rows, tokens, dtype=torch.uint8, device="cpu")
+    for rows in range(1, _FEW + 1)
+    for tokens in range(1, _FEW // rows + 1)
+}
 
 # What the decoders of transformers' multimodal models are called.
 DEFAULT_LAYER_PATTERN = r"(?:language|text)_model(?:\.model)?\.layers\.(\d+)\.self_attn"
@@ -169,7 +175,7 @@ class TemplateRule:
             return self._kinds(input_ids.detach().cpu())
         rows = input_ids.tolist()
         if all(map(self._bits.keys().isdisjoint, rows)):
-            return torch.zeros(input_ids.shape, dtype=torch.uint8, device="cpu")
+            return _TEXT_ALONE[input_ids.shape]
         kinds = [[self._bits.get(each, TEXT) for each in row] for row in rows]
         return torch.tensor(kinds, dtype=torch.uint8, device="cpu")
 
@@ -231,9 +237,7 @@ class TemplateRule:
 
 def is_all_text(kinds: Tensor) -> bool:
     """Whether none of the classified tokens can belong to an image: ``[B, T]``, on the CPU."""
-    if kinds.numel() > _FEW:
-        return not bool(kinds.any())
-    return not any(map(any, kinds.tolist()))
+    return kinds is _TEXT_ALONE.get(kinds.shape) or not bool(kinds.any())
 
 
 def _goes_on(kinds: Tensor, begins: Tensor) -> Tensor:

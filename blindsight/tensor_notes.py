@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import count, repeat
 from typing import Generic, TypeVar
 
 import torch
@@ -14,27 +15,33 @@ T = TypeVar("T")
 
 
 class _Batch(Generic[T]):
-    """A note of several tensors, each with a label."""
+    """Tensors that are noted together: a note and a label for each."""
 
-    def __init__(self, tensors: Sequence[Tensor], note: T, labels: Sequence[int]) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], notes: Sequence[T], labels: Sequence[int]
+    ) -> None:
         self.numbers = list(map(id, tensors))
         self.references = list(map(weakref.ref, tensors))
-        self.versions = list(map(version_of, tensors))
-        self.note = note
+        self.versions = _versions_of(tensors)
+        self.notes = notes
         self.labels = labels
+        self._watches_end = False
 
     def holds(self, at: int, tensor: Tensor | None) -> bool:
-        """Whether a tensor is there, and one of these, and unchanged."""
+        """Whether a tensor is there, and the one at this place, and unchanged."""
         if tensor is None or self.references[at]() is not tensor:
             return False
         return self.versions[at] == version_of(tensor)
 
     def watch(self, forget: Callable[[weakref.ref[Tensor]], None]) -> bool:
-        """Call ``forget`` when the last tensor that is still there dies; False if none is.
+        """Call ``forget`` when a tensor dies that is still there; False if none is.
 
-        The last, as a forward replaces the keys of its layers in turn.
+        The last, or else the first: a forward replaces the keys of its layers in turn, from
+        whichever end, and the other end's live longest.
         """
-        for at in reversed(range(len(self.references))):
+        self._watches_end = not self._watches_end
+        places = range(len(self.references))
+        for at in reversed(places) if self._watches_end else places:
             tensor = self.references[at]()
             if tensor is not None:
                 self.references[at] = weakref.ref(tensor, forget)
@@ -50,16 +57,16 @@ class TensorNotes(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._batches: dict[int, _Batch[T]] = {}
+        self._places: dict[int, tuple[_Batch[T], int]] = {}  # by the ids of tensors
         # Garbage collection may end the life of a tensor in the midst of writing a note.
         self._lock = threading.RLock()
 
     def get(self, tensor: Tensor) -> T | None:
-        batch = self._batches.get(id(tensor))
-        if batch is None:
+        place = self._places.get(id(tensor))
+        if place is None:
             return None
-        at = range(len(batch.references))
-        return batch.note if any(batch.holds(each, tensor) for each in at) else None
+        batch, at = place
+        return batch.notes[at] if batch.holds(at, tensor) else None
 
     def find_equal(self, tensor: Tensor, label: int) -> T | None:
         """Return the note of a tensor ``[..., N, D]`` that holds the very same, if there is one.
@@ -70,7 +77,7 @@ class TensorNotes(Generic[T]):
         """
         kind, first = (tensor.shape, tensor.dtype, tensor.device), tensor[..., :1, :]
         with self._lock:
-            batches = set(self._batches.values())
+            batches = {batch for batch, _ in self._places.values()}
         for batch in batches:
             for at, its_label in enumerate(batch.labels):
                 other = batch.references[at]() if its_label == label else None
@@ -79,13 +86,13 @@ class TensorNotes(Generic[T]):
                 is_like = (other.shape, other.dtype, other.device) == kind
                 # Other prompts' tensors mostly differ in their first rows already.
                 if is_like and torch.equal(other[..., :1, :], first) and torch.equal(other, tensor):
-                    return batch.note
+                    return batch.notes[at]
         return None
 
-    def put(self, tensors: Sequence[Tensor], note: T, labels: Sequence[int] = (0,)) -> None:
-        """Note the same of all these tensors, one label each."""
-        batch = _Batch(tensors, note, labels)
-        batches, lock, reference = self._batches, self._lock, weakref.ref(batch)
+    def put(self, tensors: Sequence[Tensor], notes: Sequence[T], labels: Sequence[int]) -> None:
+        """Take note of tensors, of each with a label."""
+        batch = _Batch(tensors, notes, labels)
+        places, lock, reference = self._places, self._lock, weakref.ref(batch)
 
         def forget(dead: weakref.ref[Tensor]) -> None:
             with lock:
@@ -93,19 +100,26 @@ class TensorNotes(Generic[T]):
                 if known is None or known.watch(forget):
                     return
                 for number in known.numbers:
-                    if batches.get(number) is known:
-                        del batches[number]
+                    if number in places and places[number][0] is known:
+                        del places[number]
 
         batch.watch(forget)
         with lock:
-            batches.update(dict.fromkeys(batch.numbers, batch))
+            places.update(zip(batch.numbers, zip(repeat(batch), count()), strict=False))
 
     def drop(self, tensor: Tensor) -> None:
         """Forget what a tensor holds: something unknown was written to it."""
         with self._lock:
-            self._batches.pop(id(tensor), None)
+            self._places.pop(id(tensor), None)
 
 
 def version_of(tensor: Tensor) -> int | None:
     """Return the count of in-place changes; None for inference tensors, which keep none."""
     return None if tensor.is_inference() else tensor._version
+
+
+def _versions_of(tensors: Sequence[Tensor]) -> Sequence[int | None]:
+    try:
+        return [tensor._version for tensor in tensors]  # there is one call for each token
+    except RuntimeError:  # of tensors made in inference mode
+        return list(map(version_of, tensors))

@@ -55,10 +55,13 @@ class _Before(_Hook):
         runtime = self._runtime()
         if runtime is None:
             return
-        is_compiled = _is_compiled(callback, self._is_backend)
-        if callback is False:  # runs what is compiled, and compiles nothing new
-            is_compiled = any(_is_compiled(each, self._is_backend) for each in _callbacks())
-        runtime.begin(_call_of(module), _input_ids(args, kwargs), is_compiled=is_compiled)
+        # False: Dynamo runs what is compiled, and compiles nothing new.
+        callbacks = list(_callbacks()) if callback is False else [callback]
+        runtime.begin(
+            _call_of(module),
+            _input_ids(args, kwargs),
+            is_compiled=lambda: any(_is_compiled(each, self._is_backend) for each in callbacks),
+        )
         _observe_frames(runtime, kwargs)
 
 

@@ -2,12 +2,13 @@
 
 import gc
 import weakref
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from blindsight.tensor_notes import TensorNotes
+from blindsight.tensor_notes import TensorNotes, _Batch
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def tensors() -> list[Tensor]:
 
 def noted(tensors: list[Tensor]) -> TensorNotes[str]:
     notes: TensorNotes[str] = TensorNotes()
-    notes.put(tensors, "it", range(len(tensors)))
+    notes.put(tensors, ["it"] * len(tensors), range(len(tensors)))
     return notes
 
 
@@ -30,15 +31,27 @@ def test_each_tensor_is_known_until_it_dies(tensors: list[Tensor], order: tuple[
     for dead in order:
         assert [notes.get(each) for each in kept.values()] == ["it"] * len(kept)
         del kept[dead]
-    assert not notes._batches
+    assert not notes._places
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_what_dies_in_turn_is_not_followed_one_by_one(backwards: bool) -> None:
+    """A decoded token replaces the keys of all layers, from the first or from the last on."""
+    tensors = [torch.zeros(1) for _ in range(36)]
+    with mock.patch.object(_Batch, "watch", autospec=True, side_effect=_Batch.watch) as watch:
+        notes = noted(tensors)
+        while tensors:
+            del tensors[-1 if backwards else 0]
+    assert not notes._places
+    assert watch.call_count <= 3
 
 
 def test_a_note_that_was_replaced_needs_no_garbage_collection(tensors: list[Tensor]) -> None:
     notes = noted(tensors)
-    replaced = weakref.ref(next(iter(notes._batches.values())))
+    replaced = weakref.ref(next(iter(notes._places.values()))[0])
     gc.disable()
     try:
-        notes.put(tensors, "another", range(3))
+        notes.put(tensors, ["another"] * 3, range(3))
         assert replaced() is None
     finally:
         gc.enable()

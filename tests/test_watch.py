@@ -317,23 +317,23 @@ def test_garbage_collected_in_the_midst_of_a_note() -> None:
             super().update(*args, **kwargs)
 
     notes: TensorNotes[int] = TensorNotes()
-    notes._batches = Collects()
+    notes._places = Collects()
     kept = torch.zeros(1)
 
     def write() -> None:
         for number in range(3):
             cycle: list[Any] = [torch.zeros(1)]
             cycle.append(cycle)
-            notes.put(cycle[:1], number)
+            notes.put(cycle[:1], [number], [0])
             del cycle
-        notes.put([kept], 3)
+        notes.put([kept], [3], [0])
 
     thread = threading.Thread(target=write, daemon=True)
     thread.start()
     thread.join(timeout=60)
     assert not thread.is_alive()
     assert notes.get(kept) == 3
-    assert len(notes._batches) == 1
+    assert len(notes._places) == 1
 
 
 def test_a_copy_has_layers_of_its_own() -> None:
