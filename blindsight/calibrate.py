@@ -70,7 +70,7 @@ def calibrate(
     progress: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Profile:
-    """Measure a model on prompts with several images, and return a profile for it.
+    """Measure a model on prompts with several images or videos, and return a profile for it.
 
     Every head gets the cheapest category that moves the next token by no more than the budget.
     Nothing of the model is changed.

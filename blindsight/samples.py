@@ -1,11 +1,15 @@
-"""Datasets of prompts with images: read from anywhere, one form, turned into a model's inputs.
+"""Datasets of prompts with images or videos: read from anywhere, turned into a model's inputs.
 
 A row is a mapping:
 
     images    list of images: a path (relative to the file that the row is in), an opened image, or
               encoded bytes; ``image`` for a single one
+    videos    list of videos: a list of frames, which are images; a path; or a mapping with
+              ``frames`` and their ``fps``, or with ``path`` and the ``fps`` or the ``num_frames``
+              to take from it; ``video`` for a single one
     messages  a conversation as chat templates take it; each ``{"type": "image"}`` stands for the
-              next of the images. It may end with the assistant's answer
+              next of the images, each ``{"type": "video"}`` for the next of the videos. It may end
+              with the assistant's answer
     task      optional, the kind of question
     answer    optional, what is right; by default what the assistant says last
 
@@ -17,17 +21,18 @@ Shapes: B batch, T tokens of a prompt.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
+
+from blindsight.media import Video, identity_of, open_image, open_video, video_arguments
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,7 +42,7 @@ _ROW = '{"images": ["a.png", ...], "messages": [...]}'
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One prompt with its images.
+    """One prompt with its images and videos.
 
     Attributes:
         images: In RGB, in the order of the prompt.
@@ -45,6 +50,7 @@ class Sample:
         task: The kind of question, or None.
         answer: What is right, or None.
         index: Which row of the source it is.
+        videos: In the order of the prompt.
     """
 
     images: list[Image.Image]
@@ -52,6 +58,7 @@ class Sample:
     task: str | None
     answer: str | None
     index: int
+    videos: list[Video] = field(default_factory=list)
 
     @property
     def prompt(self) -> list[dict[str, Any]]:
@@ -199,8 +206,19 @@ def model_inputs(
     bos = getattr(tokenizer, "bos_token", None)
     if bos is not None and texts[0].startswith(bos):
         options["add_special_tokens"] = False  # the template has written it already
-    images = [sample.images for sample in samples]
-    return dict(processor(text=texts, images=images if any(images) else None, **options))
+    images, videos = ([getattr(x, kind) for x in samples] for kind in ("images", "videos"))
+    if any(videos):
+        options.update(video_arguments(processor, videos))
+    try:
+        return dict(processor(text=texts, images=images if any(images) else None, **options))
+    except (RuntimeError, ValueError) as error:
+        if len(samples) == 1 or not any(videos):
+            raise
+        raise ValueError(
+            f"processor must take {len(samples)} prompts with videos at once, and "
+            f"{type(processor).__name__} did not: {' '.join(str(error).split())} Try a batch size "
+            "of 1: some want as many frames in all of them."
+        ) from error
 
 
 def inputs_on(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -353,40 +371,43 @@ def _check_columns(rows: Any, first: int, name: str) -> None:
             f"dataset must have a column 'messages', got {', '.join(columns) or 'none'} in {name}. "
             f"A row is {_ROW}."
         )
-    if not {"images", "image"} & set(columns):
+    if not {"images", "image", "videos", "video"} & set(columns):
         raise ValueError(
-            f"dataset must have images, got only {', '.join(columns)} in {name}. A row is {_ROW}."
+            f"dataset must have images or videos, got only {', '.join(columns)} in {name}. A row "
+            f"is {_ROW}."
         )
 
 
-def _images_of(row: Mapping[str, Any]) -> list[Any]:
-    images = row.get("images", row.get("image"))
-    if images is None:
-        return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+def _media_of(row: Mapping[str, Any], kind: str) -> list[Any]:
+    """Return the images of a row, or its videos."""
+    several, single = row.get(f"{kind}s"), row.get(kind)
+    if several is None:
+        return [] if single is None else [single]
+    return list(several) if isinstance(several, (list, tuple)) else [several]
 
 
 def _sample_of_row(row: Mapping[str, Any], index: int, where: str, folder: Path | None) -> Sample:
     messages = _messages_of(row, where)
-    images = [
-        _open_image(image, f"image {number} of {where}", folder)
-        for number, image in enumerate(_images_of(row), start=1)
-    ]
-    wanted = sum(entry.get("type") == "image" for m in messages for entry in m["content"])
-    if wanted != len(images):
-        raise ValueError(
-            f"{where} must have one image for each {{'type': 'image'}} in its messages, got "
-            f"{len(images)} images for {wanted}."
-        )
+    opened: dict[str, list[Any]] = {}
+    for kind, open_one in (("image", open_image), ("video", open_video)):
+        media = enumerate(_media_of(row, kind), start=1)
+        opened[kind] = [open_one(x, f"{kind} {number} of {where}", folder) for number, x in media]
+        wanted = sum(entry.get("type") == kind for m in messages for entry in m["content"])
+        if wanted != len(opened[kind]):
+            raise ValueError(
+                f"{where} must have one {kind} for each {{'type': '{kind}'}} in its messages, got "
+                f"{len(opened[kind])} {kind}s for {wanted}."
+            )
     task, answer = row.get("task"), row.get("answer")
     if answer is None and messages and messages[-1].get("role") == "assistant":
         answer = "".join(entry.get("text", "") for entry in messages[-1]["content"])
     return Sample(
-        images,
+        opened["image"],
         messages,
         None if task is None else str(task),
         None if answer is None else str(answer),
         index,
+        opened["video"],
     )
 
 
@@ -409,39 +430,10 @@ def _messages_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     return result
 
 
-def _open_image(image: Any, what: str, folder: Path | None) -> Image.Image:
-    from PIL import Image
-
-    if isinstance(image, Mapping):  # as a dataset keeps it, undecoded
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    try:
-        if isinstance(image, (str, os.PathLike)):
-            path = Path(image) if folder is None else folder / image
-            with Image.open(path) as opened:
-                return opened.convert("RGB")
-        if isinstance(image, bytes):
-            with Image.open(io.BytesIO(image)) as opened:
-                return opened.convert("RGB")
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-        raise ValueError(
-            f"{what} must be an image file, got {error}. Replace the file, or remove the sample."
-        ) from error
-    raise ValueError(
-        f"{what} must be a path, an opened image or bytes, got {type(image).__name__}."
-    )
-
-
 def _identity(row: Mapping[str, Any], folder: Path | None) -> object:
     """Return what tells a row from others."""
-
-    def of_image(image: Any) -> object:
-        if isinstance(image, (str, os.PathLike)):
-            path = Path(image) if folder is None else folder / image
-            return os.fspath(image), path.stat().st_size if path.is_file() else -1
-        pixels = image if isinstance(image, bytes) else getattr(image, "tobytes", lambda: b"")()
-        return hashlib.sha256(cast(bytes, pixels)).hexdigest()
-
-    rest = {name: row[name] for name in sorted(row) if name not in ("image", "images")}
-    return json.dumps(rest, sort_keys=True, default=str), [of_image(x) for x in _images_of(row)]
+    media = [identity_of(_media_of(row, kind), folder) for kind in ("image", "video")]
+    names = ("image", "images", "video", "videos")
+    rest = {name: row[name] for name in sorted(row) if name not in names}
+    # Rows without videos are as they were before there were any: what was measured is found again.
+    return json.dumps(rest, sort_keys=True, default=str), *(media if media[1] else media[:1])

@@ -1,6 +1,7 @@
 """Small processors for the models of tests/models.py: a character is a token."""
 
 import string
+from itertools import chain
 from typing import Any
 
 import torch
@@ -8,12 +9,14 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import (
+    BatchFeature,
     Gemma3ImageProcessorPil,
     Gemma3Processor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
 )
+from transformers.video_utils import VideoMetadata
 
 import models
 from blindsight.samples import without_videos
@@ -32,6 +35,7 @@ SPECIALS = {
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }} "
     "{% for entry in message.content %}{% if entry.type == 'image' %}IMAGE"
+    "{% elif entry.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% else %}{{ entry.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
 )
@@ -85,6 +89,42 @@ def tiny_processor(family: str = "qwen2_5_vl") -> Any:
     return without_videos(Qwen2_5_VLProcessor)(
         image_processor, tiny_tokenizer(), chat_template=template
     )
+
+
+class TinyVideos:
+    """In place of a Qwen's video processor, which is torchvision's: a patch of each two frames."""
+
+    merge_size = models.MERGE_SIZE
+    temporal_patch_size = models.TEMPORAL_PATCH_SIZE
+    do_sample_frames = False
+    model_input_names = ("pixel_values_videos", "video_grid_thw")
+
+    def __init__(self, image_processor: Any) -> None:
+        self._images = image_processor
+        self.given: list[dict[str, Any]] = []
+
+    def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:
+        self.given.append(kwargs)
+        pixels, grids = [], []
+        for frames in chain.from_iterable(videos):
+            of_frames = self._images(list(frames[:: self.temporal_patch_size]), return_tensors="pt")
+            pixels.append(of_frames["pixel_values"])
+            grids.append([len(of_frames["image_grid_thw"]), *of_frames["image_grid_thw"][0, 1:]])
+        data = {"pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.tensor(grids)}
+        return BatchFeature({**data, "video_metadata": kwargs["video_metadata"]})
+
+    def sample_frames(self, metadata: VideoMetadata, **asked: float | None) -> list[int]:
+        """Every so many frames as are asked for."""
+        fps, num_frames = asked["fps"], asked["num_frames"]
+        assert (fps is None) != (num_frames is None) and metadata.fps is not None
+        step = metadata.fps / fps if fps else metadata.total_num_frames / (num_frames or 1)
+        return list(range(0, metadata.total_num_frames, int(step)))
+
+
+def with_videos(processor: Any) -> Any:
+    """Return a processor of :func:`tiny_processor` that takes videos, too."""
+    processor.video_processor = TinyVideos(processor.image_processor)
+    return processor
 
 
 def token_counts(input_ids: torch.Tensor) -> list[int]:

@@ -15,12 +15,19 @@ from blindsight.families import FAMILIES
 from blindsight.samples import inputs_on, load_samples, model_inputs
 from family_models import FAMILIES as TINY
 from family_models import IMAGE_ID, IMAGE_SIZE, SPECIAL_IDS, make_inputs, tiny_model, why_not_here
-from family_processors import ROWS, make_processor
+from family_processors import HAS_TORCHVISION, ROWS, make_processor
 
 # heights and widths in the side of a tile: two tiles, one, two below each other
 SIZES = ((1, 2), (1, 1), (2, 1))
 # Each tile of an image is a span.
 IN_PIECES = {"idefics2"}
+# How many frames of a video are a span, where it is not two.
+FRAMES_OF_A_SPAN = {
+    **dict.fromkeys(("internvl", "smolvlm", "minicpmv4_6", "video_llama_3"), 1),
+    **dict.fromkeys(("gemma4", "gemma4_unified"), 1),
+    "kimi_k25": 4,
+    "llava_onevision": 8,  # one run of tokens, and nothing tells its frames
+}
 # Tiny models that their processors do not fit.
 NO_MODEL = {"aria": "its image processor makes images of 490 or 980 pixels"}
 
@@ -73,6 +80,28 @@ def test_what_a_processor_writes_is_found(family: str) -> None:
             (twice,) = load_samples([conversation((size, size))])
             expected = (model_inputs(processor, [twice])["input_ids"] == IMAGE_ID).sum() / 2
             assert (ids[row] == IMAGE_ID)[span_id[row] == number].sum() == expected > 1
+
+
+@pytest.mark.skipif(not HAS_TORCHVISION, reason="video processors need torchvision")
+@pytest.mark.parametrize("family", ROWS)
+def test_frames_of_a_video_are_found(family: str) -> None:
+    processor = processor_or_skip(family)
+    if getattr(processor, "video_processor", None) is None:
+        pytest.skip("takes no videos")
+    if family == "ernie4_5_vl_moe":
+        pytest.skip("writes times into frames, in a font that it downloads")
+    video = ROWS[family].image.replace(processor.image_token, processor.video_token)
+    before, image, after = processor.chat_template.partition("{% else %}")
+    processor.chat_template = f"{before}{{% elif entry.type == 'video' %}}{video}{image}{after}"
+    frames = list(np.random.default_rng(0).integers(0, 255, (8, 56, 112, 3), dtype=np.uint8))
+    content = [{"type": "text", "text": "see"}, {"type": "video"}, {"type": "text", "text": "?"}]
+    row = {
+        "videos": [{"frames": list(map(Image.fromarray, frames)), "fps": 2}],
+        "messages": [{"role": "user", "content": content}],
+    }
+    inputs = model_inputs(processor, list(load_samples([row])))
+    template = rule_of(family, processor).template_of_inputs(inputs)
+    assert int(template.span_id.max()) == 8 // FRAMES_OF_A_SPAN.get(family, 2)
 
 
 def runs(families: Any) -> list[Any]:

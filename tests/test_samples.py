@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from blindsight.samples import Samples, load_processor, load_samples, model_inputs
+from family_processors import HAS_TORCHVISION
 from models import IMAGE_ID, tiny_model
 from processors import tiny_processor
 
@@ -142,7 +143,7 @@ def test_an_empty_dataset(tmp_path: Path) -> None:
 
 
 def test_a_dataset_without_images_or_messages() -> None:
-    with pytest.raises(ValueError, match="must have images, got only messages, task"):
+    with pytest.raises(ValueError, match="must have images or videos, got only messages, task"):
         load_samples([{"messages": messages(num_images=0), "task": "x"}])
     with pytest.raises(ValueError, match="must have a column 'messages', got images"):
         load_samples([{"images": []}])
@@ -200,6 +201,7 @@ def test_inputs_run(family: str) -> None:
         model_inputs(processor, rows)
 
 
+@pytest.mark.skipif(HAS_TORCHVISION, reason="torchvision resizes a bit differently")
 def test_processors_come_back_without_torchvision(tmp_path: Path) -> None:
     processor = tiny_processor()
     tiny_model("qwen2_5_vl", num_layers=1).save_pretrained(tmp_path)

@@ -20,15 +20,16 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         parents=[everywhere],
         help="measure a model on prompts of images, and write a profile",
         description="Measure what every category of every head would lose on prompts with several "
-        "images, choose the cheapest within the budget, and write a profile. An interrupted "
-        "calibration goes on where it was. Under torchrun the processes share the prompts.",
+        "images, or videos, choose the cheapest within the budget, and write a profile. An "
+        "interrupted calibration goes on where it was. Under torchrun the processes share the "
+        "prompts.",
     )
     parser.add_argument("--model", required=True, help="folder or hub id of a pretrained model")
     parser.add_argument(
         "--data",
         required=True,
-        help="JSON-lines file of {images, messages}, folder with data.jsonl, folder that datasets "
-        "saved, or hub id",
+        help="JSON-lines file of {images, videos, messages}, folder with data.jsonl, folder that "
+        "datasets saved, or hub id",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="the profile to write")
     parser.add_argument(

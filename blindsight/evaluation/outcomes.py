@@ -280,10 +280,12 @@ def _answer_own(
             if len(known) == len(points):
                 continue
             opened = {at: _checked(samples[at]) for at in positions}
-            if positions[0] == 0 and not any(sample.images for sample in opened.values()):
+            if positions[0] == 0 and not any(
+                sample.images or sample.videos for sample in opened.values()
+            ):
                 raise ValueError(
-                    f"samples must have images, got none in the first {len(opened)}. A profile "
-                    "changes nothing in prompts without images."
+                    f"samples must have images or videos, got none in the first {len(opened)}. A "
+                    "profile changes nothing in prompts without."
                 )
             order = sorted(positions, key=lambda at: (_length(opened[at]), at))
             for number, chosen in enumerate(_chunks(order, batch_size), start=first_batch):
@@ -377,6 +379,8 @@ def digest_of_samples(samples: Sequence[Sample]) -> str:
         for image in sample.images:
             digest.update(f"{image.size} {image.mode}".encode())
             digest.update(image.tobytes())
+        for video in sample.videos:
+            digest.update(repr(video.identity()).encode())
     return digest.hexdigest()
 
 
@@ -409,7 +413,8 @@ def _length(sample: Sample) -> tuple[int, int]:
     text = sum(
         len(str(entry.get("text", ""))) for turn in sample.prompt for entry in turn["content"]
     )
-    return sum(image.width * image.height for image in sample.images), text
+    pixels = sum(image.width * image.height for image in sample.images)
+    return pixels + sum(video.size for video in sample.videos), text
 
 
 def _num_tokens(tokenizer: Any, sample: Sample, max_new_tokens: int | None) -> int:
