@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,6 +39,7 @@ class AttachedModels:
         self._parts: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of the models, and they
         self._others: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._hooks: list[RemovableHandle] = []
+        self._lock = threading.Lock()  # several threads may call a model first
 
     def attach(self, model: nn.Module) -> None:
         """Tell layers by a model's parameters from now on, and watch its forwards.
@@ -64,15 +66,16 @@ class AttachedModels:
         """Attach to the outermost model of the profile that is being called, if any is."""
         for call, module in module_calls():
             model = getattr(module, "_orig_mod", module)
-            if model in self._parts:
-                return
-            if model in self._others:
-                continue
-            try:
-                self.attach(model)
-            except ValueError:
-                self._others.add(model)
-                continue
+            with self._lock:
+                if model in self._parts:
+                    return
+                if model in self._others:
+                    continue
+                try:
+                    self.attach(model)
+                except ValueError:
+                    self._others.add(model)
+                    continue
             observe_call(self._runtime, call)
             return
 

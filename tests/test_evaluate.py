@@ -517,7 +517,9 @@ def test_questions_without_images_are_named() -> None:
     for row in known:
         row["images"] = []
         row["messages"] = [{"role": "user", "content": "Which one?"}]
-    with pytest.raises(ValueError, match="samples must have images or videos, got none in the first 3"):
+    with pytest.raises(
+        ValueError, match="samples must have images or videos, got none in the first 3"
+    ):
         run(given=load_samples(known))
 
 

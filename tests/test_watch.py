@@ -6,6 +6,7 @@ import io
 import pickle
 import re
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -374,6 +375,27 @@ def test_the_model_is_found_within_others(model: Any) -> None:
     with pytest.warns(BlindsightWarning, match="input_ids were not seen"):
         logits = run(other["input_ids"], embeds).logits
     torch.testing.assert_close(logits, model(**embeds).logits, atol=1e-4, rtol=0)
+
+
+def test_threads_that_call_a_model_first_attach_to_it_once(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = backend_of(model).state.models
+    attach = models.attach
+
+    def slowly(found: Any) -> None:
+        time.sleep(0.3)
+        attach(found)
+
+    monkeypatch.setattr(models, "attach", slowly)
+    model.forward = lambda **_: models.find()
+    threads = [threading.Thread(target=model) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(models.layer_map.models) == 1
+    assert len(models._hooks) == 2  # before and after
 
 
 def test_a_part_that_ran_before_the_whole(model: Any) -> None:
