@@ -627,6 +627,7 @@ class Assembled:
 def assemble(name: str, source: str) -> Assembled:
     """Compile a kernel as Inductor's own workers do, which have no driver either."""
     from torch._inductor import config
+    from triton.backends.nvidia.compiler import get_ptxas
 
     static = "use_static_triton_launcher"
     if not hasattr(config, static):
@@ -651,7 +652,8 @@ def assemble(name: str, source: str) -> Assembled:
         (target,) = re.findall(r"^\.target\s+(\w+)", kernel.asm["ptx"], re.MULTILINE)
         usage = _tool("cuobjdump", "--dump-resource-usage", binary)
         code = _tool("nvdisasm", "-c", binary)
-        said = _tool("ptxas", "-v", f"--gpu-name={target}", ptx, "-o", Path(folder, "out"))
+        ptxas = get_ptxas(int(re.findall(r"\d+", target)[0])).path
+        said = _tool(ptxas, "-v", f"--gpu-name={target}", ptx, "-o", Path(folder, "out"))
     operations = re.findall(
         r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE
     )
@@ -673,10 +675,13 @@ def assemble(name: str, source: str) -> Assembled:
 
 
 def _tool(name: str, *args: str | Path) -> str:
-    """Run a tool of those that Triton brings, and return what it says."""
+    """Run a tool, one of those that Triton brings or at a path, and return what it says."""
     import triton.backends.nvidia
 
     assert triton.backends.nvidia.__file__ is not None
     path = Path(triton.backends.nvidia.__file__).parent / "bin" / name
-    done = subprocess.run([path, *args], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+    done = subprocess.run([path, *args], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    if done.returncode != 0:
+        raise RuntimeError(f"{name} {' '.join(map(str, args))} failed: {said}")
+    return said
