@@ -194,8 +194,9 @@ def summarize(
     used = measurements.num_rows > 0
     if not bool(used.any()):
         raise ValueError(
-            f"prompts must have at least two images, got fewer in all of {len(measurements)} "
-            "samples. With one image every category is dense: calibrate on other prompts."
+            "prompts must have at least two images, or frames of a video, got fewer in all of "
+            f"{len(measurements)} samples. With one every category is dense: calibrate on other "
+            "prompts."
         )
     error, lost = measurements.error[used], measurements.lost_mass[used]
     num_heads = error.shape[2]

@@ -52,7 +52,8 @@ class Evaluation:
     Attributes:
         dense, sparse: The two summaries.
         num_questions: By task.
-        num_restricted: Prompts with two images or more; the others are dense under any profile.
+        num_restricted: Prompts with two images or more, frames of videos included; the others are
+            dense under any profile.
         timing: Prefill, where it was measured.
         conditions: What the numbers depend on: model, profile, dataset, versions, hardware.
     """
@@ -142,8 +143,8 @@ class Evaluation:
         notes = [
             "Accuracy in percent, with 95 % intervals: Wilson's for shares, the paired bootstrap "
             "for differences. FLOPs are exact, of all prefills together.",
-            f"{self.num_restricted} of {number} prompts have two images or more; the others are "
-            "dense under any profile.",
+            f"{self.num_restricted} of {number} prompts have two images or more, frames of videos "
+            "included; the others are dense under any profile.",
         ]
         if self.sparse.num_changed == 0:
             notes.append(

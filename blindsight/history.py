@@ -206,7 +206,8 @@ class Pending:
 
     @classmethod
     def of(cls, input_ids: Tensor, rule: TemplateRule, call: FrameType | None = None) -> Pending:
-        return cls(weakref.ref(input_ids), version_of(input_ids), rule.classify(input_ids), call)
+        kinds = rule.shared_kinds(input_ids)
+        return cls(weakref.ref(input_ids), version_of(input_ids), kinds, call)
 
     @property
     def is_gone(self) -> bool:

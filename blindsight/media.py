@@ -8,16 +8,19 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL import Image
 
 
@@ -45,9 +48,10 @@ class Video:
         return sum(frame.width * frame.height for frame in self.frames)
 
     def identity(self) -> object:
-        """Return what tells a video from others, pixels included, a file by name and size."""
-        pixels = [hashlib.sha256(frame.tobytes()).hexdigest() for frame in self.frames]
-        return self.path, self.size, self.fps, self.num_frames, pixels
+        """Return what tells a video from others: pixels of frames, name and size of a file."""
+        frames = [(frame.size, _digest(frame.tobytes())) for frame in self.frames]
+        name = None if self.path is None else os.path.basename(self.path)
+        return name, self.size, self.fps, self.num_frames, frames
 
 
 def open_image(image: Any, what: str, folder: Path | None) -> Image.Image:
@@ -84,6 +88,9 @@ def open_image(image: Any, what: str, folder: Path | None) -> Image.Image:
     )
 
 
+_KEYS = ("frames", "path", "fps", "num_frames")
+
+
 def open_video(video: Any, what: str, folder: Path | None) -> Video:
     """Return a video, its frames opened, its file not.
 
@@ -95,28 +102,37 @@ def open_video(video: Any, what: str, folder: Path | None) -> Video:
     Raises:
         ValueError: It is none of these, its frames are not of one size, or there is no such file.
     """
-    given = video if isinstance(video, Mapping) else {"frames": video}
-    if isinstance(video, (str, os.PathLike)):
-        given = {"path": video}
-    names = ("frames", "path", "fps", "num_frames")
-    source, path, fps, num_frames = (given.get(name) for name in names)
-    for name, number, kinds in (("fps", fps, (int, float)), ("num_frames", num_frames, int)):
-        if number is not None and not (isinstance(number, kinds) and number > 0):
-            raise ValueError(f"{name} of {what} must be a positive number, got {number!r}.")
-    if isinstance(source, (list, tuple)):
-        return _video_of_frames(source, fps, what, folder)
-    if not isinstance(path, (str, os.PathLike)):
-        found = f"a mapping of {', '.join(map(str, given))}" if given is video else repr(video)[:60]
+    given: dict[str, Any] = {"frames" if isinstance(video, (list, tuple)) else "path": video}
+    if isinstance(video, Mapping):
+        given = {name: value for name, value in video.items() if value is not None}
+    frames, path, fps, num_frames = map(given.get, _KEYS)
+    is_video = isinstance(frames, (list, tuple)) or isinstance(path, (str, os.PathLike))
+    if not is_video or not set(given).issubset(_KEYS):
+        found = type(video).__name__
+        if isinstance(video, Mapping):
+            found = ", ".join(f"{name} ({type(x).__name__})" for name, x in given.items()) or "none"
         raise ValueError(
-            f"{what} must be a list of frames, a path, or a mapping with frames or a path, got "
+            f"{what} must be a list of frames, a path, or a mapping of {', '.join(_KEYS)}, got "
             f"{found}."
         )
+    if frames is not None and (path is not None or num_frames is not None):
+        raise ValueError(f"{what} must be of frames and their fps, or of a path, got both.")
     if fps is not None and num_frames is not None:
         raise ValueError(f"{what} must say fps or num_frames, got both.")
-    file = _in(folder, path)
+    if fps is not None and not (_is_number(fps, Real) and 0 < fps < math.inf):
+        raise ValueError(f"fps of {what} must be a positive number, got {fps!r}.")
+    if num_frames is not None and not (_is_number(num_frames, Integral) and num_frames > 0):
+        raise ValueError(f"num_frames of {what} must be a whole positive number, got {num_frames}.")
+    if frames is not None:
+        return _video_of_frames(frames, fps, what, folder)
+    file = _in(folder, given["path"])
     if not file.is_file():
         raise ValueError(f"{what} must be a file, got {path!r}. Remove the sample, or add it.")
     return Video(path=os.fspath(file), fps=fps, num_frames=num_frames)
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _video_of_frames(
@@ -145,7 +161,11 @@ def identity_of(media: Any, folder: Path | None) -> object:
     if media is None or isinstance(media, (int, float)):
         return media
     pixels = media if isinstance(media, bytes) else getattr(media, "tobytes", lambda: b"")()
-    return hashlib.sha256(cast(bytes, pixels)).hexdigest()
+    return _digest(pixels)
+
+
+def _digest(pixels: bytes) -> str:
+    return hashlib.sha256(pixels).hexdigest()
 
 
 def video_arguments(processor: Any, videos: Sequence[Sequence[Video]]) -> dict[str, Any]:
@@ -163,8 +183,8 @@ def video_arguments(processor: Any, videos: Sequence[Sequence[Video]]) -> dict[s
     if part is None:
         raise ValueError(
             f"processor must take videos, got a {type(processor).__name__} without a video "
-            "processor. Install torchvision, if the model reads videos: pip install "
-            '"blindsight[video]".'
+            "processor. If the model reads videos, that needs torchvision (pip install "
+            '"blindsight[video]"), and the files of the model must have it.'
         )
     found = [[_frames_of(video, part) for video in of_prompt] for of_prompt in videos]
     return {
@@ -183,17 +203,39 @@ def _frames_of(video: Video, video_processor: Any) -> tuple[Any, Any]:
     if video.path is None:
         number, frames = len(video.frames), np.stack([np.asarray(x) for x in video.frames])
         return frames, VideoMetadata(number, fps=video.fps, frames_indices=list(range(number)))
-    sample = None
-    asked = {"fps": video.fps, "num_frames": video.num_frames}
-    if video_processor.do_sample_frames or any(x is not None for x in asked.values()):
-        sample = partial(video_processor.sample_frames, **asked)
+    sample: Any = None
+    if video.fps is not None or video.num_frames is not None:
+        sample = partial(_evenly, video)
+    elif video_processor.do_sample_frames:
+        sample = video_processor.sample_frames
     try:
         return cast("tuple[Any, Any]", _decode(video.path, sample, video_processor))
+    except ImportError as error:
+        raise ValueError(
+            f"{video.path} needs a decoder of videos: {' '.join(str(error).split())} Install one "
+            '(pip install "blindsight[video]"), or give the frames as images.'
+        ) from error
     except Exception as error:  # of whichever library decodes
         raise ValueError(
-            f"{video.path} must be a video that can be read: {' '.join(str(error).split())} "
-            'Decoders come with pip install "blindsight[video]"; or give its frames as images.'
+            f"{video.path} must be a video that can be read and sampled: "
+            f"{' '.join(str(error).split())} Or give its frames as images."
         ) from error
+
+
+def _evenly(video: Video, metadata: Any, **_: Any) -> NDArray[np.int64]:
+    """Return which frames of a file to take: as many as asked for, in even steps from the first.
+
+    Processors do not all heed what they are asked for.
+    """
+    total, number = metadata.total_num_frames, video.num_frames
+    if number is None:
+        if not metadata.fps:
+            raise ValueError("it does not say its frames per second, so ask for num_frames.")
+        number = min(total, max(1, round(total / metadata.fps * (video.fps or 1))))
+    if number > total:
+        raise ValueError(f"num_frames must be at most {total}, which it has, got {number}.")
+    indices: NDArray[np.int64] = np.arange(number) * total // number
+    return indices
 
 
 def _decode(path: str, sample: Any, video_processor: Any) -> Any:

@@ -37,7 +37,7 @@ from blindsight.media import Video, identity_of, open_image, open_video, video_a
 if TYPE_CHECKING:
     from PIL import Image
 
-_ROW = '{"images": ["a.png", ...], "messages": [...]}'
+_ROW = '{"images": ["a.png", ...], "messages": [...]}, or with "videos"'
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +217,7 @@ def model_inputs(
         raise ValueError(
             f"processor must take {len(samples)} prompts with videos at once, and "
             f"{type(processor).__name__} did not: {' '.join(str(error).split())} Try a batch size "
-            "of 1: some want as many frames in all of them."
+            "of 1: some need the same number of frames in every video."
         ) from error
 
 
@@ -381,9 +381,12 @@ def _check_columns(rows: Any, first: int, name: str) -> None:
 def _media_of(row: Mapping[str, Any], kind: str) -> list[Any]:
     """Return the images of a row, or its videos."""
     several, single = row.get(f"{kind}s"), row.get(kind)
-    if several is None:
-        return [] if single is None else [single]
-    return list(several) if isinstance(several, (list, tuple)) else [several]
+    if several is not None:
+        return list(several) if isinstance(several, (list, tuple)) else [several]
+    if single is None or (isinstance(single, (list, tuple)) and not single):
+        return []
+    # A list of images is no image, and a list of frames is a video.
+    return list(single) if kind == "image" and isinstance(single, (list, tuple)) else [single]
 
 
 def _sample_of_row(row: Mapping[str, Any], index: int, where: str, folder: Path | None) -> Sample:
@@ -432,8 +435,9 @@ def _messages_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 def _identity(row: Mapping[str, Any], folder: Path | None) -> object:
     """Return what tells a row from others."""
-    media = [identity_of(_media_of(row, kind), folder) for kind in ("image", "video")]
-    names = ("image", "images", "video", "videos")
+    # Without videos as before there were any, so that what was measured then is found again.
+    kinds = ("image", "video") if _media_of(row, "video") else ("image",)
+    names = {name for kind in kinds for name in (kind, f"{kind}s")}
     rest = {name: row[name] for name in sorted(row) if name not in names}
-    # Rows without videos are as they were before there were any: what was measured is found again.
-    return json.dumps(rest, sort_keys=True, default=str), *(media if media[1] else media[:1])
+    media = [identity_of(_media_of(row, kind), folder) for kind in kinds]
+    return json.dumps(rest, sort_keys=True, default=str), *media

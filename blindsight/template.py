@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -25,12 +25,7 @@ TEXT, IMAGE, START, END, LEADING, TRAILING = 0, 1, 2, 4, 8, 16
 _OPTIONAL = ("leading_tile_ids", "trailing_tile_ids", "video_token_ids")
 
 _FEW = 16  # ids of a token that is decoded, of every row: looked up one by one
-# What these mostly are, by shape: making a tensor for each token takes as long as all the rest.
-_TEXT_ALONE: dict[Sequence[int], Tensor] = {
-    (rows, tokens): torch.zeros(rows, tokens, dtype=torch.uint8, device="cpu")
-    for rows in range(1, _FEW + 1)
-    for tokens in range(1, _FEW // rows + 1)
-}
+_text_alone: dict[torch.Size, Tensor] = {}  # by shape, see TemplateRule.shared_kinds
 
 # What the decoders of transformers' multimodal models are called.
 DEFAULT_LAYER_PATTERN = r"(?:language|text)_model(?:\.model)?\.layers\.(\d+)\.self_attn"
@@ -174,10 +169,28 @@ class TemplateRule:
         if input_ids.numel() > _FEW:
             return self._kinds(input_ids.detach().cpu())
         rows = input_ids.tolist()
-        if all(map(self._bits.keys().isdisjoint, rows)):
-            return _TEXT_ALONE[input_ids.shape]
+        if self._are_text(rows):
+            return torch.zeros(input_ids.shape, dtype=torch.uint8, device="cpu")
         kinds = [[self._bits.get(each, TEXT) for each in row] for row in rows]
         return torch.tensor(kinds, dtype=torch.uint8, device="cpu")
+
+    def shared_kinds(self, input_ids: Tensor) -> Tensor:
+        """Return the same, to be read only: a few tokens of text share one tensor.
+
+        Making one for each decoded token would take as long as all else that is asked of it.
+        """
+        if input_ids.numel() > _FEW or not self._are_text(input_ids.tolist()):
+            return self.classify(input_ids)
+        shape = input_ids.shape
+        if shape not in _text_alone:
+            made = torch.zeros(shape, dtype=torch.uint8, device="cpu")
+            if type(made) is not Tensor:
+                return made  # of a mode that pretends, such as FakeTensorMode
+            _text_alone[shape] = made
+        return _text_alone[shape]
+
+    def _are_text(self, rows: list[list[int]]) -> bool:
+        return all(map(self._bits.keys().isdisjoint, rows))
 
     def _kinds(self, ids: Tensor) -> Tensor:
         kinds = torch.zeros_like(ids, dtype=torch.uint8)
@@ -237,7 +250,7 @@ class TemplateRule:
 
 def is_all_text(kinds: Tensor) -> bool:
     """Whether none of the classified tokens can belong to an image: ``[B, T]``, on the CPU."""
-    return kinds is _TEXT_ALONE.get(kinds.shape) or not bool(kinds.any())
+    return kinds is _text_alone.get(kinds.shape) or not bool(kinds.any())
 
 
 def _goes_on(kinds: Tensor, begins: Tensor) -> Tensor:

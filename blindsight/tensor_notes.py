@@ -77,7 +77,8 @@ class TensorNotes(Generic[T]):
         """
         kind, first = (tensor.shape, tensor.dtype, tensor.device), tensor[..., :1, :]
         with self._lock:
-            batches = {batch for batch, _ in self._places.values()}
+            # Collected garbage may drop places in the midst of a loop, and not of one call.
+            batches = {batch for batch, _ in list(self._places.values())}
         for batch in batches:
             for at, its_label in enumerate(batch.labels):
                 other = batch.references[at]() if its_label == label else None
@@ -119,7 +120,9 @@ def version_of(tensor: Tensor) -> int | None:
 
 
 def _versions_of(tensors: Sequence[Tensor]) -> Sequence[int | None]:
-    try:
-        return [tensor._version for tensor in tensors]  # there is one call for each token
-    except RuntimeError:  # of tensors made in inference mode
-        return list(map(version_of, tensors))
+    if tensors and not tensors[0].is_inference():  # mostly all or none: faster than to ask each
+        try:
+            return [tensor._version for tensor in tensors]
+        except RuntimeError:  # of a tensor made in inference mode
+            pass
+    return list(map(version_of, tensors))

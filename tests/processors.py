@@ -113,12 +113,8 @@ class TinyVideos:
         data = {"pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.tensor(grids)}
         return BatchFeature({**data, "video_metadata": kwargs["video_metadata"]})
 
-    def sample_frames(self, metadata: VideoMetadata, **asked: float | None) -> list[int]:
-        """Every so many frames as are asked for."""
-        fps, num_frames = asked["fps"], asked["num_frames"]
-        assert (fps is None) != (num_frames is None) and metadata.fps is not None
-        step = metadata.fps / fps if fps else metadata.total_num_frames / (num_frames or 1)
-        return list(range(0, metadata.total_num_frames, int(step)))
+    def sample_frames(self, metadata: VideoMetadata) -> list[int]:
+        return [0, metadata.total_num_frames - 1]
 
 
 def with_videos(processor: Any) -> Any:

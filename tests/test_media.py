@@ -67,18 +67,46 @@ def test_frames_in_files_and_in_memory(tmp_path: Path) -> None:
     ("video", "message"),
     [
         ([], "must be of one size, got none"),
-        (3, "must be a list of frames, a path, or a mapping .*, got 3"),
-        ({"bytes": b""}, "must be a list .*, got a mapping of bytes"),
+        (3, "must be a list of frames, a path, or a mapping .*, got int"),
+        (np.zeros((2, 8, 16, 3)), "must be a list of frames, .*, got ndarray"),
+        ({}, "must be a list of frames, .*, got none"),
+        ({"bytes": b""}, r"must be a list .*, got bytes \(bytes\)"),
+        ({"frames": "a.png"}, r"must be a list .*, got frames \(str\)"),
+        ({"path": __file__, "FPS": 1}, r"must be a list .*, got path \(str\), FPS \(int\)"),
         ("nothing.mp4", "video 1 of sample 0 of list must be a file, got 'nothing.mp4'"),
         ({"path": __file__, "fps": 1, "num_frames": 8}, "must say fps or num_frames, got both"),
+        ({"path": __file__, "frames": clip()}, "must be of frames and their fps, or of a path"),
+        ({"num_frames": 2, "frames": clip()}, "must be of frames and their fps, or of a path"),
         ({"path": __file__, "fps": -1}, "fps of video 1 .* positive number, got -1"),
-        ({"path": __file__, "num_frames": 2.5}, "num_frames of video 1 .* positive number, got"),
+        ({"path": __file__, "fps": float("inf")}, "fps of video 1 .* positive number, got inf"),
+        ({"path": __file__, "fps": True}, "fps of video 1 .* positive number, got True"),
+        ({"path": __file__, "num_frames": 2.5}, "num_frames of video 1 .* whole positive number"),
         (["nothing.png"], "frame 1 of video 1 of sample 0 of list must be an image file"),
     ],
 )
 def test_what_is_no_video(video: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_samples([row("video", videos=[video])])[0]
+
+
+def test_columns_without_media_are_none() -> None:
+    """Tables have columns for rows of either kind."""
+    rows_of_both = [
+        row("video", videos=[clip()], images=None),
+        row("image", videos=None, image=frame(1)),
+        row("image", "image", video=[], image=[frame(1), frame(2)]),
+    ]
+    samples = load_samples(rows_of_both)
+    assert [len(x.videos) for x in samples] == [1, 0, 0]
+    assert [len(x.images) for x in samples] == [0, 1, 2]
+    plain = [{k: v for k, v in each.items() if v} for each in rows_of_both]
+    assert load_samples(plain)[:1].digest() != load_samples(plain)[1:2].digest()
+
+
+def test_the_shape_of_frames_counts() -> None:
+    flat, tall = (row("video", video=clip(width=w, height=h)) for w, h in ((16, 8), (8, 16)))
+    (one,), (other,) = (load_samples([each])[0].videos for each in (flat, tall))
+    assert one.identity() != other.identity()
 
 
 def test_each_video_has_its_place() -> None:
@@ -104,33 +132,47 @@ def test_a_batch_of_videos_becomes_frames_that_are_spans() -> None:
 
 
 def test_a_processor_without_videos() -> None:
-    with pytest.raises(ValueError, match=r"Qwen2_5_VLProcessor without .* Install torchvision"):
+    with pytest.raises(ValueError, match=r"Qwen2_5_VLProcessor without .* needs torchvision"):
         model_inputs(tiny_processor(), list(load_samples(rows(1))))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("av") is not None, reason="av reads the file instead")
-def test_a_file_is_read_and_sampled_by_the_processor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("samples_itself", [False, True])
+def test_a_file_is_read_by_the_processor_and_sampled_as_asked(
+    samples_itself: bool, tmp_path: Path
+) -> None:
     processor = with_videos(tiny_processor())
+    processor.video_processor.do_sample_frames = samples_itself
 
     def fetch_videos(path: str, sample_indices_fn: Any) -> tuple[Any, VideoMetadata]:
         if path.endswith("broken.mp4"):
-            raise RuntimeError("no frames")
+            raise RuntimeError("no frames.")
+        if path.endswith("unknown.mp4"):
+            raise ImportError("no such library.")
         metadata = VideoMetadata(24, fps=8.0)
         taken = range(24) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
         metadata.frames_indices = list(taken)
         return np.zeros((len(taken), 8, 16, 3), dtype=np.uint8), metadata
 
     processor.video_processor.fetch_videos = fetch_videos
-    for name in ("a.mp4", "broken.mp4"):
+    for name in ("a.mp4", "broken.mp4", "unknown.mp4"):
         (tmp_path / name).write_bytes(b"of another library")
-    files = ["a.mp4", {"path": "a.mp4", "fps": 2}, {"path": "a.mp4", "num_frames": 4}]
-    lines = [row("video", video=file) for file in [*files, "broken.mp4"]]
+    asked = [{}, {"fps": 2}, {"num_frames": 4}, {"num_frames": 25}]
+    files = [*[{"path": "a.mp4", **how} for how in asked], "broken.mp4", "unknown.mp4"]
+    lines = [row("video", video=file) for file in files]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     samples = load_samples(tmp_path)
     found = [model_inputs(processor, [samples[at]])["video_grid_thw"][0, 0] for at in range(3)]
-    assert list(map(int, found)) == [12, 3, 2]
-    with pytest.raises(ValueError, match=r"broken.mp4 must be a video .*: no frames Decoders come"):
-        model_inputs(processor, [samples[3]])
+    assert list(map(int, found)) == [1 if samples_itself else 12, 3, 2]
+    metadata = [given["video_metadata"][0] for given in processor.video_processor.given]
+    assert list(metadata[1].frames_indices) == [0, 4, 8, 12, 16, 20]
+    for at, message in (
+        (3, "a.mp4 must be .*: num_frames must be at most 24, which it has, got 25"),
+        (4, "broken.mp4 must be a video that can be read and sampled: no frames. Or give"),
+        (5, r"unknown.mp4 needs a decoder of videos: no such library. Install one .*\[video\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model_inputs(processor, [samples[at]])
 
 
 def test_videos_are_calibrated_and_evaluated_on() -> None:
@@ -157,7 +199,7 @@ def test_a_processor_of_transformers(from_file: bool, tmp_path: Path) -> None:
             for opened in [*clip(number=10, width=64, height=32)]:
                 file.mux(stream.encode(av.VideoFrame.from_image(opened)))
             file.mux(stream.encode())
-        video: Any = {"path": str(tmp_path / "a.mp4"), "num_frames": 4}
+        video: Any = {"path": str(tmp_path / "a.mp4"), "fps": 3}  # 4 frames of 10, at 8 a second
     else:
         video = {"frames": clip(width=64, height=32), "fps": 2}
     processor = tiny_processor()

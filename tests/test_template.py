@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from blindsight import TemplateRule
-from blindsight.template import span_edges, template_of_ids
+from blindsight.template import is_all_text, span_edges, template_of_ids
 from blindsight.videos import mark_by_positions
 from oracles import oracle_template
 from strategies import Template, templates
@@ -211,6 +212,22 @@ def test_positions_tell_what_grids_tell(
     assert torch.equal(rule.template_of_kinds(marked).span_id, expected)
     longest = max(frames * height * width for frames, height, width in grids)
     assert (mark_by_positions(kinds, *of_text[-2:]) is None) == (longest > 1)
+
+
+def test_tokens_of_text_share_what_they_are() -> None:
+    rule = TemplateRule((3,), (1,), (2,))
+    text, image = torch.tensor([[7], [8]]), torch.tensor([[7], [3]])
+    shared = rule.shared_kinds(text)
+    assert shared is rule.shared_kinds(text + 1) and is_all_text(shared)
+    for ids in (text, image, torch.zeros(1, 0, dtype=torch.long), torch.full((4, 9), 3)):
+        assert torch.equal(rule.shared_kinds(ids), rule.classify(ids))
+        assert is_all_text(rule.classify(ids)) == (not rule.classify(ids).any())
+    rule.classify(text).fill_(1)  # which is the caller's
+    assert not rule.shared_kinds(text).any()
+    others = torch.full((2, 5), 9)
+    with FakeTensorMode():
+        rule.shared_kinds(others)
+    assert type(rule.shared_kinds(others)) is torch.Tensor
 
 
 def test_video_tokens_are_image_tokens() -> None:
