@@ -216,7 +216,7 @@ def listed_share(
 def prompt_order_lists_less(
     base: BaseMask,
     keep: Keep,
-    bounds: SortedBounds,
+    num_sorted: Tensor,
     num_heads: Sequence[int],
     block_size: BlockSize,
     *,
@@ -230,7 +230,8 @@ def prompt_order_lists_less(
 
     Args:
         base, keep: The mask in prompt order.
-        bounds: The mask in sorted order.
+        num_sorted: ``[B, C, N]``, the blocks that it lists in sorted order, see
+            :meth:`BlockRuns.num_listed`.
         num_heads: Heads of each category that go through the tables.
         block_size: Of queries and keys alike, or of each.
         keys_per_move: Keys that a query attends to in the time that it takes to move a token of
@@ -242,7 +243,6 @@ def prompt_order_lists_less(
     query_size, key_size = _sizes(block_size)
     weights = torch.tensor([num_heads[category] for category in used])
     keep = Keep(*(part[:, used] for part in keep))
-    bounds = SortedBounds(*(part[:, used] for part in bounds))
     batch, num_queries, num_keys = *base.lower.shape, base.valid.shape[1]
     num_blocks = ceil_div(num_queries, query_size)
     step = ceil_div(num_blocks, _MAX_SAMPLED_BLOCKS)
@@ -252,8 +252,7 @@ def prompt_order_lists_less(
         keep = keep._replace(lower=keep.lower[..., sampled], upper=keep.upper[..., sampled])
     listed = _Ranges(base, keep, num_keys, block_size).listed()
     in_order = listed.sum((0, 2, 3)) * (num_blocks / listed.shape[2])
-    num_sorted = runs_of_sorted(bounds, block_size).num_listed()
-    saved = ((in_order - num_sorted.sum((0, 2))) * weights).sum()
+    saved = ((in_order - num_sorted[:, used].sum((0, 2))) * weights).sum()
     moved = batch * num_queries * keys_per_move * weights.sum()
     return bool(saved * (query_size * key_size) <= moved)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import gcd, inf
 
 import torch
@@ -21,7 +22,7 @@ from blindsight.block_tables import (
 from blindsight.categories import NUM_CATEGORIES
 from blindsight.cost_model import CallSize, Costs, time_of_groups, time_of_own
 from blindsight.history import History
-from blindsight.intervals import SortedBounds, sorted_bounds
+from blindsight.intervals import sorted_bounds
 from blindsight.lowering import Layout, Lowering, fused_layout, split_layout
 from blindsight.masks import BaseMask, Keep, causal_base, keep_intervals
 from blindsight.passes.replace_attention import MaskForm
@@ -37,6 +38,10 @@ _CALLS_OF_MASKS = 3
 # Block tables of a fused call are per head: 1.2 GB a layer of 28 heads at 300,000 tokens. Beyond
 # this, there is a call per category, whose heads share one.
 MAX_TABLE_BYTES = 256 * 2**20
+
+# The layouts of a model's layers are the same for every prompt.
+_fused_layout = lru_cache(maxsize=4096)(fused_layout)
+_split_layout = lru_cache(maxsize=4096)(split_layout)
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,12 @@ def best_form(
     num_heads = torch.bincount(categories.flatten().long(), minlength=NUM_CATEGORIES).tolist()
     key = ("form", num_queries, tuple(num_heads), block_size)
     if key not in history.memo:
-        base, keep, bounds = _masks_of(history, num_queries)
         less = prompt_order_lists_less(
-            base, keep, bounds, num_heads, block_size, keys_per_move=costs.keys_per_move
+            *_prompt_order(history, num_queries),
+            _num_sorted(history, num_queries, block_size),
+            num_heads,
+            block_size,
+            keys_per_move=costs.keys_per_move,
         )
         history.memo[key] = MaskForm.ORDERED if less else MaskForm.SORTED
     form: MaskForm = history.memo[key]
@@ -122,13 +130,13 @@ def choose_layouts(
     time, own, causal = _CALLS_OF_MASKS * costs.call, 0.0, 0.0
     for call in calls:
         parts = num_threads // gcd(num_threads, call.size.batch)
-        split = split_layout(call.categories, parts, is_causal=call.is_causal)
+        split = _split_layout(call.categories, parts, is_causal=call.is_causal)
         if _table_bytes(split, call.size, block_size) > MAX_TABLE_BYTES:
-            split = split_layout(call.categories, is_causal=call.is_causal, per_category=True)
+            split = _split_layout(call.categories, is_causal=call.is_causal, per_category=True)
         # A layer of dense heads alone needs no FlexAttention, where is_causal says it all.
         is_plain = call.is_causal and not any(call.categories)
         splits = lowering is Lowering.SPLIT or is_plain
-        asked = split if splits else fused_layout(call.categories, parts)
+        asked = split if splits else _fused_layout(call.categories, parts)
         if lowering is not Lowering.AUTO:
             layouts.append(asked)
             reasons.append("")
@@ -184,26 +192,39 @@ def _listed_pairs(history: History, num_queries: int, form: MaskForm, block_size
     """Return the pairs in the blocks that a head of each category visits, over a causal mask."""
     key = ("listed", num_queries, form is MaskForm.SORTED, block_size)
     if key not in history.memo:
-        base, keep, bounds = _masks_of(history, num_queries)
         if form is MaskForm.SORTED:
-            listed = runs_of_sorted(bounds, block_size).num_listed()
+            listed = _num_sorted(history, num_queries, block_size)
         else:
-            tables = tables_of_prompt_order(base, keep, history.num_tokens, block_size)
+            masks = _prompt_order(history, num_queries)
+            tables = tables_of_prompt_order(*masks, history.num_tokens, block_size)
             listed = tables.num_partial + tables.num_full
         history.memo[key] = (listed.sum((0, 2), dtype=torch.int64) * block_size**2).tolist()
     pairs: list[int] = history.memo[key]
     return pairs
 
 
-def _masks_of(history: History, num_queries: int) -> tuple[BaseMask, Keep, SortedBounds]:
-    """Return a causal base mask, what the categories keep of it, and both sorted; on the CPU."""
-    key = ("masks", num_queries)
+def _prompt_order(history: History, num_queries: int) -> tuple[BaseMask, Keep]:
+    """Return a causal base mask, and what the categories keep of it; on the CPU."""
+    key = ("prompt order", num_queries)
     if key not in history.memo:
         span_id, is_sink = history.template.tensors()
-        batch, num_tokens = span_id.shape
-        base = causal_base(batch, num_queries, num_tokens, num_tokens)
-        keep = keep_intervals(span_id, is_sink, num_queries, num_tokens)
-        bounds, _ = sorted_bounds(base, span_id, is_sink, num_queries, num_tokens)
-        history.memo[key] = base, keep, bounds
-    masks: tuple[BaseMask, Keep, SortedBounds] = history.memo[key]
+        keep = keep_intervals(span_id, is_sink, num_queries, history.num_tokens)
+        history.memo[key] = _causal(history, num_queries), keep
+    masks: tuple[BaseMask, Keep] = history.memo[key]
     return masks
+
+
+def _num_sorted(history: History, num_queries: int, block_size: int) -> Tensor:
+    """Return the blocks that categories list of a causal mask in sorted order, ``[B, C, N]``."""
+    key = ("sorted", num_queries, block_size)
+    if key not in history.memo:
+        base = _causal(history, num_queries)
+        tokens = history.template.tensors()
+        bounds, _ = sorted_bounds(base, *tokens, num_queries, history.num_tokens)
+        history.memo[key] = runs_of_sorted(bounds, block_size).num_listed()
+    listed: Tensor = history.memo[key]
+    return listed
+
+
+def _causal(history: History, num_queries: int) -> BaseMask:
+    return causal_base(history.batch, num_queries, history.num_tokens, history.num_tokens)

@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -83,13 +84,13 @@ class Attention:
         Raises:
             ValueError: The graph does not say what shapes its tensors have.
         """
-        query, key = self._shapes()
+        query, key = self._shapes
         return int(query[1]), int(key[1]), int(query[3])
 
     @property
     def lengths(self) -> tuple[int | torch.SymInt, int | torch.SymInt]:
         """Q and K, as the graph knows them."""
-        query, key = self._shapes()
+        query, key = self._shapes
         return query[2], key[2]
 
     def sizes(self, size_of: Callable[[int | torch.SymInt], int]) -> dict[str, int]:
@@ -101,13 +102,14 @@ class Attention:
         Raises:
             ValueError: The graph does not say what shapes its tensors have.
         """
-        query, key = self._shapes()
+        query, key = self._shapes
         return {
             "batch": size_of(query[0]),
             "num_queries": size_of(query[2]),
             "num_keys": size_of(key[2]),
         }
 
+    @cached_property
     def _shapes(self) -> tuple[torch.Size, torch.Size]:
         query, key = fake_tensor(self.query), fake_tensor(self.key)
         if query is None or key is None:

@@ -234,9 +234,17 @@ def both_orders(lengths, window=10_000):
     return base, keep, sorted_bounds(base, span_id, is_sink, size, size)[0]
 
 
+def lists_less(masks, num_heads, block_size, keys_per_move):
+    base, keep, bounds = masks
+    listed = runs_of_sorted(bounds, block_size).num_listed()
+    return prompt_order_lists_less(
+        base, keep, listed, num_heads, block_size, keys_per_move=keys_per_move
+    )
+
+
 def test_choice_of_order_counts_blocks_of_the_heads_in_use():
     def prompt_order(masks, num_heads, block_size=128, keys_per_move=180):
-        return prompt_order_lists_less(*masks, num_heads, block_size, keys_per_move=keys_per_move)
+        return lists_less(masks, num_heads, block_size, keys_per_move)
 
     with_text = both_orders([16, 256] * 16)
     without_text = both_orders([0, 256] * 16)
@@ -258,7 +266,7 @@ def test_some_blocks_stand_for_all_of_a_long_prompt(text, monkeypatch):
 
     def turns_at():
         def stays(cost):
-            return prompt_order_lists_less(*masks, [1, 1, 1, 5], 64, keys_per_move=cost)
+            return lists_less(masks, [1, 1, 1, 5], 64, cost)
 
         low, high = 0.0, 1e5
         for _ in range(30):

@@ -256,7 +256,9 @@ def test_an_interrupted_calibration_goes_on_to_the_same_profile(
 
 def test_bad_input_is_said_clearly(tmp_path: Path) -> None:
     model, processor = tiny_model("gemma3", num_layers=1), tiny_processor("gemma3")
-    with pytest.raises(ValueError, match="at least two images, or frames of a video, got fewer in all of 2"):
+    with pytest.raises(
+        ValueError, match="at least two images, or frames of a video, got fewer in all of 2"
+    ):
         calibrate(model, processor, rows(2, num_images=1), progress=False)
     with pytest.raises(ValueError, match="at least one sample, got none"):
         calibrate(model, processor, [])
