@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from blindsight.any_length import CompiledForLengths, SymbolicSizes
-from blindsight.families import forgets
 from blindsight.given_mask import given_inputs
-from blindsight.history import CacheNote, History, Pending, Witness
+from blindsight.history import History
 from blindsight.inner import Inner
 from blindsight.lowering import Layout
 from blindsight.passes.graph import copy_graph_module
@@ -25,21 +24,12 @@ from blindsight.passes.share_layers import share_layers_pass
 from blindsight.plan import plan_graph
 from blindsight.rewriting import Rewriter, Rewriting, tier_of
 from blindsight.runtime import is_disabled
+from blindsight.sequences import DENSE_HEADS, Sequences
 from blindsight.state import BackendState
 
 _MAX_VARIANTS = 64  # compiled forms of one graph; the least recently used are dropped
 
-_NO_IMAGE_QUERY = "no query in a second image"
 _FASTER_DENSE = "estimated to be faster than sparse"
-_DENSE_HEADS = "all its heads are dense"
-
-
-class _Past(NamedTuple):
-    """What is known of the tokens in a cache before a call: None of them, if no history is."""
-
-    history: History | None
-    is_known: bool
-    decodes: bool = False  # one token of text follows
 
 
 class CompiledGraph:
@@ -62,6 +52,7 @@ class CompiledGraph:
         self._plan = plan_graph(state, gm, number)
         self._profile = self._plan.profile
         self._calls = self._plan.calls
+        self._sequences = Sequences(state, self._plan)
         self._rewriter = Rewriter(state, self._plan)
         self._variants: OrderedDict[object, CompiledForLengths] = OrderedDict()
         self._rows: dict[object, tuple[Tensor, Tensor]] = {}
@@ -100,13 +91,8 @@ class CompiledGraph:
             return self._run_own(args)
         layers = self._layers_of(args)
         self._runtime.met.update(layers)
-        sizes = self._plan.sizes(args)
-        explicit, pending = self._runtime.explicit_history(), self._runtime.pending
-        if explicit is None and pending is None:
-            self._state.models.look_for_prompt()
-            pending = self._runtime.pending
-        past = self._past(args, layers, sizes, explicit, pending)
-        history, dense_because = self._decide(args, layers, sizes, explicit, pending, past)
+        known = self._sequences.find(args, layers)
+        history, dense_because = known.history, known.dense_because
         rewriting = None
         if dense_because is None and history is not None:
             rewriting = self._rewriter.choose(args, layers, history)
@@ -119,7 +105,7 @@ class CompiledGraph:
             outputs = self._run_own(args)
             self._plan.runs[f"dense: {dense_because}"] += 1
         self._runtime.serve(layers)
-        self._remember(args, outputs, layers, history, past)
+        self._sequences.remember(args, outputs, layers, known)
         return outputs
 
     def _observe(self, args: Sequence[Any]) -> None:
@@ -147,142 +133,6 @@ class CompiledGraph:
                 )
             layers.append(layer)
         return tuple(layers)
-
-    def _decide(
-        self,
-        args: Sequence[Any],
-        layers: tuple[int, ...],
-        sizes: tuple[int, int, int],
-        explicit: History | None,
-        pending: Pending | None,
-        past: _Past,
-    ) -> tuple[History | None, str | None]:
-        """Return what is known of the sequence, and why the call runs dense (None: sparse)."""
-        batch, num_queries, num_keys = sizes
-        history = explicit
-        if history is not None:
-            expected = self._num_tokens(args, past, num_queries, num_keys)
-            if expected is not None and (batch, expected) != (history.batch, history.num_tokens):
-                raise ValueError(
-                    f"template must be [B, T] = [{batch}, {expected}] for {expected - num_queries} "
-                    f"past and {num_queries} new tokens, got [{history.batch}, "
-                    f"{history.num_tokens}]. Give use_template the whole sequence."
-                )
-        elif pending is None:
-            history = None
-            unknown = "input_ids were not seen and no template was given"
-        else:
-            if tuple(pending.kinds.shape) != (batch, num_queries):
-                raise ValueError(
-                    f"input_ids must have the shape of the decoder's queries, {batch} x "
-                    f"{num_queries} tokens, got {' x '.join(map(str, pending.kinds.shape))}. Give "
-                    "the template of the whole sequence: blindsight.use_template(span_id, is_sink)."
-                )
-            history = self._runtime.history(pending, past.history) if past.is_known else None
-            unknown = "the tokens already in the cache are not known"
-        is_text = explicit is None and pending is not None and pending.is_text
-        if is_disabled():
-            return history, "disabled"
-        if is_text:
-            return history, _NO_IMAGE_QUERY
-        if history is None:
-            self._runtime.warn_once(
-                f"prefill ran dense: {unknown}. Give the template of the whole sequence: "
-                "blindsight.use_template(span_id, is_sink)."
-            )
-            return None, unknown
-        if not history.restricts_queries_from(history.num_tokens - num_queries):
-            return history, _NO_IMAGE_QUERY
-        self._runtime.expect_all_layers()
-        if not any(self._profile.categories[layer].any() for layer in layers):
-            return history, _DENSE_HEADS
-        return history, None
-
-    def _past(
-        self,
-        args: Sequence[Any],
-        layers: tuple[int, ...],
-        sizes: tuple[int, int, int],
-        explicit: History | None,
-        pending: Pending | None,
-    ) -> _Past:
-        """Return what is known of the tokens in the cache before the call."""
-        _, num_queries, num_keys = sizes
-        cache = self._plan.cache
-        # Reading a counter on a device waits for it: not for a decoded token.
-        decodes = pending is not None and pending.is_text and num_queries == 1
-        matters = explicit is not None or not decodes
-        length = int(args[cache.length]) if cache.length is not None and matters else None
-        if length == 0:
-            return _Past(None, True)
-        if cache.before is None:
-            return _Past(None, length is None and num_keys == num_queries)
-        keys: Tensor = args[cache.before]
-        note = self._runtime.caches.get(keys)
-        if note is None and not decodes:
-            # as in a copy of the cache
-            note = self._runtime.caches.find_equal(keys, layers[cache.call])
-            if note is not None and note.history.num_tokens > keys.shape[2]:
-                note = None  # it slid: other sequences may end alike
-        if note is not None:
-            is_as_noted = length is None or length == note.history.num_tokens
-            if is_as_noted and not (matters and note.witness and not note.witness.holds(keys)):
-                return _Past(note.history, True, decodes)
-        alone = cache.has_new and num_keys == num_queries
-        return _Past(None, alone or keys.numel() == 0)
-
-    def _num_tokens(
-        self,
-        args: Sequence[Any],
-        past: _Past,
-        num_queries: int,
-        num_keys: int,
-    ) -> int | None:
-        """Return T, or None where only the user knows how much is in the cache."""
-        if past.is_known:
-            return num_queries + (0 if past.history is None else past.history.num_tokens)
-        cache = self._plan.cache
-        if cache.length is not None:
-            return num_queries + int(args[cache.length])
-        all_types = self._profile.layer_types
-        types = [all_types[layer] for layer in self._profile.layers]
-        grows = cache.before is not None and num_keys > args[cache.before].shape[2]
-        slides = any(map(forgets, types)) and len(self._calls) < len(types)
-        return num_keys if grows and not slides else None
-
-    def _remember(
-        self,
-        args: Sequence[Any],
-        outputs: Any,
-        layers: tuple[int, ...],
-        history: History | None,
-        past: _Past,
-    ) -> None:
-        """Attach what is known of the sequence to the tensors that hold its keys.
-
-        Of every layer: other graphs may run some of them in the next call.
-        """
-        notes, caches = self._runtime.caches, self._plan.kept_keys
-        tensors = [*[outputs[at] for at in caches.left], *[args[at] for at in caches.written]]
-        labels = [layers[call] for call in caches.calls]
-        left: Sequence[CacheNote] = []
-        if history is not None and not any(map(Tensor.is_inference, tensors)):
-            left = [CacheNote(history)] * len(tensors)
-        elif history is not None:
-            befores = [
-                notes.get(args[at]) if past.decodes and at is not None else None
-                for at in caches.befores
-            ]
-            left = [
-                CacheNote(history, Witness.of(keys, history, before=note and note.witness))
-                for keys, note in zip(tensors, befores, strict=True)
-            ]
-        # What was known of these is of an earlier call; what that left there nobody saw.
-        unknown = [args[at] for at in caches.found]
-        for keys in unknown if history is not None else [*unknown, *tensors]:
-            notes.drop(keys)
-        if left:
-            notes.put(tensors, left, labels)
 
     def _run_own(self, args: Sequence[Any]) -> Any:
         if self._own is None:
@@ -325,7 +175,7 @@ class CompiledGraph:
         if variant is None or not variant.fits(sizes, num_tokens):
             exactly = replace(rewriting, capacities=None)
             variant = self._variant((key, sizes, num_tokens), exactly, inputs, num_tokens, numbers)
-        runs = [f"dense: {_DENSE_HEADS}"] * len(self._calls)
+        runs = [f"dense: {DENSE_HEADS}"] * len(self._calls)
         if rewriting.is_dense:
             runs = [f"dense: is_causal, {_FASTER_DENSE}"] * len(self._calls)
             return variant.run(*inputs), runs

@@ -1,0 +1,225 @@
+"""What is known of the sequence that a graph runs on: before a call, and what is left for later.
+
+Shapes: B batch, Q and K lengths in tokens, T tokens of the whole sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from blindsight.families import forgets
+from blindsight.history import CacheNote, History, Pending, Witness
+from blindsight.plan import Plan
+from blindsight.runtime import is_disabled
+from blindsight.state import BackendState
+
+_NO_IMAGE_QUERY = "no query in a second image"
+DENSE_HEADS = "all its heads are dense"
+
+
+class Past(NamedTuple):
+    """What is known of the tokens in a cache before a call: None of them, if no history is."""
+
+    history: History | None
+    is_known: bool
+    decodes: bool = False  # one token of text follows
+
+
+class Known(NamedTuple):
+    """What is known before a call.
+
+    Attributes:
+        history: The whole sequence, the call's own tokens included; None if it is not known.
+        dense_because: Why the call runs dense, or None.
+        past: What is in the cache.
+    """
+
+    history: History | None
+    dense_because: str | None
+    past: Past
+
+
+class Sequences:
+    """The sequences of one graph's calls.
+
+    Args:
+        state: The backend's.
+        plan: Of the graph, which has attention.
+    """
+
+    def __init__(self, state: BackendState, plan: Plan) -> None:
+        self._state = state
+        self._runtime = state.runtime
+        self._plan = plan
+
+    def find(self, args: Sequence[Any], layers: tuple[int, ...]) -> Known:
+        """Return what is known before a call.
+
+        Args:
+            args: The inputs of the graph.
+            layers: Whose attention each of its calls is.
+
+        Raises:
+            ValueError: What is known does not fit the call.
+        """
+        sizes = self._plan.sizes(args)
+        explicit, pending = self._runtime.explicit_history(), self._runtime.pending
+        if explicit is None and pending is None:
+            self._state.models.look_for_prompt()
+            pending = self._runtime.pending
+        past = self._past(args, layers, sizes, explicit, pending)
+        if explicit is None:
+            history, unknown = self._whole(sizes, pending, past)
+        else:
+            self._check(explicit, args, sizes, past)
+            history, unknown = explicit, ""
+        is_text = explicit is None and pending is not None and pending.is_text
+        dense_because = self._dense_because(
+            history, unknown, layers, num_queries=sizes[1], is_text=is_text
+        )
+        return Known(history, dense_because, past)
+
+    def remember(
+        self,
+        args: Sequence[Any],
+        outputs: Any,
+        layers: tuple[int, ...],
+        known: Known,
+    ) -> None:
+        """Attach what is known of the sequence to the tensors that hold its keys after a call.
+
+        Of every layer: other graphs may run some of them in the next call.
+        """
+        history, _, past = known
+        notes, caches = self._runtime.caches, self._plan.kept_keys
+        tensors = [*[outputs[at] for at in caches.left], *[args[at] for at in caches.written]]
+        labels = [layers[call] for call in caches.calls]
+        left: Sequence[CacheNote] = []
+        if history is not None and not any(map(Tensor.is_inference, tensors)):
+            left = [CacheNote(history)] * len(tensors)
+        elif history is not None:
+            befores = [
+                notes.get(args[at]) if past.decodes and at is not None else None
+                for at in caches.befores
+            ]
+            left = [
+                CacheNote(history, Witness.of(keys, history, before=note and note.witness))
+                for keys, note in zip(tensors, befores, strict=True)
+            ]
+        # What was known of these is of an earlier call; what that left there nobody saw.
+        unknown = [args[at] for at in caches.found]
+        for keys in unknown if history is not None else [*unknown, *tensors]:
+            notes.drop(keys)
+        if left:
+            notes.put(tensors, left, labels)
+
+    def _past(
+        self,
+        args: Sequence[Any],
+        layers: tuple[int, ...],
+        sizes: tuple[int, int, int],
+        explicit: History | None,
+        pending: Pending | None,
+    ) -> Past:
+        """Return what is known of the tokens in the cache before the call."""
+        _, num_queries, num_keys = sizes
+        cache = self._plan.cache
+        # Reading a counter on a device waits for it: not for a decoded token.
+        decodes = pending is not None and pending.is_text and num_queries == 1
+        matters = explicit is not None or not decodes
+        length = int(args[cache.length]) if cache.length is not None and matters else None
+        if length == 0:
+            return Past(None, True)
+        if cache.before is None:
+            return Past(None, length is None and num_keys == num_queries)
+        keys: Tensor = args[cache.before]
+        note = self._runtime.caches.get(keys)
+        if note is None and not decodes:
+            # as in a copy of the cache
+            note = self._runtime.caches.find_equal(keys, layers[cache.call])
+            if note is not None and note.history.num_tokens > keys.shape[2]:
+                note = None  # it slid: other sequences may end alike
+        if note is not None:
+            is_as_noted = length is None or length == note.history.num_tokens
+            if is_as_noted and not (matters and note.witness and not note.witness.holds(keys)):
+                return Past(note.history, True, decodes)
+        alone = cache.has_new and num_keys == num_queries
+        return Past(None, alone or keys.numel() == 0)
+
+    def _check(
+        self, explicit: History, args: Sequence[Any], sizes: tuple[int, int, int], past: Past
+    ) -> None:
+        """Check that a template given by hand is of the whole sequence."""
+        batch, num_queries, num_keys = sizes
+        expected = self._num_tokens(args, past, num_queries, num_keys)
+        if expected is not None and (batch, expected) != (explicit.batch, explicit.num_tokens):
+            raise ValueError(
+                f"template must be [B, T] = [{batch}, {expected}] for {expected - num_queries} "
+                f"past and {num_queries} new tokens, got [{explicit.batch}, "
+                f"{explicit.num_tokens}]. Give use_template the whole sequence."
+            )
+
+    def _whole(
+        self, sizes: tuple[int, int, int], pending: Pending | None, past: Past
+    ) -> tuple[History | None, str]:
+        """Return the whole sequence as the model's inputs tell it, or what is not known of it."""
+        batch, num_queries, _ = sizes
+        if pending is None:
+            return None, "input_ids were not seen and no template was given"
+        if tuple(pending.kinds.shape) != (batch, num_queries):
+            raise ValueError(
+                f"input_ids must have the shape of the decoder's queries, {batch} x "
+                f"{num_queries} tokens, got {' x '.join(map(str, pending.kinds.shape))}. Give "
+                "the template of the whole sequence: blindsight.use_template(span_id, is_sink)."
+            )
+        history = self._runtime.history(pending, past.history) if past.is_known else None
+        return history, "the tokens already in the cache are not known"
+
+    def _dense_because(
+        self,
+        history: History | None,
+        unknown: str,
+        layers: tuple[int, ...],
+        *,
+        num_queries: int,
+        is_text: bool,
+    ) -> str | None:
+        """Return why a call runs dense; None: it does not."""
+        if is_disabled():
+            return "disabled"
+        if is_text:
+            return _NO_IMAGE_QUERY
+        if history is None:
+            self._runtime.warn_once(
+                f"prefill ran dense: {unknown}. Give the template of the whole sequence: "
+                "blindsight.use_template(span_id, is_sink)."
+            )
+            return unknown
+        if not history.restricts_queries_from(history.num_tokens - num_queries):
+            return _NO_IMAGE_QUERY
+        self._runtime.expect_all_layers()
+        if not any(self._plan.profile.categories[layer].any() for layer in layers):
+            return DENSE_HEADS
+        return None
+
+    def _num_tokens(
+        self,
+        args: Sequence[Any],
+        past: Past,
+        num_queries: int,
+        num_keys: int,
+    ) -> int | None:
+        """Return T, or None where only the user knows how much is in the cache."""
+        if past.is_known:
+            return num_queries + (0 if past.history is None else past.history.num_tokens)
+        cache = self._plan.cache
+        if cache.length is not None:
+            return num_queries + int(args[cache.length])
+        all_types = self._plan.profile.layer_types
+        types = [all_types[layer] for layer in self._plan.profile.layers]
+        grows = cache.before is not None and num_keys > args[cache.before].shape[2]
+        slides = any(map(forgets, types)) and len(self._plan.calls) < len(types)
+        return num_keys if grows and not slides else None
