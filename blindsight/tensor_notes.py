@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from itertools import count, repeat
 from typing import Generic, TypeVar
 
 import torch
@@ -57,15 +56,15 @@ class TensorNotes(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._places: dict[int, tuple[_Batch[T], int]] = {}  # by the ids of tensors
+        self._batches: dict[int, _Batch[T]] = {}  # by the ids of their tensors
         # Garbage collection may end the life of a tensor in the midst of writing a note.
         self._lock = threading.RLock()
 
     def get(self, tensor: Tensor) -> T | None:
-        place = self._places.get(id(tensor))
-        if place is None:
+        batch = self._batches.get(id(tensor))
+        if batch is None:
             return None
-        batch, at = place
+        at = batch.numbers.index(id(tensor))
         return batch.notes[at] if batch.holds(at, tensor) else None
 
     def find_equal(self, tensor: Tensor, label: int) -> T | None:
@@ -77,8 +76,7 @@ class TensorNotes(Generic[T]):
         """
         kind, first = (tensor.shape, tensor.dtype, tensor.device), tensor[..., :1, :]
         with self._lock:
-            # Collected garbage may drop places in the midst of a loop, and not of one call.
-            batches = {batch for batch, _ in list(self._places.values())}
+            batches = set(self._batches.values())
         for batch in batches:
             for at, its_label in enumerate(batch.labels):
                 other = batch.references[at]() if its_label == label else None
@@ -93,7 +91,7 @@ class TensorNotes(Generic[T]):
     def put(self, tensors: Sequence[Tensor], notes: Sequence[T], labels: Sequence[int]) -> None:
         """Take note of tensors, of each with a label."""
         batch = _Batch(tensors, notes, labels)
-        places, lock, reference = self._places, self._lock, weakref.ref(batch)
+        batches, lock, reference = self._batches, self._lock, weakref.ref(batch)
 
         def forget(dead: weakref.ref[Tensor]) -> None:
             with lock:
@@ -101,17 +99,17 @@ class TensorNotes(Generic[T]):
                 if known is None or known.watch(forget):
                     return
                 for number in known.numbers:
-                    if number in places and places[number][0] is known:
-                        del places[number]
+                    if batches.get(number) is known:
+                        del batches[number]
 
         batch.watch(forget)
         with lock:
-            places.update(zip(batch.numbers, zip(repeat(batch), count()), strict=False))
+            batches.update(dict.fromkeys(batch.numbers, batch))
 
     def drop(self, tensor: Tensor) -> None:
         """Forget what a tensor holds: something unknown was written to it."""
         with self._lock:
-            self._places.pop(id(tensor), None)
+            self._batches.pop(id(tensor), None)
 
 
 def version_of(tensor: Tensor) -> int | None:

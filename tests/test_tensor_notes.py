@@ -31,7 +31,7 @@ def test_each_tensor_is_known_until_it_dies(tensors: list[Tensor], order: tuple[
     for dead in order:
         assert [notes.get(each) for each in kept.values()] == ["it"] * len(kept)
         del kept[dead]
-    assert not notes._places
+    assert not notes._batches
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -42,13 +42,13 @@ def test_what_dies_in_turn_is_not_followed_one_by_one(backwards: bool) -> None:
         notes = noted(tensors)
         while tensors:
             del tensors[-1 if backwards else 0]
-    assert not notes._places
+    assert not notes._batches
     assert watch.call_count <= 3
 
 
 def test_a_note_that_was_replaced_needs_no_garbage_collection(tensors: list[Tensor]) -> None:
     notes = noted(tensors)
-    replaced = weakref.ref(next(iter(notes._places.values()))[0])
+    replaced = weakref.ref(next(iter(notes._batches.values())))
     gc.disable()
     try:
         notes.put(tensors, ["another"] * 3, range(3))

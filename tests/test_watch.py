@@ -318,7 +318,7 @@ def test_garbage_collected_in_the_midst_of_a_note() -> None:
             super().update(*args, **kwargs)
 
     notes: TensorNotes[int] = TensorNotes()
-    notes._places = Collects()
+    notes._batches = Collects()
     kept = torch.zeros(1)
 
     def write() -> None:
@@ -334,7 +334,7 @@ def test_garbage_collected_in_the_midst_of_a_note() -> None:
     thread.join(timeout=60)
     assert not thread.is_alive()
     assert notes.get(kept) == 3
-    assert len(notes._places) == 1
+    assert len(notes._batches) == 1
 
 
 def test_a_copy_has_layers_of_its_own() -> None:
