@@ -63,7 +63,7 @@ class BlindsightBackend:
         with self._lock:
             number = self._num_graphs
             self._num_graphs += 1
-            self.state.models.find()
+        self.state.models.find()
         graph = CompiledGraph(
             self.state, gm, example_inputs, number, self.inner.with_options(options)
         )

@@ -21,10 +21,10 @@ from blindsight.lowering import Layout
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.replace_attention import TOKEN_INPUTS
 from blindsight.passes.share_layers import share_layers_pass
-from blindsight.plan import plan_graph
+from blindsight.plan import DENSE_HEADS, plan_graph
 from blindsight.rewriting import Rewriter, Rewriting, tier_of
 from blindsight.runtime import is_disabled
-from blindsight.sequences import DENSE_HEADS, Sequences
+from blindsight.sequences import Sequences
 from blindsight.state import BackendState
 
 _MAX_VARIANTS = 64  # compiled forms of one graph; the least recently used are dropped

@@ -42,6 +42,8 @@ from blindsight.shards import is_distributed_tensor, shard_of_call, sharded_weig
 from blindsight.sizes import compiled_sizes, expression_of
 from blindsight.state import BackendState
 
+DENSE_HEADS = "all its heads are dense"
+
 
 @dataclass(frozen=True)
 class PlannedCall:
@@ -245,7 +247,7 @@ class _Planner:
             heads = self.plan.profile.categories[layer].tolist()
             verdict.categories = summarize_categories(heads)
             if not any(heads):
-                verdict.rewritten, verdict.reason = False, "all its heads are dense"
+                verdict.rewritten, verdict.reason = False, DENSE_HEADS
         self.plan.calls.append(PlannedCall(attention, layer, lifted, verdict))
 
     def _place(self, attention: Attention) -> tuple[int | None, str | None]:

@@ -15,7 +15,7 @@ import re
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -218,7 +218,7 @@ class Runtime:
     def _pending_videos(self) -> Pending | None:
         """Return the tokens of the forward under way, if frames of videos can still be told."""
         pending = self._thread.pending
-        if pending is None or pending.is_text or not pending.has_videos or pending.served:
+        if pending is None or not pending.has_videos or pending.served:
             return None
         return self.pending
 
@@ -317,7 +317,7 @@ class Runtime:
             raise ValueError(message[0].upper() + message[1:])
         self.warn_once(message)
 
-    def serve(self, layers: Collection[int]) -> None:
+    def serve(self, layers: Sequence[int]) -> None:
         """Take note that these layers of the forward under way have run."""
         pending, given = self._thread.pending, _given.get()
         self._thread.decoder_ran = True

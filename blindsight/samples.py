@@ -206,7 +206,8 @@ def model_inputs(
     bos = getattr(tokenizer, "bos_token", None)
     if bos is not None and texts[0].startswith(bos):
         options["add_special_tokens"] = False  # the template has written it already
-    images, videos = ([getattr(x, kind) for x in samples] for kind in ("images", "videos"))
+    images = [sample.images for sample in samples]
+    videos = [sample.videos for sample in samples]
     if any(videos):
         options.update(video_arguments(processor, videos))
     try:

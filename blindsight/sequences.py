@@ -12,12 +12,11 @@ from torch import Tensor
 
 from blindsight.families import forgets
 from blindsight.history import CacheNote, History, Pending, Witness
-from blindsight.plan import Plan
+from blindsight.plan import DENSE_HEADS, Plan
 from blindsight.runtime import is_disabled
 from blindsight.state import BackendState
 
 _NO_IMAGE_QUERY = "no query in a second image"
-DENSE_HEADS = "all its heads are dense"
 
 
 class Past(NamedTuple):

@@ -21,7 +21,7 @@ class _Batch(Generic[T]):
     ) -> None:
         self.numbers = list(map(id, tensors))
         self.references = list(map(weakref.ref, tensors))
-        self.versions = _versions_of(tensors)
+        self.versions = list(map(version_of, tensors))
         self.notes = notes
         self.labels = labels
         self._watches_end = False
@@ -115,12 +115,3 @@ class TensorNotes(Generic[T]):
 def version_of(tensor: Tensor) -> int | None:
     """Return the count of in-place changes; None for inference tensors, which keep none."""
     return None if tensor.is_inference() else tensor._version
-
-
-def _versions_of(tensors: Sequence[Tensor]) -> Sequence[int | None]:
-    if tensors and not tensors[0].is_inference():  # mostly all or none: faster than to ask each
-        try:
-            return [tensor._version for tensor in tensors]
-        except RuntimeError:  # of a tensor made in inference mode
-            pass
-    return list(map(version_of, tensors))
