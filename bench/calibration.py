@@ -105,7 +105,7 @@ def measure_length(length: int, repeats: int) -> list[dict[str, Any]]:
     key, value = (torch.randn(1, NUM_KV_HEADS, size, HEAD_DIM) for _ in range(2))
 
     def probe() -> object:
-        visibility = visibility_of_form(CAUSAL, (), span_id)
+        visibility = visibility_of_form(CAUSAL, (), span_id, is_sink)
         assert visibility is not None
         return measure_losses(query, key, value, query, visibility, span_id, is_sink)
 

@@ -173,7 +173,8 @@ class Bench:
                     q, k, v, call.base, scale=call.scale, enable_gqa=True
                 )
                 bounds = prompt.lower[call.layer].int(), prompt.upper[call.layer].int()
-                visibility = IntervalVisibility(BaseMask(*bounds, prompt.valid))
+                base = BaseMask(*bounds, prompt.valid)
+                visibility = IntervalVisibility(base, groups=prompt.groups)
                 losses[call.layer] = measure_losses(
                     q, k, v, output, visibility, *prompt.template.tensors(), scale=call.scale
                 )

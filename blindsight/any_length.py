@@ -6,6 +6,7 @@ assumes of them is checked before every call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -115,8 +116,8 @@ class SymbolicSizes:
         Args:
             gm: The graph, as Dynamo traced it but for the inputs that were appended.
             args: The inputs of a call.
-            appended: What the second size of ``[B, L]`` is in the new symbols, by the name of the
-                input. Others that were appended keep their sizes.
+            appended: What the last size of ``[B, ..., L]`` is in the new symbols, by the name of
+                the input. Others that were appended keep their sizes.
         """
         return [
             self._input(node, arg, appended.get(node.name))
@@ -135,7 +136,8 @@ class SymbolicSizes:
             shape = [self.size(size) for size in traced.shape]
             stride = [self.size(step) for step in traced.stride()]
         elif length is not None:
-            shape, stride = (arg.shape[0], length), (length, 1)
+            shape = (*arg.shape[:-1], length)
+            stride = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
         if all(isinstance(size, int) for size in (*shape, *stride)):
             return self._mode.from_tensor(arg, static_shapes=True)
         with self._mode, torch.no_grad():

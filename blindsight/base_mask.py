@@ -20,6 +20,7 @@ Forms, where e is an expression of the row, and x one of the column:
     ("valid", x)                 keys with x; at the top only, not inside a union
     ("same", es, xs, is_sorted)  keys with xs == es, all of several values; is_sorted: xs ascends
     ("and" | "or", form, ...)    intersection; union, which must be one interval again
+    ("by group", form, ...)      of each group of keys its own
 
 What only the data can tell is a *fact*, to be checked on every call:
 
@@ -29,7 +30,11 @@ What only the data can tell is a *fact*, to be checked on every call:
                                  (None: one sequence) stay the same; and ids never decrease.
                                  positions: a tensor, or one and the indices that choose of it
 
-Shapes: B batch, Q query rows, K key columns, T tokens of the whole sequence.
+What is no interval of all keys may be one of each *group* of them: where all images see each
+other (Molmo 2), a query in one sees text up to itself, and every token of an image. A fact may
+hold of the keys of each group that does not hold of them all; one that holds of all holds of each.
+
+Shapes: B batch, Q query rows, K key columns, G groups of keys, T tokens of the whole sequence.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from blindsight.masks import BaseMask
 
@@ -143,6 +149,7 @@ def base_mask_of(
     num_queries: int,
     num_keys: int,
     device: torch.device | str | None = None,
+    groups: Tensor | None = None,
 ) -> BaseMask:
     """Return what a form allows: an interval of key columns per query row, and the valid columns.
 
@@ -152,18 +159,23 @@ def base_mask_of(
         form: As above, with tensors.
         batch, num_queries, num_keys: B, Q and K.
         device: Where the mask is needed.
+        groups: ``[B, G, K]`` bool, if there shall be an interval for each of these groups of keys:
+            bounds are ``[B, G, Q]`` then.
     """
-    grid = _Grid(batch, num_queries, num_keys, device)
-    lower, upper = grid.interval(form)
+    grids = _grids(batch, num_queries, num_keys, device, groups)
+    bounds = [
+        [bound.expand(batch, num_queries).to(torch.int32) for bound in grid.interval(form)]
+        for grid in grids
+    ]
+    lower, upper = (
+        side[0] if groups is None else torch.stack(side, dim=1)
+        for side in zip(*bounds, strict=True)
+    )
     valid = torch.ones((batch, num_keys), dtype=torch.bool, device=device)
     for part in conjuncts(form):
         if part[0] == "valid":
-            valid = valid & grid.column(part[1])
-    return BaseMask(
-        lower.expand(batch, num_queries).to(torch.int32),
-        upper.expand(batch, num_queries).to(torch.int32),
-        valid,
-    )
+            valid = valid & grids[0].column(part[1])
+    return BaseMask(lower, upper, valid)
 
 
 def facts_hold(
@@ -173,35 +185,67 @@ def facts_hold(
     num_queries: int,
     num_keys: int,
     device: torch.device | str | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """Return whether a form is what the model's mask is on this data: 0-d bool.
 
     Args:
         facts: As above, with tensors.
-        batch, num_queries, num_keys, device: As for :func:`base_mask_of`.
+        batch, num_queries, num_keys, device, groups: As for :func:`base_mask_of`.
     """
-    grid = _Grid(batch, num_queries, num_keys, device)
+    grids = _grids(batch, num_queries, num_keys, device, groups)
     hold = torch.ones((), dtype=torch.bool, device=device)
     for name, *args in facts:
         if name == "consecutive":
             hold = hold & _are_consecutive(*args)
             continue
         rows, *what = args
-        found = grid.is_contiguous(*what) if name == "contiguous" else grid.is_connected(*what)
-        hold = hold & (found | ~grid.row(rows)).all()
+        for grid in grids:
+            found = grid.is_contiguous(*what) if name == "contiguous" else grid.is_connected(*what)
+            hold = hold & (found | ~grid.row(rows)).all()
     return hold
 
 
+def _grids(
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    device: torch.device | str | None,
+    groups: Tensor | None,
+) -> list[_Grid]:
+    """Return one for all keys, or one for each group ``[B, G, K]`` of them."""
+    each = [None] if groups is None else groups.unbind(1)
+    return [
+        _Grid(batch, num_queries, num_keys, device, group, number)
+        for number, group in enumerate(each)
+    ]
+
+
 class _Grid:
-    """Rows and columns of one attention call."""
+    """Rows and columns of one attention call.
+
+    Args:
+        batch, num_queries, num_keys, device: Of the call.
+        group: ``[B, K]`` bool, the only columns that there are; by default all.
+        number: Of the group.
+    """
 
     def __init__(
-        self, batch: int, num_queries: int, num_keys: int, device: torch.device | str | None
+        self,
+        batch: int,
+        num_queries: int,
+        num_keys: int,
+        device: torch.device | str | None,
+        group: Tensor | None = None,
+        number: int = 0,
     ) -> None:
         self.num_keys = num_keys
         self.b = torch.arange(batch, device=device)[:, None]
         self.q = torch.arange(num_queries, device=device)[None]
         self.k = torch.arange(num_keys, device=device)[None]
+        self._group = group
+        self._number = number
+        self._ranks = None if group is None else pad(group.cumsum(1), (1, 0))
 
     def row(self, expression: Expression) -> Tensor:
         """Return an expression of the row, ``[B, Q]``."""
@@ -235,6 +279,8 @@ class _Grid:
         if name == "same":
             found_first, found_last, _ = self._equal(*args)
             return found_first, found_last
+        if name == "by group":
+            return self.interval(args[self._number])
         if name == "and":
             for part in args:
                 lower, upper = self.interval(part)
@@ -244,7 +290,7 @@ class _Grid:
             first, last = first + self.num_keys, last * 0 - 1
             for part in args:
                 lower, upper = self.interval(part)
-                some = lower <= upper
+                some = self._size(lower, upper) > 0
                 first = torch.where(some, torch.minimum(first, lower), first)
                 last = torch.where(some, torch.maximum(last, upper), last)
             return first, last
@@ -254,10 +300,8 @@ class _Grid:
     def is_contiguous(self, of_row: Form, of_column: Form) -> Tensor:
         """Whether the columns whose values equal a row's are neighbours, ``[B, Q]``."""
         first, last, count = self._equal(of_row, of_column, False)
-        fits = _pair_fits(
-            [self.row(value) for value in of_row], [self.column(value) for value in of_column]
-        )
-        return fits & ((count == 0) | (last - first + 1 == count))
+        fits = _pair_fits(*self._compared(of_row, of_column))
+        return fits & ((count == 0) | (self._size(first, last) == count))
 
     def is_connected(self, forms: tuple[Form, ...]) -> Tensor:
         """Whether the intervals of several forms join to one, ``[B, Q]``."""
@@ -265,8 +309,8 @@ class _Grid:
         connected = torch.ones_like(self.b + self.q, dtype=torch.bool)
         for form in forms[1:]:
             lower, upper = self.interval(form)
-            empty, other_empty = first > last, lower > upper
-            touch = torch.maximum(first, lower) <= torch.minimum(last, upper) + 1
+            empty, other_empty = self._size(first, last) <= 0, self._size(lower, upper) <= 0
+            touch = self._size(last.minimum(upper) + 1, first.maximum(lower) - 1) <= 0
             connected = connected & (empty | other_empty | touch)
             first, last = (
                 torch.where(empty, lower, torch.where(other_empty, first, first.minimum(lower))),
@@ -274,14 +318,28 @@ class _Grid:
             )
         return connected
 
+    def _size(self, first: Tensor, last: Tensor) -> Tensor:
+        """Return how many columns there are from first to last, ``[B or 1, Q]``."""
+        if self._ranks is None:
+            return last + 1 - first
+        begin, end = (edge.expand(len(self.b), self.q.shape[1]) for edge in (first, last + 1))
+        return self._ranks.gather(1, end) - self._ranks.gather(1, begin)
+
+    def _compared(self, of_row: Form, of_column: Form) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the values of rows and columns that must be equal; columns of the group are."""
+        rows = [self.row(value) for value in of_row]
+        columns = [self.column(value) for value in of_column]
+        if self._group is not None:
+            rows.append(self.row(True))
+            columns.append(self._group)
+        return rows, columns
+
     def _equal(
         self, of_row: Form, of_column: Form, is_sorted: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the first and last column whose values equal a row's, and how many do."""
-        row, column = _as_one_number(
-            [self.row(value) for value in of_row], [self.column(value) for value in of_column]
-        )
-        if is_sorted:
+        row, column = _as_one_number(*self._compared(of_row, of_column))
+        if is_sorted and self._group is None:
             order = self.k.expand_as(column)
             values = column.contiguous()
         else:

@@ -152,7 +152,7 @@ def choose_layouts(
                 layout.groups,
                 [call.categories[head] for head in layout.heads],
                 listed,
-                is_sorted=call.form is MaskForm.SORTED,
+                is_sorted=call.form.is_sorted,
             )
             for layout in options
         ]
@@ -190,9 +190,9 @@ def _table_bytes(layout: Layout, size: CallSize, block_size: int) -> int:
 
 def _listed_pairs(history: History, num_queries: int, form: MaskForm, block_size: int) -> list[int]:
     """Return the pairs in the blocks that a head of each category visits, over a causal mask."""
-    key = ("listed", num_queries, form is MaskForm.SORTED, block_size)
+    key = ("listed", num_queries, form.is_sorted, block_size)
     if key not in history.memo:
-        if form is MaskForm.SORTED:
+        if form.is_sorted:
             listed = _num_sorted(history, num_queries, block_size)
         else:
             masks = _prompt_order(history, num_queries)

@@ -47,7 +47,8 @@ def count_visible(
         template: Where the images are, ``[B, T]``.
         num_queries: Q, the last tokens of the sequence; by default all of them.
         base_lower, base_upper: ``[B, Q]`` ints, the first and last token that the model's own
-            mask lets a query see. By default causal: 0, and the query's own token.
+            mask lets a query see; ``[B, 3, Q]`` of text, sinks and other tokens of spans each. By
+            default causal: 0, and the query's own token.
         key_valid: ``[B, T]`` bool, False for padding; by default there is none.
 
     Raises:
@@ -65,7 +66,8 @@ def count_visible(
         ("base_upper", base_upper, num_queries),
         ("key_valid", key_valid, num_tokens),
     ):
-        if tensor is not None and tuple(tensor.shape) != (batch, length):
+        shapes = [(batch, length), *([(batch, 3, length)] if name != "key_valid" else [])]
+        if tensor is not None and tuple(tensor.shape) not in shapes:
             raise ValueError(
                 f"{name} must have the shape [{batch}, {length}], got {list(tensor.shape)}."
             )
@@ -75,17 +77,19 @@ def count_visible(
     lower = torch.zeros_like(itself) if base_lower is None else base_lower.to(itself)
     upper = itself if base_upper is None else base_upper.to(itself)
     lower, upper = lower.clamp(min=0), upper.clamp(max=num_tokens - 1)
+    lowers, uppers = (side.unbind(1) if side.dim() == 3 else [side] * 3 for side in (lower, upper))
 
     first, last = (edge[:, past:] for edge in span_edges(span_id))
-    own_lower, own_upper = torch.maximum(lower, first), torch.minimum(upper, last)
-    sees_itself = (lower <= itself) & (itself <= upper) & ~is_sink[:, past:]
-
     is_text = span_id == 0
-    everything = _Counter(valid).between(lower, upper)
-    text = _Counter(valid & is_text).between(lower, upper)
-    sinks = _Counter(valid & is_sink & ~is_text).between(lower, upper)
-    own = _Counter(valid & ~is_text).between(own_lower, own_upper)
-    own_others = _Counter(valid & ~is_text & ~is_sink).between(own_lower, own_upper)
+    flags = (valid & is_text, valid & ~is_text & is_sink, valid & ~is_text & ~is_sink)
+    groups = list(zip(map(Counter, flags), lowers, uppers, strict=True))
+    text, sinks, others = (counter.between(begin, end) for counter, begin, end in groups)
+    own_sinks, own_others = (
+        counter.between(torch.maximum(begin, first), torch.minimum(end, last))
+        for counter, begin, end in groups[1:]
+    )
+    everything, own = text + sinks + others, own_sinks + own_others
+    sees_itself = (lowers[2] <= itself) & (itself <= uppers[2]) & ~is_sink[:, past:]
 
     rows = [everything] * NUM_CATEGORIES
     rows[HeadCategory.SINK] = text + sinks + sees_itself
@@ -143,7 +147,7 @@ def attention_flops(
     )
 
 
-class _Counter:
+class Counter:
     """How many flags ``[B, T]`` are set in an interval."""
 
     def __init__(self, flags: Tensor) -> None:

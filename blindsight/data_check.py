@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from blindsight.base_mask import base_mask_of, facts_hold, is_plain_causal
+from blindsight.history import History
+from blindsight.intervals import groups_of_keys
 from blindsight.masks import BaseMask
+from blindsight.packing import is_packed
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import ancestors, fake_tensor, placeholders
 from blindsight.passes.memory import MemoryGroups, overwritten
@@ -46,17 +49,31 @@ class DataCheck:
         facts = {fact[0] for call in self._calls.values() for fact in call.lifted.facts}
         return ", ".join(sorted(facts))
 
-    def facts_hold(self, args: Sequence[Any]) -> bool:
-        """Whether all facts hold for these inputs of the graph."""
+    def facts_hold(self, args: Sequence[Any], *, by_groups_of: History | None = None) -> bool:
+        """Whether all facts hold for these inputs of the graph.
+
+        Args:
+            args: The graph's inputs.
+            by_groups_of: If given, of each group of keys (text, sinks, other tokens of spans) of
+                this sequence alone.
+        """
         if not any(call.lifted.facts for call in self._calls.values()):
             return True
-        size_of = self._plan.size_of(args)
+        forms = [call.lifted.form for call in self._calls.values()]
+        if by_groups_of is not None and any(form and is_packed(form) for form in forms):
+            return False
+        size_of, device = self._plan.size_of(args), self._plan.device
         values = self._of_facts(args)
-        return all(
-            bool(facts_hold(facts, **call.attention.sizes(size_of), device=self._plan.device))
-            for facts, call in zip(values, self._calls.values(), strict=True)
-            if facts
-        )
+        for facts, call in zip(values, self._calls.values(), strict=True):
+            if not facts:
+                continue
+            sizes, groups = call.attention.sizes(size_of), None
+            if by_groups_of is not None:
+                tokens = by_groups_of.on(device).tensors()
+                groups = groups_of_keys(*tokens, sizes["num_keys"])
+            if not bool(facts_hold(facts, **sizes, device=device, groups=groups)):
+                return False
+        return True
 
     def plain_causal(self, args: Sequence[Any], given: Mapping[str, BaseMask]) -> list[bool]:
         """Return which of the graph's calls mean ``is_causal``, for these inputs.
@@ -73,7 +90,7 @@ class DataCheck:
             if is_plain_causal(form) and sizes["num_keys"] >= sizes["num_queries"]:
                 answers[key] = True  # without looking at data
                 continue
-            base = base_mask_of(form, **sizes, device=self._plan.device)
+            base = base_mask_of(form, device=self._plan.device, groups=None, **sizes)
             answers[key] = _is_plain_causal(base)
         for key, call in zip(self._keys, self._plan.calls, strict=True):
             node = call.lifted.given

@@ -112,6 +112,14 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_vl_moe": _GLM,
     "exaone4_5": Family(video_tokens=("video_token_id",), start="<vision>", end="</vision>"),
     "video_llama_3": Family(),
+    "molmo2": Family(
+        image_tokens=("image_patch_id",),
+        parts="<im_col>",
+        # an image is written twice, small and then large
+        start="<low_res_im_start>|<im_start>|<frame_start>",
+        end="<im_end>|<frame_end>",
+        trailing="<im_start>",
+    ),
     "aria": replace(_BARE, start="<fim_prefix>", end="<fim_suffix>"),
     "deepseek_vl": _BARE,
     "lighton_ocr": _BARE,
@@ -127,7 +135,7 @@ DECODER_ATTENTION_CLASSES = frozenset(
         *("Qwen3OmniMoeThinkerText", "Qwen3_5", "Qwen3_5Moe", "Qwen2", "Qwen3"),
         *("Gemma3", "Gemma4Text", "Gemma4UnifiedText", "Llama", "Llama4Text"),
         *("Mistral", "Ministral3", "Cohere2", "Glm4vText", "Glm4vMoeText", "Lfm2"),
-        *("DeepseekV3", "Ernie4_5_VLMoeText", "Exaone4", "AriaText", "PaddleOCR"),
+        *("DeepseekV3", "Ernie4_5_VLMoeText", "Exaone4", "AriaText", "PaddleOCR", "Molmo2"),
     )
 )
 

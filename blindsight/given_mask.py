@@ -1,7 +1,8 @@
 """Masks that a graph is handed ready made: see whether their elements are intervals of keys.
 
 Where no graph shows how a mask came about (decoder layers that are compiled one by one, a static
-cache in ``generate``), its elements still tell what it is. Looking at them once costs a few bytes
+cache in ``generate``), its elements still tell what it is, or what it is to each group of keys:
+text, sinks and other tokens of spans. Looking at them once costs a few bytes
 of memory traffic per pair of tokens, beside thousands of operations per pair in attention, which
 would otherwise look at them in every head of every layer.
 
@@ -11,24 +12,38 @@ Shapes: B batch, Q query rows, K key columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
+from blindsight.history import History
+from blindsight.intervals import NUM_PARTS, groups_of_keys
 from blindsight.masks import BaseMask
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import add_placeholder, fake_tensor, placeholders, same_size
 from blindsight.passes.lift_mask import Lifted
 from blindsight.plan import Plan
+from blindsight.template import Template
 from blindsight.tensor_notes import TensorNotes, version_of
 
 # Elements that are looked at together: what is derived of them should stay in a core's cache, and a
 # GPU has better things to do than to launch kernels for few.
 _ELEMENTS, _ELEMENTS_OF_GPU = 2**20, 2**26
 
-# What is known of a mask of these sizes (B, Q, K); None: it is not intervals.
-Note = tuple[tuple[int, int, int], BaseMask | None]
+
+class Note(NamedTuple):
+    """What is known of a mask.
+
+    Attributes:
+        sizes: B, Q and K.
+        template: Whose groups of keys were looked at, if all keys together were not enough.
+        base: None: it is not intervals.
+    """
+
+    sizes: tuple[int, int, int]
+    template: Template | None
+    base: BaseMask | None
 
 
 class GivenMasks:
@@ -52,12 +67,17 @@ class GivenMasks:
             if node in users and _same_sizes(users[node])
         ]
 
-    def read(self, args: Sequence[Any]) -> dict[str, BaseMask]:
-        """Return the masks that are intervals, by the names of their inputs."""
+    def read(self, args: Sequence[Any], history: History) -> dict[str, BaseMask]:
+        """Return the masks that are intervals, by the names of their inputs.
+
+        Args:
+            args: The graph's inputs.
+            history: The whole sequence.
+        """
         found = {}
         for at, name, attention in self._inputs:
             sizes = attention.sizes(self._plan.size_of(args))
-            mask = self._look_at(args[at], **sizes)
+            mask = self._look_at(args[at], history.on(args[at].device), **sizes)
             if mask is not None:
                 found[name] = mask
         return found
@@ -67,20 +87,26 @@ class GivenMasks:
         return next(attention.lengths for _, known, attention in self._inputs if known == name)
 
     def _look_at(
-        self, mask: Tensor, *, batch: int, num_queries: int, num_keys: int
+        self, mask: Tensor, template: Template, *, batch: int, num_queries: int, num_keys: int
     ) -> BaseMask | None:
         sizes = (batch, num_queries, num_keys)
         known = self._notes.get(mask)
-        # A tensor of inference mode keeps no count of its changes: look again.
-        if known is not None and known[0] == sizes and version_of(mask) is not None:
-            return known[1]
-        found = intervals_of_elements(mask, batch=batch, num_queries=num_queries, num_keys=num_keys)
-        self._notes.put([mask], [(sizes, found)], [0])
+        if known is not None and version_of(mask) is None:
+            known = None  # a tensor of inference mode keeps no count of its changes
+        if known and known.sizes == sizes and (known.template or template) is template:
+            return known.base
+        looked_at, found = None, intervals_of_elements(mask, *sizes)
+        if found is None:
+            looked_at = template
+            found = intervals_of_elements(
+                mask, *sizes, groups=groups_of_keys(*template.tensors(), num_keys)
+            )
+        self._notes.put([mask], [Note(sizes, looked_at, found)], [0])
         return found
 
 
 def intervals_of_elements(
-    mask: Tensor, *, batch: int, num_queries: int, num_keys: int
+    mask: Tensor, batch: int, num_queries: int, num_keys: int, *, groups: Tensor | None = None
 ) -> BaseMask | None:
     """Return the intervals and valid columns that a mask consists of, or None if it does not.
 
@@ -92,12 +118,15 @@ def intervals_of_elements(
         mask: ``[B or 1, 1, >= Q, >= K]`` bool, or float with 0 for the allowed pairs and -inf, or
             the smallest finite number, for the others.
         batch, num_queries, num_keys: B, Q and K.
+        groups: ``[B, G, K]`` bool, if there shall be an interval for each of these groups of
+            columns.
     """
     elements = mask[:, 0, :num_queries, :num_keys].expand(batch, num_queries, num_keys)
     device = mask.device
     column = torch.arange(num_keys, device=device, dtype=torch.int32)
     valid = torch.zeros((batch, num_keys), dtype=torch.bool, device=device)
     is_mask = torch.ones((), dtype=torch.bool, device=device)
+    each = [torch.ones_like(valid)] if groups is None else groups.unbind(1)
     parts = []
     together = _ELEMENTS if device.type == "cpu" else _ELEMENTS_OF_GPU
     step = max(1, together // max(1, batch * num_keys))
@@ -107,16 +136,25 @@ def intervals_of_elements(
         if rows.dtype != torch.bool:
             is_mask &= (allowed | (rows <= torch.finfo(rows.dtype).min)).all()
         valid |= allowed.any(1)
-        lower = torch.where(allowed, column, num_keys).amin(-1)
-        upper = torch.where(allowed, column, -1).amax(-1)
-        parts.append((lower, upper, allowed.sum(-1)))
-    lower, upper, num_allowed = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-    num_before = torch.nn.functional.pad(valid.cumsum(1), (1, 0))
-    begin, end = (num_before.gather(1, edge.long()) for edge in (lower, upper + 1))
-    # Rows that allow nothing: lower is K, upper -1.
-    expected = (end - begin).clamp(min=0)
-    if not bool(is_mask & (num_allowed == expected).all()):
+        for group in each:
+            inside = allowed if groups is None else allowed & group[:, None]
+            lower = torch.where(inside, column, num_keys).amin(-1)
+            upper = torch.where(inside, column, -1).amax(-1)
+            parts.append((lower, upper, inside.sum(-1)))
+    bounds = []
+    for at, group in enumerate(each):
+        of_group = zip(*parts[at :: len(each)], strict=True)
+        lower, upper, num_allowed = (torch.cat(part, dim=1) for part in of_group)
+        num_before = torch.nn.functional.pad((valid & group).cumsum(1), (1, 0))
+        begin, end = (num_before.gather(1, edge.long()) for edge in (lower, upper + 1))
+        # Rows that allow nothing: lower is K, upper -1.
+        is_mask &= (num_allowed == (end - begin).clamp(min=0)).all()
+        bounds.append((lower, upper))
+    if not bool(is_mask):
         return None
+    if groups is None:
+        return BaseMask(*bounds[0], valid)
+    lower, upper = (torch.stack(side, dim=1) for side in zip(*bounds, strict=True))
     return BaseMask(lower, upper, valid)
 
 
@@ -130,12 +168,21 @@ def add_given_inputs(gm: fx.GraphModule, name: str) -> tuple[fx.Node, ...]:
     return tuple(add_placeholder(gm, each) for each in given_inputs(name))
 
 
-def lifted_of_given(inputs: Sequence[fx.Node], before: fx.Node) -> Lifted:
+def lifted_of_given(
+    inputs: Sequence[fx.Node], before: fx.Node, *, by_group: bool = False
+) -> Lifted:
     """Return what is proven of a mask whose intervals are inputs of the graph."""
     lower, upper, valid = inputs
     b, q, k = (("index", axis) for axis in "bqk")
-    first, last = ("load", lower, (b, q)), ("load", upper, (b, q))
     is_valid = ("load", valid, (b, k))
+    if by_group:
+        each = [
+            ("and", ("lower", ("load", lower, (b, at, q))), ("upper", ("load", upper, (b, at, q))))
+            for at in range(NUM_PARTS)
+        ]
+        # As an expression only the groups would tell it.
+        return Lifted(1, "", ("and", ("by group", *each), ("valid", is_valid)), (), None, before)
+    first, last = ("load", lower, (b, q)), ("load", upper, (b, q))
     form = ("and", ("lower", first), ("upper", last), ("valid", is_valid))
     expression = ("and", is_valid, ("and", ("le", first, k), ("le", k, last)))
     return Lifted(1, "", form, (), expression, before)

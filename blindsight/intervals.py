@@ -89,11 +89,7 @@ def sorted_bounds(
 
     filled = min(num_tokens, num_keys)
     valid = pad(base.valid[:, :filled], (0, num_keys - filled))
-    groups = _groups(
-        to_columns(span_id, offset, num_keys),
-        to_columns(is_sink, offset, num_keys),
-        valid,
-    )
+    groups = groups_of_keys(span_id, is_sink, num_keys) & valid[:, None]
     ranks, key_rank = _rank_in_groups(groups)
     key_order = _inverse(key_rank)
     if num_queries == num_keys == num_tokens:
@@ -101,16 +97,19 @@ def sorted_bounds(
     else:
         missing = max(offset - past, 0)  # queries that the keys no longer cover
         query_valid = pad(valid[:, past + missing - offset : filled], (missing, 0), value=True)
-        _, inverse_query = _rank_in_groups(
-            _groups(span_id[:, past:], is_sink[:, past:], query_valid)
-        )
+        of_queries = _groups(span_id[:, past:], is_sink[:, past:])
+        _, inverse_query = _rank_in_groups(of_queries & query_valid[:, None])
         query_order = _inverse(inverse_query)
 
-    ranges = _column_ranges(base, span_id, num_queries, num_keys, first_span)  # [B, 6, Q]
-    ranges = ranges.gather(2, query_order[:, None].expand_as(ranges))
-    text = ranks[:, 0, None].expand(-1, 2, -1).gather(2, ranges[:, :2])
-    sink = ranks[:, 1, None].expand(-1, 4, -1).gather(2, ranges[:, :4])
-    span = ranks[:, 2, None].expand(-1, 6, -1).gather(2, ranges)
+    ranges = [
+        _column_ranges(each, span_id, num_queries, num_keys, first_span)
+        for each in base.of_groups()
+    ]
+    ranges = [part.gather(2, query_order[:, None].expand_as(part)) for part in ranges]
+    text, sink, span = (
+        ranks[:, at, None].expand(-1, number, -1).gather(2, ranges[at % len(ranges)][:, :number])
+        for at, number in enumerate((2, 4, 6))
+    )
 
     def of_categories(side: int) -> Tensor:
         every_text = text[:, side]
@@ -183,11 +182,21 @@ def _positions(tokens: Tensor, number: int) -> tuple[Tensor, Tensor]:
     return position < length, position.clamp(max=length - 1)
 
 
-def _groups(span_id: Tensor, is_sink: Tensor, valid: Tensor) -> Tensor:
-    """Return the flags of text, sinks and other span tokens ``[B, 3, L]``; padding has none."""
-    in_span = (span_id > 0) & valid
-    sinks = in_span & is_sink
-    return torch.stack([valid & ~in_span, sinks, in_span & ~sinks], dim=1)
+def groups_of_keys(span_id: Tensor, is_sink: Tensor, num_keys: int) -> Tensor:
+    """Return which key columns are text, sinks and other tokens of spans: ``[B, 3, K]`` bool.
+
+    Args:
+        span_id, is_sink: ``[B, T]``, the template.
+        num_keys: K.
+    """
+    offset = key_offset(span_id.shape[1], num_keys)
+    return _groups(*(to_columns(each, offset, num_keys) for each in (span_id, is_sink)))
+
+
+def _groups(span_id: Tensor, is_sink: Tensor) -> Tensor:
+    """Return the flags of text, sinks and other tokens of spans ``[B, 3, L]``."""
+    in_span = span_id > 0
+    return torch.stack([~in_span, in_span & is_sink, in_span & ~is_sink], dim=1)
 
 
 def _rank_in_groups(groups: Tensor) -> tuple[Tensor, Tensor]:

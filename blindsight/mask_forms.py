@@ -2,7 +2,8 @@
 
 There are four. Each has a function that makes it, once for all layers with the same base mask:
 
-- sorted: intervals of keys, tokens sorted so that every mask is a few blocks;
+- sorted: intervals of keys, tokens sorted so that every mask is a few blocks; where the model's own
+  mask is intervals of each sorted group of keys only, it is called grouped;
 - ordered: the same intervals in prompt order, for prompts that it lists less of;
 - expressed: the model's own mask is an expression that is evaluated for each element;
 - materialised: the model's own mask is read, element by element, where it could not be lifted.
@@ -33,7 +34,13 @@ from blindsight.block_tables import (
 )
 from blindsight.chunks import num_chunks_of
 from blindsight.flex import Rule, realize
-from blindsight.intervals import TokenOrder, allowed_sorted, sorted_bounds, stretched
+from blindsight.intervals import (
+    TokenOrder,
+    allowed_sorted,
+    groups_of_keys,
+    sorted_bounds,
+    stretched,
+)
 from blindsight.masks import BaseMask, Keep, keep_intervals
 from blindsight.packing import first_span_of
 
@@ -219,6 +226,7 @@ def sorted_mask(
     num_keys: int,
     query_capacity: int | None = None,
     key_capacity: int | None = None,
+    by_group: bool = False,
 ) -> SortedMask:
     """Intersect a base mask in interval form with what each category keeps, tokens sorted.
 
@@ -231,8 +239,11 @@ def sorted_mask(
             and show nothing. Then FlexAttention computes on fixed sizes (its C++ kernel cannot do
             with symbolic ones) inside a graph that does not. On a GPU there are so many sorted
             queries more that every chunk is a whole number of blocks.
+        by_group: Whether the form is intervals of each group of keys alone: of text, sinks and
+            other tokens of spans. No sequences are packed then.
     """
-    base, first_span = _lifted_base(form, span_id, batch, num_queries, num_keys)
+    groups = groups_of_keys(span_id, is_sink, num_keys) if by_group else None
+    base, first_span = _lifted_base(form, span_id, batch, num_queries, num_keys, groups)
     bounds, order = sorted_bounds(
         base, span_id, is_sink, num_queries, num_keys, first_span=first_span
     )
@@ -360,16 +371,27 @@ def _keep_elements(keep: Keep, num_keys: int) -> Tensor:
 
 
 def _lifted_base(
-    form: Form, span_id: Tensor, batch: int, num_queries: int, num_keys: int
+    form: Form,
+    span_id: Tensor,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    groups: Tensor | None = None,
 ) -> tuple[BaseMask, Tensor | None]:
-    """Return the model's own mask, and the queries in the first span of a packed sequence."""
+    """Return the model's own mask, and the queries in the first span of a packed sequence.
+
+    groups ``[B, 3, K]``: of which the mask is intervals each, with nothing packed.
+    """
     base = base_mask_of(
         form,
         batch=batch,
         num_queries=num_queries,
         num_keys=num_keys,
         device=span_id.device,
+        groups=groups,
     )
+    if groups is not None:
+        return base, None
     return base, first_span_of(form, span_id, num_queries, num_keys)
 
 

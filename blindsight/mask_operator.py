@@ -38,6 +38,7 @@ def sorted_mask_by_operator(
     num_keys: int,
     query_capacity: int | None = None,
     key_capacity: int | None = None,
+    by_group: bool = False,
 ) -> SortedMask:
     """As :func:`~blindsight.mask_forms.sorted_mask`."""
     if (written := _write(form)) is None:
@@ -50,10 +51,11 @@ def sorted_mask_by_operator(
             num_keys=num_keys,
             query_capacity=query_capacity,
             key_capacity=key_capacity,
+            by_group=by_group,
         )
     sizes = (batch, num_queries, num_keys, query_capacity, key_capacity)
     query, key, inverse_query, lower, upper, *tables = _sorted_mask(
-        *written, span_id, is_sink, *sizes
+        *written, span_id, is_sink, *sizes, by_group
     )
     order = TokenOrder(query, key, inverse_query)
     block_size = block_size_of(span_id.device)
@@ -91,6 +93,7 @@ def _sorted_mask(
     num_keys: int,
     query_capacity: int | None,
     key_capacity: int | None,
+    by_group: bool,
 ) -> list[Tensor]:
     mask = sorted_mask(
         _read(form, tensors, numbers),
@@ -101,6 +104,7 @@ def _sorted_mask(
         num_keys=num_keys,
         query_capacity=query_capacity,
         key_capacity=key_capacity,
+        by_group=by_group,
     )
     return _own(*mask.order, mask.lower, mask.upper, *mask.tables)
 
@@ -117,6 +121,7 @@ def _(
     num_keys: int,
     query_capacity: int | None,
     key_capacity: int | None,
+    by_group: bool,
 ) -> list[Tensor]:
     queries = num_queries if query_capacity is None else query_capacity
     keys = num_keys if key_capacity is None else key_capacity

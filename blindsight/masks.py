@@ -35,13 +35,22 @@ class BaseMask(NamedTuple):
     T must be hidden, by either condition.
 
     Attributes:
-        lower, upper: ``[B, Q]`` int32, first and last key column; ``lower > upper`` if none.
+        lower, upper: ``[B, Q]`` int32, first and last key column; ``lower > upper`` if none. Or
+            ``[B, 3, Q]``, for text, sinks and other tokens of spans each: only columns of such a
+            group are meant then.
         valid: ``[B, K]`` bool, False for padding.
     """
 
     lower: Tensor
     upper: Tensor
     valid: Tensor
+
+    def of_groups(self) -> list[BaseMask]:
+        """Return the mask of each group of keys, ``[B, Q]`` all, or the one of them all."""
+        if self.lower.dim() == 2:
+            return [self]
+        bounds = zip(self.lower.unbind(1), self.upper.unbind(1), strict=True)
+        return [BaseMask(lower, upper, self.valid) for lower, upper in bounds]
 
     def intersect(self, other: BaseMask) -> BaseMask:
         """Return what both masks allow."""

@@ -43,6 +43,11 @@ def first_span_of(form: Form, span_id: Tensor, num_queries: int, num_keys: int) 
     return (span_id > 0) & (num_before.gather(1, first) == at_sequence)
 
 
+def is_packed(form: Form) -> bool:
+    """Whether a mask tells sequences apart that are packed into one row."""
+    return bool(_ids_of_sequences(form))
+
+
 def _ids_of_sequences(form: Form) -> list[Form]:
     """Return the conditions that a key be of the query's own sequence.
 

@@ -78,7 +78,7 @@ class Rewriter:
             layers: Whose attention each call is.
             history: The whole sequence.
         """
-        given = self._given.read(args)
+        given = self._read_given(args, history)
         own, whole = self._plan.profile, self._state.profile
         replaced = self._replaced(own, layers, given)
         any_length = self._fits_any_length(history.num_tokens, given, replaced)
@@ -87,12 +87,12 @@ class Rewriter:
         form = self._form(args, history, categories, given, any_length)
         capacities: dict[int, Capacity] = {}
         longer: dict[int, Capacity] = {}
-        if any_length and form is MaskForm.SORTED:
+        if any_length and form.is_sorted:
             capacities = {at: self._capacity(at, args) for at in replaced}
             longer = {at: self._longer(at, capacities[at]) for at in replaced}
         # Only dense heads can do with less than FlexAttention.
         is_causal = [False] * len(self._calls)
-        if bool((categories == 0).any()):
+        if form is not MaskForm.GROUPED and bool((categories == 0).any()):
             is_causal = self._data.plain_causal(args, given)
 
         def choose(profile: Profile, replaced: Sequence[int]) -> Choice:
@@ -168,7 +168,9 @@ class Rewriter:
             call = by_name[self._calls[at].attention.node.name]
             proof = lift_mask(gm, call)
             if proof.given is not None and proof.given.name in inputs:
-                proof = lifted_of_given(inputs[proof.given.name], call.node)
+                its_inputs = inputs[proof.given.name]
+                by_group = _is_by_group(rewriting.given[proof.given.name])
+                proof = lifted_of_given(its_inputs, call.node, by_group=by_group)
             attention.append(call)
             lifted.append(proof)
         sizes = [size for call in attention for size in call.lengths]
@@ -191,6 +193,18 @@ class Rewriter:
     def sizes_of_given(self, name: str) -> tuple[int | torch.SymInt, int | torch.SymInt]:
         """Return Q and K of the given mask of this name, as the graph knows them."""
         return self._given.sizes_of(name)
+
+    def _read_given(self, args: Sequence[Any], history: History) -> dict[str, BaseMask]:
+        """Return the masks among the inputs that are intervals, by name.
+
+        Intervals of groups are of use only if the graph's other masks are such as well.
+        """
+        given = self._given.read(args, history)
+        if not any(map(_is_by_group, given.values())):
+            return given
+        if self._data.facts_hold(args, by_groups_of=history):
+            return given
+        return {name: mask for name, mask in given.items() if not _is_by_group(mask)}
 
     def _replaced(
         self, profile: Profile, layers: Sequence[int], given: Mapping[str, BaseMask]
@@ -237,7 +251,11 @@ class Rewriter:
                     f"a mask is {how} element by element, which is slower: {call.lifted.reason}. "
                     "The report says whose."
                 )
+        if any(map(_is_by_group, given.values())):
+            return MaskForm.GROUPED
         if not self._data.facts_hold(args):
+            if self._data.facts_hold(args, by_groups_of=history):
+                return MaskForm.GROUPED
             self._state.runtime.warn_once(
                 "a mask is evaluated element by element: what its interval form rests on does "
                 f"not hold for this prompt ({self._data.names})."
@@ -286,6 +304,11 @@ class Rewriter:
             key_rows=capacity[1] or sizes["num_keys"],
             **sizes,
         )
+
+
+def _is_by_group(mask: BaseMask) -> bool:
+    """Whether a mask is intervals of each group of keys, and not of all."""
+    return mask.lower.dim() == 3
 
 
 def tier_of(call: PlannedCall, given: Mapping[str, BaseMask]) -> int:

@@ -6,7 +6,7 @@ Their language is that of :mod:`blindsight.base_mask`, with nodes in place of te
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from blindsight.base_mask import Expression
@@ -65,6 +65,18 @@ def choose(condition: Expression, a: Expression, b: Expression) -> Expression:
     return or_(and_(condition, a), and_(not_(condition), b))
 
 
+def assuming(condition: Expression, known: Collection[Expression]) -> Expression:
+    """Return what is left of a condition where others are known to hold."""
+    if condition in known:
+        return True
+    if not_(condition) in known:
+        return False
+    if not is_op(condition, "and", "or"):
+        return condition
+    join = and_ if condition[0] == "and" else or_
+    return join(*(assuming(part, known) for part in condition[1:]))
+
+
 def leaves_of(expression: Expression) -> list[Any] | None:
     """Return the numbers that a nest of ``where`` chooses from, or None where there is more."""
     if is_constant(expression):
@@ -82,7 +94,7 @@ def on_leaves(expression: Expression, function: Callable[[Any], Expression]) -> 
     return where(condition, on_leaves(a, function), on_leaves(b, function))
 
 
-def choose_on_leaves(expression: Expression, function: Callable[[Any], bool]) -> Expression:
+def choose_on_leaves(expression: Expression, function: Callable[[Any], Expression]) -> Expression:
     """Return the boolean that a function of the chosen number gives."""
     if is_constant(expression):
         return function(expression)

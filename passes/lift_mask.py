@@ -27,6 +27,7 @@ from blindsight.passes.expressions import (
     FOLD,
     and_,
     arithmetic,
+    assuming,
     axes_of,
     is_op,
     loads_of,
@@ -163,6 +164,9 @@ class _Matcher:
         sames: list[tuple[Expression, Expression]] = []
         waiting: list[Expression] = []
         rows = context.rows
+        of_row = [part for part in parts if axes_of(part) <= {"b", "q"}]
+        others = [assuming(part, of_row) for part in parts if part not in of_row]
+        parts = [*of_row, *(leaf for part in others for leaf in _flatten("and", part))]
         for part in dict.fromkeys(parts):
             if part is True:
                 continue
@@ -172,10 +176,10 @@ class _Matcher:
             elif axes <= {"b", "q"}:
                 rows = and_(rows, part)
                 forms.append(("row", part))
-            elif axes <= {"b", "k"}:
-                if not context.is_top:
-                    raise _NotIntervalsError("a condition on keys is one way of several to be seen")
+            elif axes <= {"b", "k"} and context.is_top:
                 forms.append(("valid", part))
+            elif axes <= {"b", "k"}:
+                sames.append((True, part))  # the keys with it, if they are neighbours
             elif (same := _same(part)) is not None:
                 sames.append(same)
             else:

@@ -63,7 +63,7 @@ def probe_attention_pass(
         span_id, is_sink = templates[device]
         shared = (call.attn_mask, call.is_causal, device)
         if shared not in visibilities:
-            visibilities[shared] = _visibility(gm, call, proof, span_id)
+            visibilities[shared] = _visibility(gm, call, proof, span_id, is_sink)
         with gm.graph.inserting_after(call.node):
             node = gm.graph.call_function(
                 measure,
@@ -91,12 +91,14 @@ def _on_device(gm: fx.GraphModule, node: fx.Node, device: torch.device | None) -
         return gm.graph.call_method("to", (node, device))
 
 
-def _visibility(gm: fx.GraphModule, call: Attention, proof: Lifted, span_id: fx.Node) -> fx.Node:
+def _visibility(
+    gm: fx.GraphModule, call: Attention, proof: Lifted, span_id: fx.Node, is_sink: fx.Node
+) -> fx.Node:
     """Add what is known of a mask, evaluated before what it reads may be overwritten."""
     known = None
     with gm.graph.inserting_before(proof.before):
         if proof.tier == 1:
-            arguments = (proof.form, proof.facts, span_id)
+            arguments = (proof.form, proof.facts, span_id, is_sink)
             known = gm.graph.call_function(visibility_of_form, arguments)
         elif proof.tier == 2:
             known = gm.graph.call_function(visibility_of_expression, (proof.expression, span_id))

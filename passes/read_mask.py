@@ -405,11 +405,9 @@ class MaskReader:
                 raise _CannotReadError
             return bool(function(a, b))
 
-        if is_constant(parts[0]):
-            return choose_on_leaves(parts[1], lambda b: compare(parts[0], b))
-        if is_constant(parts[1]):
-            return choose_on_leaves(parts[0], lambda a: compare(a, parts[1]))
-        raise _CannotReadError
+        return choose_on_leaves(
+            parts[0], lambda a: choose_on_leaves(parts[1], lambda b: compare(a, b))
+        )
 
     def _comparison(self, name: str, kinds: set[str], parts: list[Expression]) -> Expression:
         if kinds == {"bool"} and name in ("eq", "ne"):

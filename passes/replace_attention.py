@@ -33,9 +33,15 @@ class MaskForm(Enum):
     """How a replaced call is masked; see :mod:`blindsight.mask_forms`."""
 
     SORTED = "sorted"
+    GROUPED = "grouped"
     ORDERED = "ordered"
     EXPRESSED = "expressed"
     MATERIALISED = "materialised"
+
+    @property
+    def is_sorted(self) -> bool:
+        """Whether tokens are put in another order."""
+        return self in (MaskForm.SORTED, MaskForm.GROUPED)
 
     def of(self, tier: int) -> MaskForm:
         """Return the form of a mask of this tier, where intervals shall take this one."""
@@ -46,6 +52,7 @@ class MaskForm(Enum):
 
 _MAKE_MASK: dict[MaskForm, Callable[..., object]] = {
     MaskForm.SORTED: sorted_mask,
+    MaskForm.GROUPED: sorted_mask,
     MaskForm.ORDERED: ordered_mask,
     MaskForm.EXPRESSED: expressed_mask,
     MaskForm.MATERIALISED: materialised_mask,
@@ -53,6 +60,7 @@ _MAKE_MASK: dict[MaskForm, Callable[..., object]] = {
 
 _BY_OPERATOR: dict[MaskForm, Callable[..., object]] = {
     MaskForm.SORTED: sorted_mask_by_operator,
+    MaskForm.GROUPED: sorted_mask_by_operator,
     MaskForm.ORDERED: ordered_mask_by_operator,
 }
 
@@ -134,6 +142,8 @@ def replace_attention_pass(
             else:
                 base = proof.expression if its_form is MaskForm.EXPRESSED else proof.form
                 before = proof.before
+            if its_form is MaskForm.GROUPED:
+                options["by_group"] = True
             with gm.graph.inserting_before(before):
                 if capacities is not None:
                     options["num_queries"] = node_of_size(gm, num_queries)

@@ -405,7 +405,8 @@ def oracle_base(
     """What a model's own mask allows: bool [B, Q, K], all of the given conditions together.
 
     Args:
-        sight: "all", "causal", or "causal or image" (Gemma 3: an image sees all of itself).
+        sight: "all", "causal", "causal or image" (Gemma 3: an image sees all of itself), or
+            "causal or images" (Molmo 2: an image sees all of all images).
         valid: bool [B, K], False for padding.
         image_id: [B, T], which image a token belongs to, 0 for none.
         window: a query sees itself and the window - 1 tokens before it, and whatever comes after.
@@ -424,8 +425,14 @@ def oracle_base(
         if k >= num_tokens or not key_valid[b][column]:
             return False
         same_image = image[b][q] != 0 and image[b][q] == image[b][k]
+        both_images = image[b][q] != 0 and image[b][k] != 0
         return (
-            (sight == "all" or k <= q or (sight == "causal or image" and same_image))
+            (
+                sight == "all"
+                or k <= q
+                or (sight == "causal or image" and same_image)
+                or (sight == "causal or images" and both_images)
+            )
             and (window is None or k > q - window)
             and (distance is None or abs(q - k) < distance)
             and (chunk is None or q // chunk == k // chunk)

@@ -193,12 +193,16 @@ class BaseCase:
         return flags[:, self.num_tokens - self.num_queries :]
 
     def interval_form(self) -> BaseMask:
-        """The base mask as the implementation takes it: each condition bounds a row's interval."""
+        """The base mask as the implementation takes it: each condition bounds a row's interval.
+
+        Where images see each other there are three: of text, sinks and other tokens of spans.
+        """
         num_tokens = self.num_tokens
         query = torch.arange(num_tokens - self.num_queries, num_tokens).expand(
             self.template.span_id.shape[0], -1
         )
         lower, upper = torch.zeros_like(query), torch.full_like(query, num_tokens - 1)
+        at = query
 
         def extent(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             """First and last token with a query's id."""
@@ -210,17 +214,25 @@ class BaseCase:
         if self.sight == "causal or image":
             image = self.image_id.gather(1, query)
             upper = torch.where(image != 0, torch.maximum(query, extent(self.image_id)[1]), upper)
+        if self.sight == "causal or images":
+            is_image = self.image_id.gather(1, query) != 0
+            _, last = extent((self.image_id != 0).long())
+            ahead = torch.where(is_image, torch.maximum(query, last), query)
+            upper = torch.stack([query, ahead, ahead], dim=1)
+            lower, at = lower[:, None].expand_as(upper), query[:, None]
         if self.window is not None:
-            lower = torch.maximum(lower, query - self.window + 1)
+            lower = torch.maximum(lower, at - self.window + 1)
         if self.distance is not None:
-            lower = torch.maximum(lower, query - self.distance + 1)
-            upper = torch.minimum(upper, query + self.distance - 1)
+            lower = torch.maximum(lower, at - self.distance + 1)
+            upper = torch.minimum(upper, at + self.distance - 1)
         if self.chunk is not None:
-            begin = query - query % self.chunk
+            begin = at - at % self.chunk
             lower = torch.maximum(lower, begin)
             upper = torch.minimum(upper, begin + self.chunk - 1)
         if self.sequence_id is not None:
             first, last = extent(self.sequence_id)
+            if self.sight == "causal or images":
+                first, last = first[:, None], last[:, None]
             lower, upper = torch.maximum(lower, first), torch.minimum(upper, last)
         return BaseMask((lower - self.first_key).int(), (upper - self.first_key).int(), self.valid)
 
@@ -243,12 +255,15 @@ def base_masks(
     max_text: int = 12,
     max_batch: int = 2,
     text_inside: bool = False,
+    by_group: bool = False,
 ) -> BaseCase:
     """Attention calls with every base mask of interval form, and any of them together.
 
     Causal, bidirectional, sliding windows to one side or both, Gemma 3's masks (images see
     themselves, with a window or without), chunks, packed sequences; padding left, right and in
     holes; prefills, later chunks of one, sliding and static caches.
+
+    by_group: Molmo 2's instead, where images see each other.
     """
     template = draw(
         templates(
@@ -268,7 +283,8 @@ def base_masks(
     )
     first_key = max(num_tokens - num_keys, 0)
 
-    sight = draw(st.sampled_from(["causal", "causal or image", "all"]), label="sight")
+    sights = ["causal or images"] if by_group else ["causal", "causal or image", "all"]
+    sight = draw(st.sampled_from(sights), label="sight")
     # often none of these, often one
     limits = draw(
         st.one_of(
@@ -300,7 +316,7 @@ def base_masks(
                 sequence_id[b, start:] += 1
 
     image_id = runs_of(template.span_id)  # those of a model that sees them whole have no text
-    if draw(st.booleans(), label="delimiters stay causal"):
+    if not by_group and draw(st.booleans(), label="delimiters stay causal"):
         inside = torch.nn.functional.pad(image_id, (1, 1))
         image_id[(inside[:, :-2] != image_id) | (inside[:, 2:] != image_id)] = 0
 

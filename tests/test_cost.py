@@ -15,7 +15,11 @@ SMALL = {"max_spans": 5, "max_span": 7, "max_text": 4}
 def count_pairs(
     template: strategies.Template, lower: torch.Tensor, upper: torch.Tensor
 ) -> list[list[int]]:
-    """Pairs by batch row and category, one at a time; lower and upper are [B, T] for all tokens."""
+    """Pairs by batch row and category, one at a time.
+
+    lower and upper are [B, T] for all tokens; or [B, 3, T], by whether a key is text, a sink, or
+    another token of a span.
+    """
     num_rows, num_tokens = template.span_id.shape
     counts = [[0] * 4 for _ in range(num_rows)]
     for b in range(num_rows):
@@ -24,7 +28,10 @@ def count_pairs(
         valid = template.attention_mask[b].tolist()
         for q in range(num_tokens):
             for k in range(num_tokens):
-                base = valid[q] and valid[k] and lower[b, q] <= k <= upper[b, q]
+                at = (b, q)
+                if lower.dim() == 3:
+                    at = (b, 0 if span[k] == 0 else 1 if sink[k] else 2, q)
+                base = valid[q] and valid[k] and lower[at] <= k <= upper[at]
                 if not base:
                     continue
                 always = span[q] == 0 or span[k] == 0 or span[q] == 1
@@ -58,6 +65,19 @@ def test_counts_under_any_interval_mask(drawn: strategies.Template, data: st.Dat
     generator = torch.Generator().manual_seed(seed)
     # out of range and empty intervals included
     shape = (num_rows, num_tokens)
+    lower = torch.randint(-3, num_tokens + 3, shape, generator=generator)
+    upper = torch.randint(-3, num_tokens + 3, shape, generator=generator)
+    counts = count_visible(
+        as_template(drawn), base_lower=lower, base_upper=upper, key_valid=drawn.attention_mask
+    )
+    assert counts.tolist() == count_pairs(drawn, lower, upper)
+
+
+@given(drawn=TEMPLATES, seed=st.integers(0, 2**16))
+def test_counts_under_intervals_of_groups(drawn: strategies.Template, seed: int) -> None:
+    num_rows, num_tokens = drawn.span_id.shape
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_rows, 3, num_tokens)
     lower = torch.randint(-3, num_tokens + 3, shape, generator=generator)
     upper = torch.randint(-3, num_tokens + 3, shape, generator=generator)
     counts = count_visible(

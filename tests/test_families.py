@@ -61,8 +61,6 @@ from oracles import (
 NUM_IMAGES = 4
 # Those of tests/models.py.
 ELSEWHERE = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"}
-# Their masks are no intervals, so nothing is gained: in no table of ours.
-UNLISTED = {"molmo2": TemplateRule((IMAGE_ID, COLUMN_ID), (START_ID, GLOBAL_ID), (END_ID,))}
 TAGS = range(FIRST_TAG_ID, FIRST_TEXT_ID)
 TILES = {f"<row_1_col_{i}>": tag for i, tag in enumerate(TAGS, 1)}
 COHERE = {"<|START_OF_IMG|>": START_ID, "<|END_OF_IMG|>": END_ID}
@@ -100,6 +98,12 @@ VOCABULARY = {
         "<slice>": TILE_START_ID,
         "</slice>": TILE_END_ID,
     },
+    "molmo2": {
+        "<im_col>": COLUMN_ID,
+        "<low_res_im_start>": GLOBAL_ID,
+        "<im_start>": START_ID,
+        "<im_end>": END_ID,
+    },
     "kimi_k25": {"<|media_content|>": GLOBAL_ID},
     "exaone4_5": {"<vision>": START_ID, "</vision>": END_ID},
     "aria": {"<fim_prefix>": START_ID, "<fim_suffix>": END_ID},
@@ -107,7 +111,7 @@ VOCABULARY = {
 # An image is a span that has text between its tiles.
 TILED = {"idefics3", "smolvlm", "aya_vision", "minicpmv4_6"}
 # Each tile of an image is a span.
-IN_PIECES = {"idefics2", "molmo2"}
+IN_PIECES = {"idefics2"}
 
 
 FAMILIES_HERE = [
@@ -116,20 +120,18 @@ FAMILIES_HERE = [
     )
     for family in TINY
 ]
-(LLAMA4,) = (each for each in FAMILIES_HERE if each.values == ("llama4",))
+LLAMA4, MOLMO2 = (each for each in FAMILIES_HERE if each.values[0] in ("llama4", "molmo2"))
 # Their decoders are those of others here, or (Ernie) take long to compile.
 TWINS = {"llava", "llava_next", "glm46v", "smolvlm", "deepseek_vl", "qwen3_5_moe", "ovis2"}
 TWINS |= {"qwen3_omni_moe_thinker", "paddleocr_vl", "glm4v_moe", "video_llama_3", "lighton_ocr"}
 TWINS |= {"gemma4_unified", "ernie4_5_vl_moe"}
-NOT_EXPORTED = {"ernie4_5_vl_moe", *UNLISTED}  # torch.export cannot trace it
+NOT_EXPORTED = {"ernie4_5_vl_moe"}  # torch.export cannot trace it
 EXPORTED = [each for each in FAMILIES_HERE if each.values[0] not in NOT_EXPORTED]
 # What is before the delimiter that stands right before the placeholders.
 NOT_INSIDE = {"kimi_k25": 2}
 
 
 def rule_of(family: str) -> TemplateRule:
-    if family in UNLISTED:
-        return UNLISTED[family]
     vocabulary = {"text": FIRST_TEXT_ID, **VOCABULARY.get(family, {})}
     tokenizer = SimpleNamespace(get_vocab=lambda: vocabulary)
     return TemplateRule.from_config(tiny_config(family), tokenizer)
@@ -197,7 +199,7 @@ def exact_copy(model: Any) -> Any:
 
 def test_every_listed_family_is_here() -> None:
     tiny = {family.partition("/")[0] for family in TINY}
-    assert set(FAMILIES) | set(UNLISTED) == tiny | ELSEWHERE
+    assert set(FAMILIES) == tiny | ELSEWHERE
 
 
 def test_every_listed_family_is_in_the_document() -> None:
@@ -280,11 +282,9 @@ def check_compiled(family: str, *, inner: str = "eager", device: str = "cpu") ->
     assert {row.layer for row in rewritten if row.layer is not None} <= set(profile.layers)
     runs = {how for row in rewritten for how in row.runs}
     assert runs and all(how.startswith("sparse") for how in runs)
-    if family not in UNLISTED:
-        assert not any("materialised" in how for how in runs)
+    assert not any("materialised" in how or "expressed" in how for how in runs)
 
 
-@pytest.mark.filterwarnings("ignore:a mask is read element by element")
 @pytest.mark.parametrize("family", [each for each in FAMILIES_HERE if each.values[0] not in TWINS])
 def test_the_compiled_model_equals_its_reference(family: str) -> None:
     check_compiled(family)
@@ -303,7 +303,7 @@ def test_attention_is_known_by_its_class(family: str) -> None:
     layers = profile_of(model, family).layers
     found = attention_layers(model, rule_of(family).layer_pattern, layers)
     classes = {type(module).__name__ for module in found}
-    assert classes <= DECODER_ATTENTION_CLASSES or family in UNLISTED
+    assert classes <= DECODER_ATTENTION_CLASSES
 
 
 @pytest.mark.nightly
@@ -321,7 +321,7 @@ def test_an_exported_decoder_equals_its_reference(family: str) -> None:
     torch.testing.assert_close(logits, reference, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "gemma4/large", "lfm2_vl", "kimi_k25", "internvl"])
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma4/large", "lfm2_vl", "kimi_k25", "internvl", MOLMO2])
 @pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=pytest.mark.nightly)])
 def test_generation_equals_its_reference(family: str, cache: str) -> None:
     model = without_vision(tiny_model(family))
@@ -349,7 +349,7 @@ def test_generation_equals_its_reference(family: str, cache: str) -> None:
     assert (dense.logits[0] - reference.logits[0]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "gemma4", "gemma4/large", LLAMA4, "kimi_k25"])
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma4", "gemma4/large", LLAMA4, "kimi_k25", MOLMO2])
 def test_calibration_counts_and_runs_the_masks_of_the_model(family: str) -> None:
     """Layers without attention, wider heads, shared keys, chunks, values of another size."""
     model = without_vision(tiny_model(family))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from blindsight import BlindsightWarning, Profile, blindsight_backend
 from blindsight.given_mask import intervals_of_elements
+from blindsight.intervals import groups_of_keys
 from blindsight.masks import BaseMask
 from models import (
     END_ID,
@@ -41,12 +42,17 @@ def elements_of(mask: BaseMask, num_keys: int) -> torch.Tensor:
     return inside & mask.valid[:, None]
 
 
-def look_at(mask: torch.Tensor) -> BaseMask | None:
+def elements_of_groups(mask: BaseMask, groups: torch.Tensor) -> torch.Tensor:
+    """[B, Q, K] of intervals [B, G, Q] of groups [B, G, K]."""
+    assert mask.lower.dtype == mask.upper.dtype == torch.int32
+    column = torch.arange(groups.shape[2])
+    inside = (mask.lower[..., None] <= column) & (column <= mask.upper[..., None])
+    return (inside & groups[:, :, None]).any(1) & mask.valid[:, None]
+
+
+def look_at(mask: torch.Tensor, groups: torch.Tensor | None = None) -> BaseMask | None:
     """Of bool or float [B, Q, K]."""
-    batch, num_queries, num_keys = mask.shape
-    return intervals_of_elements(
-        mask[:, None], batch=batch, num_queries=num_queries, num_keys=num_keys
-    )
+    return intervals_of_elements(mask[:, None], *mask.shape, groups=groups)
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +90,33 @@ def test_nothing_is_found_that_is_not_there(
             for row in mask[0]
             for k in range(num_keys)
         )
+
+
+@given(case=base_masks(by_group=True))
+def test_masks_of_groups_are_found(case: BaseCase) -> None:
+    allowed = base_of(case)
+    template = case.template.span_id, case.template.is_sink
+    groups = groups_of_keys(*template, case.num_keys)
+    assert (groups.sum(1) == 1).all()
+    found = look_at(allowed, groups)
+    assert found is not None
+    assert torch.equal(elements_of_groups(found, groups), allowed)
+
+
+@given(data=st.data(), num_queries=st.integers(1, 5), num_keys=st.integers(1, 8))
+def test_nothing_is_found_of_groups_that_is_not_there(
+    data: st.DataObject, num_queries: int, num_keys: int
+) -> None:
+    rows = st.lists(st.booleans(), min_size=num_keys, max_size=num_keys)
+    mask = torch.tensor([data.draw(st.lists(rows, min_size=num_queries, max_size=num_queries))])
+    of = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=num_keys, max_size=num_keys)))
+    groups = torch.stack([of == group for group in range(3)])[None]
+    found = look_at(mask, groups)
+    if found is not None:
+        assert torch.equal(elements_of_groups(found, groups), mask)
+    else:
+        assert look_at(mask) is None
+        assert any(look_at(mask[:, :, of == group]) is None for group in set(of.tolist()))
 
 
 @pytest.mark.parametrize("row", [1, 17, 29])

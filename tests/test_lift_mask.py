@@ -92,8 +92,18 @@ class Run:
             return tuple(self.with_tensors(part) for part in structure)
         return self.tensors[structure] if isinstance(structure, fx.Node) else structure
 
-    def facts_hold(self) -> bool:
-        return bool(facts_hold(self.with_tensors(self.lifted.facts), **self.shape))
+    def facts_hold(self, groups: Tensor | None = None) -> bool:
+        facts = self.with_tensors(self.lifted.facts)
+        return bool(facts_hold(facts, **self.shape, groups=groups))
+
+    def from_groups(self, groups: Tensor) -> Tensor:
+        """What the intervals of groups [B, 3, K] of keys allow, [B, Q, K]."""
+        assert self.lifted.form is not None
+        form = self.with_tensors(self.lifted.form)
+        lower, upper, valid = base_mask_of(form, **self.shape, groups=groups)
+        column = torch.arange(self.allowed.shape[2])
+        inside = (lower[..., None] <= column) & (column <= upper[..., None])
+        return (inside & groups[:, :, None]).any(1) & valid[:, None]
 
     def from_form(self) -> Tensor:
         """What the intervals allow, [B, Q, K]."""
@@ -203,6 +213,15 @@ def check(run: Run, *, tier: int = 1, holds: bool | None = True) -> None:
             assert run.facts_hold() == holds
         if run.facts_hold():
             assert torch.equal(run.from_form(), run.allowed)
+        # Any groups will do; what holds of all keys holds of each.
+        num_keys = run.allowed.shape[2]
+        generator = torch.Generator().manual_seed(num_keys)
+        for _ in range(3):
+            of = torch.randint(0, 3, (BATCH, num_keys), generator=generator)
+            groups = torch.stack([of == group for group in range(3)], dim=1)
+            assert run.facts_hold(groups) or not run.facts_hold()
+            if run.facts_hold(groups):
+                assert torch.equal(run.from_groups(groups), run.allowed)
 
 
 def hidden(num_tokens: int = LENGTH) -> Tensor:
@@ -688,8 +707,19 @@ LOOK_ALIKES: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
         ),
     ),
     "exclusive or": (
-        2,
+        1,
         lambda x, data: (grid(x)[1] <= grid(x)[0]) ^ (grid(x)[1] == 0),
+    ),
+    "a group of keys or another": (
+        1,
+        lambda x, data: (grid(x)[1] <= grid(x)[0]) | ((data > 2) & (data < 9))[:, None, None],
+    ),
+    "a group of all rows": (
+        1,
+        lambda x, data: (
+            torch.where(data > 2, 1, -1)[:, None, :, None]
+            == torch.where(data > 2, 1, -1)[:, None, None]
+        ),
     ),
     "logical operators on integers": (
         3,
@@ -913,6 +943,32 @@ def test_groups_that_are_torn_apart_are_noticed() -> None:
     (run,) = compiled(hidden(), torn)
     check(run, holds=False)
     assert not torch.equal(run.from_form(), run.allowed)
+
+
+def test_images_that_see_each_other_are_intervals_of_groups() -> None:
+    """Molmo 2: all images are one group of bidirectional tokens."""
+
+    def function(x: Tensor, token_types: Tensor) -> Tensor:
+        ids = torch.where(token_types == 1, 0, -1)
+        return attend(create("causal", x, None, block_sequence_ids=ids), LENGTH, LENGTH)
+
+    def groups_of(is_image: Tensor) -> Tensor:
+        begins = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
+        return torch.stack([~is_image, begins, is_image & ~begins], dim=1)
+
+    compiled = Compiled(function)
+    (run,) = compiled(hidden(), IMAGES)
+    check(run, holds=False)
+    groups = groups_of(IMAGES.bool())
+    assert run.facts_hold(groups) and torch.equal(run.from_groups(groups), run.allowed)
+    torn = IMAGES.clone()
+    torn[0, -1] = 1  # of an image to the model, and text to us
+    (run,) = compiled(hidden(), torn)
+    check(run, holds=False)
+    assert not run.facts_hold(groups)
+    assert run.facts_hold(groups_of(torn.bool()))
+    (run,) = compiled(hidden(), NO_IMAGES)
+    check(run)
 
 
 def test_sequences_that_are_shuffled_are_noticed() -> None:

@@ -181,6 +181,12 @@ def test_spans_may_have_text_inside(case):
     check_prompt_order(case)
 
 
+@given(base_masks(by_group=True) | base_masks(by_group=True, text_inside=True))
+def test_masks_may_be_intervals_of_groups(case):
+    check_bounds(case)
+    check_mask_mod(case)
+
+
 @given(base_masks())
 def test_a_category_that_allows_more_has_no_fewer_pairs(case):
     num_pairs = call(sorted_bounds, case)[0].num_pairs()

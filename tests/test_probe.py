@@ -230,7 +230,7 @@ def test_form_and_expression_say_what_the_tensor_says() -> None:
     form = ("and", ("upper", ("index", "q")), ("valid", padding))
     expression = ("and", ("le", ("index", "k"), ("index", "q")), padding)
     views: list[Any] = [
-        visibility_of_form(form, (), span_id),
+        visibility_of_form(form, (), span_id, is_sink),
         visibility_of_expression(expression, span_id),
         visibility_of_tensor(base[:, None], span_id),
     ]
@@ -244,7 +244,8 @@ def test_form_and_expression_say_what_the_tensor_says() -> None:
 def test_facts_that_fail_leave_the_given_mask() -> None:
     positions = torch.tensor([[0, 1, 5, 6]])
     form, facts = ("upper", ("index", "q")), (("consecutive", positions, None),)
-    assert visibility_of_form(form, facts, torch.zeros(1, 4, dtype=torch.int64)) is None
+    template = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.bool)
+    assert visibility_of_form(form, facts, *template) is None
 
 
 class _Largest(TorchDispatchMode):
@@ -275,7 +276,7 @@ def test_no_tensor_of_all_pairs(how: str) -> None:
     mask = torch.ones(1, 1, num_tokens, num_tokens, dtype=torch.bool).tril()
     with _Largest() as largest:
         visibility = {
-            "form": lambda: visibility_of_form(form, (), span_id),
+            "form": lambda: visibility_of_form(form, (), span_id, is_sink),
             "expression": lambda: visibility_of_expression(expression, span_id),
             "tensor": lambda: visibility_of_tensor(mask, span_id),
         }[how]()
@@ -312,7 +313,7 @@ def test_heads_of_a_kind_are_told() -> None:
     value = torch.randn(1, 1, num_tokens, dim, generator=generator)
     base = torch.ones(num_tokens, num_tokens).tril().bool()
     output = oracles.oracle_attention(query, key[None, None], value, base, 1.0)
-    visibility = visibility_of_form(("upper", ("index", "q")), (), span_id)
+    visibility = visibility_of_form(("upper", ("index", "q")), (), span_id, is_sink)
     assert visibility is not None
     losses = measure_losses(
         query, key[None, None], value, output, visibility, span_id, is_sink, scale=1.0
@@ -483,7 +484,7 @@ def test_the_template_goes_where_attention_is() -> None:
     padding = torch.ones(span_id.shape, dtype=torch.bool)
     arguments = query, key, value, padding
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-    alone = visibility_of_form(CAUSAL, (), span_id)
+    alone = visibility_of_form(CAUSAL, (), span_id, is_sink)
     assert alone is not None
     expected = measure_losses(
         query, key, value, dense, alone, span_id, is_sink, gradients=[gradient]

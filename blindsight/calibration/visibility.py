@@ -22,8 +22,9 @@ from blindsight.base_mask import (
     evaluate_expression,
     facts_hold,
 )
+from blindsight.intervals import groups_of_keys
 from blindsight.masks import BaseMask
-from blindsight.packing import first_span_of
+from blindsight.packing import first_span_of, is_packed
 
 
 class Visibility(Protocol):
@@ -57,26 +58,42 @@ class Visibility(Protocol):
 
 
 class IntervalVisibility:
-    """A mask in interval form."""
+    """A mask in interval form.
 
-    def __init__(self, base: BaseMask, first_span: Tensor | None = None) -> None:
+    Args:
+        base: The intervals.
+        first_span: ``[B, T]`` bool, see :meth:`Visibility.first_span`.
+        groups: ``[B, 3, T]`` bool, of which they are intervals each; None: of all tokens.
+    """
+
+    def __init__(
+        self, base: BaseMask, first_span: Tensor | None = None, groups: Tensor | None = None
+    ) -> None:
         self._base = base
         self._first_span = first_span
-        self._bounds = tuple(bound.cpu() for bound in base[:2])  # read on the host, block by block
+        self._groups = torch.ones_like(base.valid)[:, None] if groups is None else groups
+        # read on the host, block by block
+        self._bounds = [(x.lower.cpu(), x.upper.cpu()) for x in base.of_groups()]
 
     def block(self, b: int, begin: int, end: int, columns: Tensor) -> tuple[Tensor, None]:
-        lower, upper, valid = (part[b] for part in self._base)
-        inside = (lower[begin:end, None] <= columns) & (columns <= upper[begin:end, None])
-        return (inside & valid[columns])[None], None
+        inside = torch.zeros((end - begin, len(columns)), dtype=torch.bool, device=columns.device)
+        for base, group in zip(self._base.of_groups(), self._groups[b], strict=True):
+            lower, upper = (side[b, begin:end, None] for side in (base.lower, base.upper))
+            inside |= (lower <= columns) & (columns <= upper) & group[columns]
+        return (inside & self._base.valid[b, columns])[None], None
 
     def diagonal(self, b: int, begin: int, end: int) -> tuple[Tensor, None]:
-        lower, upper, valid = (part[b, begin:end] for part in self._base)
-        itself = torch.arange(begin, end, device=lower.device)
-        return ((lower <= itself) & (itself <= upper) & valid)[None], None
+        itself = torch.arange(begin, end, device=self._groups.device)
+        inside = torch.zeros_like(itself, dtype=torch.bool)
+        for base, group in zip(self._base.of_groups(), self._groups[b], strict=True):
+            lower, upper = (side[b, begin:end] for side in (base.lower, base.upper))
+            inside |= (lower <= itself) & (itself <= upper) & group[begin:end]
+        return (inside & self._base.valid[b, begin:end])[None], None
 
     def extent(self, b: int, begin: int, end: int) -> tuple[int, int]:
-        lower, upper = (bound[b, begin:end] for bound in self._bounds)
-        return int(lower.min()), int(upper.max())
+        bounds = [(lower[b, begin:end], upper[b, begin:end]) for lower, upper in self._bounds]
+        first, last = (min(int(x.min()) for x, _ in bounds), max(int(y.max()) for _, y in bounds))
+        return first, last
 
     def first_span(self, b: int) -> Tensor | None:
         return None if self._first_span is None else self._first_span[b]
@@ -125,7 +142,9 @@ def _split(elements: Tensor) -> tuple[Tensor, Tensor | None]:
     return elements > torch.finfo(elements.dtype).min, bias
 
 
-def visibility_of_form(form: Form, facts: tuple[Fact, ...], span_id: Tensor) -> Visibility | None:
+def visibility_of_form(
+    form: Form, facts: tuple[Fact, ...], span_id: Tensor, is_sink: Tensor
+) -> Visibility | None:
     """Return a mask that was proven to be intervals, or None where a fact does not hold."""
     batch, num_tokens = span_id.shape
     sizes: dict[str, Any] = {
@@ -135,7 +154,10 @@ def visibility_of_form(form: Form, facts: tuple[Fact, ...], span_id: Tensor) -> 
         "device": span_id.device,
     }
     if facts and not bool(facts_hold(facts, **sizes)):
-        return None
+        groups = groups_of_keys(span_id, is_sink, num_tokens)
+        if is_packed(form) or not bool(facts_hold(facts, **sizes, groups=groups)):
+            return None
+        return IntervalVisibility(base_mask_of(form, **sizes, groups=groups), None, groups)
     base = base_mask_of(form, **sizes)
     return IntervalVisibility(base, first_span_of(form, span_id, num_tokens, num_tokens))
 

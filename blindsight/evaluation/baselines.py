@@ -86,12 +86,12 @@ class _WindowMasks:
     def _pairs_of_head(self, window: Tensor) -> Tensor:
         """Return the pairs of one head in every layer, ``[B]``."""
         prompt = self._prompt
-        recent = torch.arange(prompt.valid.shape[1], device=window.device) - window[:, None] + 1
-        lower = torch.maximum(prompt.lower, self._begin[:, None])
-        in_window = prompt.upper - torch.maximum(lower, recent) + 1
+        longest = prompt.valid.shape[1]
+        recent = torch.arange(longest, device=window.device) - window[:, None] + 1
+        in_window = prompt.count_visible(prompt.valid, recent, torch.full_like(recent, longest - 1))
         last_sink = torch.minimum(self._begin[:, None] + self._num_sinks, recent) - 1
-        in_sinks = torch.minimum(last_sink, prompt.upper) - lower + 1
-        pairs = in_window.clamp(min=0) + in_sinks.clamp(min=0)
+        in_sinks = prompt.count_visible(prompt.valid, torch.zeros_like(recent), last_sink)
+        pairs = in_window + in_sinks
         return (pairs * prompt.valid * prompt.widths[:, None, None]).sum((0, 2))
 
 
@@ -161,8 +161,8 @@ class _PruningMasks:
     def count_pairs(self) -> Tensor:
         prompt = self._prompt
         kept = prompt.valid & ~self._dropped_tokens
-        before = torch.nn.functional.pad(kept.cumsum(1), (1, 0)).expand(len(prompt.lower), -1, -1)
-        pairs = before.gather(2, prompt.upper + 1) - before.gather(2, prompt.lower)
+        first = torch.zeros_like(prompt.valid, dtype=torch.int64)
+        pairs = prompt.count_visible(kept, first, first + prompt.valid.shape[1] - 1)
         late = (pairs * kept * prompt.widths[:, None, None])[self._num_layers :].sum((0, 2))
         early = prompt.visible[: self._num_layers, :, HeadCategory.DENSE].sum(0)
         return (early + late) * prompt.num_heads

@@ -4,7 +4,7 @@ The masks are explicit and dense, so that nothing stands between their definitio
 prompts of a few thousand tokens are fine. Text and vision of the model are its own code.
 
 Shapes: B batch, H query heads, G key/value heads, Q and K lengths in tokens (the queries are the
-last Q of the K tokens), D head dim, C categories, L layers.
+last Q of the K tokens), P groups of tokens, D head dim, C categories, L layers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
+from blindsight.cost import Counter
 from blindsight.reference import check_is_plain, kept_pairs, replaced_attention
 from blindsight.runtime import disabled
 from blindsight.template import Template
@@ -36,8 +37,9 @@ class Prompt:
         template: Where the images are, ``[B, T]``.
         is_image: ``[B, T]`` bool, placeholders of images, their delimiters left out.
         valid: ``[B, T]`` bool, False for padding, which is on the left.
-        lower, upper: ``[L, B, T]`` ints, the first and last token that the model's own mask lets
-            a query of a layer see.
+        groups: ``[B, P, T]`` bool, of tokens: all of them, or text, sinks and others of spans.
+        lower, upper: ``[L, B, P, T]`` ints, the first and last token of each group that the model's
+            own mask lets a query of a layer see.
         widths: ``[L]`` int64, the head dim of each layer, as a multiple of the decoder's; 0 of a
             layer without attention.
         visible: ``[L, B, C]`` int64, the pairs that one head of each layer and category computes,
@@ -48,11 +50,30 @@ class Prompt:
     template: Template
     is_image: Tensor
     valid: Tensor
+    groups: Tensor
     lower: Tensor
     upper: Tensor
     widths: Tensor
     visible: Tensor
     num_heads: int
+
+    def count_visible(self, kept: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+        """Return how many keys a head sees, by layer and row ``[L, B, T]``, whatever its category.
+
+        Args:
+            kept: ``[B, T]`` bool, the only keys that there are.
+            lower, upper: Ints that broadcast to ``[B, T]``, the first and last of them.
+        """
+        shape = self.lower[:, :, 0].shape
+        counts = torch.zeros(shape, dtype=torch.int64, device=kept.device)
+        for group, flags in enumerate(self.groups.unbind(1)):
+            counter = Counter(kept & flags)
+            for layer in range(len(counts)):
+                counts[layer] += counter.between(
+                    torch.maximum(self.lower[layer, :, group], lower),
+                    torch.minimum(self.upper[layer, :, group], upper),
+                )
+        return counts
 
     @property
     def num_tokens(self) -> Tensor:

@@ -30,6 +30,7 @@ from blindsight.families import (
     with_attention,
 )
 from blindsight.given_mask import intervals_of_elements
+from blindsight.intervals import groups_of_keys
 from blindsight.masks import BaseMask
 from blindsight.profile import Profile
 from blindsight.reference import attention_layers
@@ -217,31 +218,40 @@ class Decoder:
         template = Template(*(x.to(self.device) for x in template.tensors()))
         is_image = (self.rule.classify(ids) & IMAGE).bool().to(self.device)
         widths = torch.tensor(self.widths, device=self.device)
-        lower, upper, visible = [], [], []
-        found: dict[str, tuple[BaseMask, Tensor]] = {}
-        bases = self._own_masks(decoder_inputs)
-        for layer_type in self.layer_types:
-            if layer_type not in found:
-                base = self._intervals_of(layer_type, bases.get(layer_type), valid)
-                counts = count_visible(
-                    template,
-                    base_lower=base.lower.long(),
-                    base_upper=base.upper.long(),
-                    key_valid=valid,
-                )
-                found[layer_type] = base, counts
-            base, counts = found[layer_type]
-            lower.append(base.lower.long())
-            upper.append(base.upper.long())
-            visible.append(counts)
+        own = self._own_masks(decoder_inputs)
+        bases = {
+            layer_type: self._intervals_of(layer_type, own.get(layer_type), valid, template)
+            for layer_type in dict.fromkeys(self.layer_types)
+        }
+        counts = {
+            layer_type: count_visible(
+                template,
+                base_lower=base.lower.long(),
+                base_upper=base.upper.long(),
+                key_valid=valid,
+            )
+            for layer_type, base in bases.items()
+        }
+        groups = torch.ones_like(valid)[:, None]
+        if any(len(base.of_groups()) > 1 for base in bases.values()):
+            groups = groups_of_keys(*template.tensors(), valid.shape[1])
+        num_groups = groups.shape[1]
+
+        def bounds(side: str) -> Tensor:
+            found = [getattr(bases[layer_type], side).long() for layer_type in self.layer_types]
+            whole = [x[:, None].expand(-1, num_groups, -1) if x.dim() == 2 else x for x in found]
+            return torch.stack(whole)
+
+        visible = torch.stack([counts[layer_type] for layer_type in self.layer_types])
         return Prompt(
             template,
             is_image,
             valid,
-            torch.stack(lower),
-            torch.stack(upper),
+            groups,
+            bounds("lower"),
+            bounds("upper"),
             widths,
-            torch.stack(visible) * widths[:, None, None],
+            visible * widths[:, None, None],
             self.num_heads,
         )
 
@@ -258,17 +268,23 @@ class Decoder:
             pass
         return {layer_type: seen.bases[layer] for layer_type, layer in first.items()}
 
-    def _intervals_of(self, layer_type: str, mask: Tensor | None, valid: Tensor) -> BaseMask:
+    def _intervals_of(
+        self, layer_type: str, mask: Tensor | None, valid: Tensor, template: Template
+    ) -> BaseMask:
         batch, num_tokens = valid.shape
         if mask is None:  # without attention
             nothing = valid.new_zeros(valid.shape, dtype=torch.int32)
             return BaseMask(nothing + 1, nothing, valid)
-        base = intervals_of_elements(mask, batch=batch, num_queries=num_tokens, num_keys=num_tokens)
+        sizes = (batch, num_tokens, num_tokens)
+        base = intervals_of_elements(mask, *sizes)
+        if base is None:
+            groups = groups_of_keys(*template.tensors(), num_tokens)
+            base = intervals_of_elements(mask, *sizes, groups=groups)
         if base is None:
             raise ValueError(
                 f"the masks of {type(self.model).__name__} must be one interval of tokens per row, "
-                f"and that of its layers of type {layer_type} is not. This family cannot be "
-                "evaluated yet."
+                "or one each of text, sinks and other tokens of images, and that of its layers of "
+                f"type {layer_type} is not. This family cannot be evaluated yet."
             )
         return base
 
