@@ -312,6 +312,33 @@ ROWS: dict[str, Row] = {
         },
         {"patch_size": PATCH_SIZE, "scale_resolution": 32},
     ),
+    "molmo2": Row(
+        "<|image|>",
+        {
+            "<|image|>": ROW_ID,
+            "<|video|>": VIDEO_ID,
+            "<im_patch>": IMAGE_ID,
+            "<im_col>": COLUMN_ID,
+            "<low_res_im_start>": GLOBAL_ID,
+            "<im_start>": START_ID,
+            "<im_end>": END_ID,
+            "<frame_start>": TILE_START_ID,
+            "<frame_end>": TILE_END_ID,
+        },
+        {
+            "image_token": "<|image|>",
+            "video_token": "<|video|>",
+            "bos_token": "<bos>",
+            "low": "<im_low>",
+        },
+        {
+            "size": SIDE,
+            "max_crops": 4,
+            "overlap_margins": [0, 0],
+            "patch_size": PATCH_SIZE,
+            "pooling_size": [MERGE_SIZE, MERGE_SIZE],
+        },
+    ),
     "kimi_k25": Row(
         "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>",
         {

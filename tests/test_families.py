@@ -321,7 +321,9 @@ def test_an_exported_decoder_equals_its_reference(family: str) -> None:
     torch.testing.assert_close(logits, reference, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "gemma4/large", "lfm2_vl", "kimi_k25", "internvl", MOLMO2])
+@pytest.mark.parametrize(
+    "family", ["qwen3_5", "gemma4/large", "lfm2_vl", "kimi_k25", "internvl", MOLMO2]
+)
 @pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=pytest.mark.nightly)])
 def test_generation_equals_its_reference(family: str, cache: str) -> None:
     model = without_vision(tiny_model(family))
@@ -349,7 +351,9 @@ def test_generation_equals_its_reference(family: str, cache: str) -> None:
     assert (dense.logits[0] - reference.logits[0]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "gemma4", "gemma4/large", LLAMA4, "kimi_k25", MOLMO2])
+@pytest.mark.parametrize(
+    "family", ["qwen3_5", "gemma4", "gemma4/large", LLAMA4, "kimi_k25", MOLMO2]
+)
 def test_calibration_counts_and_runs_the_masks_of_the_model(family: str) -> None:
     """Layers without attention, wider heads, shared keys, chunks, values of another size."""
     model = without_vision(tiny_model(family))

@@ -26,6 +26,7 @@ FRAMES_OF_A_SPAN = {
     **dict.fromkeys(("internvl", "smolvlm", "minicpmv4_6", "video_llama_3"), 1),
     **dict.fromkeys(("gemma4", "gemma4_unified"), 1),
     "kimi_k25": 4,
+    "molmo2": 1,
     "llava_onevision": 8,  # one run of tokens, and nothing tells its frames
 }
 # Tiny models that their processors do not fit.
@@ -55,7 +56,8 @@ def processor_or_skip(family: str) -> Any:
 
 def rule_of(family: str, processor: Any) -> TemplateRule:
     config_class = CONFIG_MAPPING[family]
-    known = {name: value for name, value in SPECIAL_IDS.items() if hasattr(config_class(), name)}
+    fields = config_class.__dataclass_fields__
+    known = {name: value for name, value in SPECIAL_IDS.items() if name in fields}
     return TemplateRule.from_config(config_class(**known), processor)
 
 

@@ -14,10 +14,13 @@ import torch
 from transformers import StaticCache
 
 import without_gpu
-from blindsight import rewriting
+from blindsight import blindsight_backend, rewriting
 from blindsight.passes.replace_attention import MaskForm
+from family_models import make_inputs, tiny_model, why_not_here
 from models import Image, split_turns
+from oracles import assert_close_to_reference, run_reference
 from test_exactness import Case
+from test_families import exact_copy, masks_of, profile_of, without_vision
 
 pytest.importorskip("triton", reason="needs triton, which the extra 'test' installs on Linux")
 pytestmark = pytest.mark.inductor
@@ -124,3 +127,33 @@ def test_a_second_turn(in_process: Any, family: str, any_length: bool) -> None:
     found = in_process("test_triton_models:run_turns", family, any_length, interpret=True)
     assert found["sparse"]
     assert found["runs"] == ["sparse, sorted, fused"]
+
+
+def run_family(family: str, image_counts: list[int], any_length: bool) -> dict[str, Any]:
+    """Whole prompts of tests/test_families.py, of different lengths."""
+    model = without_vision(tiny_model(family))
+    exact, profile = exact_copy(model), profile_of(model, family)
+    with as_on_gpu("SORTED"):
+        torch._dynamo.reset()
+        backend = blindsight_backend(profile, lowering="fused")
+        compiled = torch.compile(model, backend=backend, dynamic=any_length)
+        for count in image_counts:
+            inputs = make_inputs(family, count)
+            masks = masks_of(profile, inputs)
+            logits = compiled(**inputs, use_cache=False).logits
+            references = [
+                run_reference(each, *masks, inputs, use_cache=False).logits
+                for each in (model, exact)
+            ]
+            valid = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+            assert_close_to_reference(logits, *references, valid)
+    return {"runs": runs_of(backend)}
+
+
+@NIGHTLY
+@pytest.mark.skipif(bool(why_not_here("molmo2")), reason=why_not_here("molmo2"))
+@pytest.mark.parametrize("any_length", [False, True])
+def test_a_model_whose_images_see_each_other(in_process: Any, any_length: bool) -> None:
+    arguments = ("molmo2", [4, 3] if any_length else [4], any_length)
+    found = in_process("test_triton_models:run_family", *arguments, interpret=True)
+    assert found["runs"] == ["sparse, grouped, fused"]
