@@ -48,7 +48,7 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     moves = name in ("_to_copy", "copy_")
     # A GPU takes numbers, and indices, from a CPU.
     others = [x for x in tensors if not isinstance(x, OnGpu) and x.dim() > 0]
-    indexes = name == "index" and isinstance(args[0], OnGpu)
+    indexes = name in ("index", "index_put_") and isinstance(args[0], OnGpu)
     if on_gpu and others and not moves and not indexes:
         raise RuntimeError(f"{name}: all tensors must be on the same device")
     if on_gpu and name in _PRODUCTS and not tensors[0].is_floating_point():
@@ -65,6 +65,12 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map(lambda x: OnGpu(x) if isinstance(x, torch.Tensor) else x, found)
 
 
+def _with_tensors(index: Any) -> Any:
+    if isinstance(index, tuple):
+        return tuple(map(_with_tensors, index))
+    return torch.tensor(index) if isinstance(index, list) else index
+
+
 class _Make(TorchFunctionMode):
     """Makes and moves tensors, where a build without CUDA would not even dispatch."""
 
@@ -72,6 +78,9 @@ class _Make(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.tolist and isinstance(args[0], OnGpu):
             return args[0].data_.tolist()
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            # a list would become a tensor of no data, on the device itself
+            args = (args[0], _with_tensors(args[1]), *args[2:])
         device = kwargs.get("device")
         if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], (str, torch.device)):
             device = args[1]
@@ -87,3 +96,27 @@ def pretending() -> Iterator[None]:
     """Let tensors be moved to the pretended device, and made there."""
     with _Make(), _Pretend():
         yield
+
+
+def place(module: torch.nn.Module, *, on_gpu: bool) -> None:
+    """Put a module on the pretended device, or leave it; it moves what it is given, as hooks of
+    accelerate do."""
+
+    def move(value: Any) -> Any:
+        if on_gpu and type(value) in (torch.Tensor, torch.nn.Parameter):
+            return OnGpu(value.detach())
+        return value.data_ if isinstance(value, OnGpu) and not on_gpu else value
+
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = move(buffer)
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                moved = torch.nn.Parameter(move(parameter), requires_grad=False)
+                part._parameters[name] = moved
+
+    def hook(_: Any, args: Any, kwargs: Any) -> Any:
+        moved = {name: tree_map(move, value) for name, value in kwargs.items()}
+        return tree_map(move, args), moved
+
+    module.register_forward_pre_hook(hook, with_kwargs=True)

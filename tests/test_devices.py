@@ -10,8 +10,12 @@ from torch._subclasses import FakeTensorMode
 
 import pretend
 from blindsight import Profile, blindsight_backend, use_template
-from blindsight.evaluation.masked_model import _CategoryMasks
-from models import tiny_model
+from blindsight.evaluation.baselines import PruningMasking, WindowMasking
+from blindsight.evaluation.masked_model import ProfileMasking, _CategoryMasks
+from blindsight.evaluation.prefill import Decoder
+from blindsight.families import fingerprint
+from blindsight.reference import reference_logits
+from models import Image, make_inputs, tiny_model
 
 META = torch.device("meta")
 LENGTH = 30
@@ -104,3 +108,36 @@ def test_pairs_are_counted_on_a_gpu() -> None:
         found = count(pretend.OnGpu(visible))
     assert isinstance(found, pretend.OnGpu)
     assert found.data_.tolist() == expected
+
+
+def evaluated(model: Any, inputs: dict[str, torch.Tensor], profile: Profile) -> list[torch.Tensor]:
+    """What evaluation and its baselines make of a prompt, and the reference."""
+    decoder = Decoder(model, rule=profile.rule, fingerprint=fingerprint(model))
+    batch = decoder.prepare(inputs)
+    found = [reference_logits(model, inputs, profile)]
+    for masking in (ProfileMasking(profile.categories), WindowMasking(0.7), PruningMasking(0.8)):
+        masks = masking.masks(batch.prompt)
+        output = decoder.prefill(batch, masks, use_cache=True)
+        tokens = decoder.decode(batch, masks, output, max_new_tokens=3, stop_ids=[])
+        found += [output.logits, tokens, masks.count_pairs()]
+    return found
+
+
+@pytest.mark.parametrize("on_gpu", [(1,), (0, 2), (0, 1, 2)])
+def test_a_model_on_several_devices_is_evaluated(on_gpu: tuple[int, ...]) -> None:
+    """As `device_map` spreads one: each part moves what it is given."""
+    model = tiny_model("qwen2_5_vl", num_layers=3)
+    profile = Profile.for_model(model, [[1, 2, 3, 0], [3, 3, 2, 1], [2, 2, 2, 2]])
+    rows = [[5, Image(2, 4), 4, Image(4, 2), 6], [5, Image(2, 4), 4, Image(4, 2), 3]]
+    inputs = make_inputs("qwen2_5_vl", rows, pad_side="left")
+    expected = evaluated(copy.deepcopy(model), inputs, profile)
+    decoder = model.model.language_model
+    with torch.no_grad(), pretend.pretending():
+        for number, layer in enumerate(decoder.layers):
+            pretend.place(layer, on_gpu=number in on_gpu)
+        for module in (decoder.norm, decoder.rotary_emb, model.lm_head):
+            pretend.place(module, on_gpu=False)
+        found = evaluated(model, inputs, profile)
+    for ours, theirs in zip(found, expected, strict=True):
+        ours = ours.data_ if isinstance(ours, pretend.OnGpu) else ours
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)

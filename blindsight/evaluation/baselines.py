@@ -66,7 +66,7 @@ class _WindowMasks:
         num_queries, num_keys = call.base.shape[2:]
         shape = (num_queries, num_keys)
         if shape not in self._kept:
-            key = torch.arange(num_keys, device=call.base.device)
+            key = torch.arange(num_keys, device=self.window.device)
             query = key[num_keys - num_queries :, None]
             is_sink = key < (self._begin + self._num_sinks)[:, None]
             self._kept[shape] = (query - key < self.window[:, None, None]) | is_sink[:, None]
@@ -185,7 +185,8 @@ class _PruningMasks:
         scores = last.float() @ call.key.float().transpose(2, 3) * call.scale  # [B, G, H / G, K]
         scores = scores.masked_fill(~call.base[:, :, -1:], float("-inf"))
         weights = scores.softmax(-1).reshape(batch, num_heads, -1).mean(1)
-        weights = weights.masked_fill(~self._prompt.is_image, float("inf"))
+        is_image = self._prompt.is_image
+        weights = weights.to(is_image.device).masked_fill(~is_image, float("inf"))
         rank = weights.argsort(dim=1, stable=True).argsort(dim=1)
         return rank < self.num_dropped[:, None]
 

@@ -208,7 +208,8 @@ class _Run:
         key = (id(base), id(keep))
         if key not in self.joined:
             keep_rows = keep if keep.dim() == 3 else keep[None]
-            self.joined[key] = (base & keep_rows[:, None], base, keep)
+            # The layers of a model may be on several devices.
+            self.joined[key] = (base & keep_rows[:, None].to(base.device), base, keep)
         return self.joined[key][0]
 
 

@@ -121,7 +121,12 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
+        """Where masks are made: of the first layer, where the decoder is on several devices."""
         return next(self.decoder.parameters()).device
+
+    @property
+    def devices(self) -> set[torch.device]:
+        return {parameter.device for parameter in self.decoder.parameters()}
 
     @property
     def weights_per_layer(self) -> int:
@@ -153,7 +158,7 @@ class Decoder:
         """
         inputs = inputs_on(self.model, inputs)
         ids = inputs["input_ids"]
-        valid = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        valid = inputs.get("attention_mask", torch.ones_like(ids)).bool().to(self.device)
         if not bool(valid[:, -1].all()):
             raise ValueError("prompts must be padded on the left, got padding at the end.")
         decoder_inputs = self._record(inputs)
@@ -275,7 +280,7 @@ class Decoder:
         if mask is None:  # without attention
             nothing = valid.new_zeros(valid.shape, dtype=torch.int32)
             return BaseMask(nothing + 1, nothing, valid)
-        sizes = (batch, num_tokens, num_tokens)
+        sizes, mask = (batch, num_tokens, num_tokens), mask.to(self.device)
         base = intervals_of_elements(mask, *sizes)
         if base is None:
             groups = groups_of_keys(*template.tensors(), num_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +78,10 @@ def time_prefill(
         seconds: dict[bool, list[float]] = {True: [], False: []}
         for at in range(2 * repeats):
             dense = at % 2 == 0
-            _wait(decoder.device)
+            _wait(decoder.devices)
             begin = time.perf_counter()
             compiled.prefill(batch, dense=dense)
-            _wait(decoder.device)
+            _wait(decoder.devices)
             seconds[dense].append(time.perf_counter() - begin)
         return Timing(
             num_tokens=int(batch.prompt.num_tokens.max()),
@@ -133,6 +133,7 @@ def _runs(compiled: CompiledDecoder) -> dict[str, int]:
     return runs
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _wait(devices: Iterable[torch.device]) -> None:
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
