@@ -136,14 +136,18 @@ def check_is_alone(command: str) -> None:
         )
 
 
-def local_device(name: str) -> str:
+def local_device(name: str | None = None) -> str:
     """Return the device of this process: of several on a host, each its own GPU.
+
+    None is a GPU where there is one, else the CPU.
 
     A GPU becomes the current one: streams, events and synchronisation are of that.
 
     Raises:
         ValueError: There is no such device here.
     """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and is_launched_with_others():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:

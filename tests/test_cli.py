@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from PIL import Image
 
 from blindsight.cli import main
+from blindsight.cli.models import load_model
 from blindsight.demo import DemoOptions, run_demo
 from blindsight.profile import Profile
+from blindsight.ranks import local_device
 from models import tiny_model
 
 TINY = ["--tokens", "300", "--num-images", "4", "--layers", "2", "--inner", "eager"]
@@ -172,3 +175,30 @@ def test_the_demo_takes_the_users_images_and_profile(
     output = capsys.readouterr().out
     assert "bfloat16" in output and "4 images" in output
     assert "reference" not in output
+
+
+def test_a_model_is_put_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("qwen2_5_vl", torch.bfloat16).save_pretrained(tmp_path)
+    for device in (None, "cpu", "auto") if find_spec("accelerate") else (None, "cpu"):
+        model = load_model(str(tmp_path), device=device)
+        found = {(parameter.dtype, parameter.device.type) for parameter in model.parameters()}
+        assert found == {(torch.bfloat16, local_device().partition(":")[0])}
+    assert load_model(str(tmp_path), "float32").dtype == torch.float32
+    with pytest.raises(ValueError, match="device must be one that torch .* got 'gpu'"):
+        load_model(str(tmp_path), device="gpu")
+    monkeypatch.setattr("blindsight.ranks.is_launched_with_others", lambda: True)
+    with pytest.raises(ValueError, match=r"several processes, got 'auto'.*--device cuda"):
+        load_model(str(tmp_path), device="auto")
+
+
+def test_weights_that_do_not_fit_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("qwen2_5_vl")
+    model.save_pretrained(tmp_path)
+    model.lm_head.to("meta")  # as accelerate leaves what it keeps elsewhere
+    monkeypatch.setattr(
+        "transformers.AutoModelForImageTextToText.from_pretrained", lambda *_, **__: model
+    )
+    with pytest.raises(ValueError, match="must fit in the memory of the GPUs"):
+        load_model(str(tmp_path), device="auto")

@@ -9,6 +9,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blindsight.cli.models import add_arguments
+
 if TYPE_CHECKING:
     from blindsight.profile import Profile
 
@@ -24,7 +26,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         "interrupted calibration goes on where it was. Under torchrun the processes share the "
         "prompts.",
     )
-    parser.add_argument("--model", required=True, help="folder or hub id of a pretrained model")
+    add_arguments(parser)
     parser.add_argument(
         "--data",
         required=True,
@@ -41,8 +43,6 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="of the dataset, where it has several")
     parser.add_argument("--sample-seed", type=int, help="draw the prompts; else the first")
     parser.add_argument("--batch-size", type=int, default=1, help="prompts at once (%(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -73,7 +73,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     from blindsight.cli.models import load_model
     from blindsight.files import check_target
     from blindsight.progress import quiet
-    from blindsight.ranks import local_device, shared_run
+    from blindsight.ranks import shared_run
     from blindsight.samples import load_processor, load_samples
 
     output: Path = arguments.output
@@ -91,7 +91,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
             limit=arguments.limit,
             seed=arguments.sample_seed,
         )
-        model = load_model(arguments.model, arguments.dtype).to(local_device(arguments.device))
+        model = load_model(arguments.model, arguments.dtype, arguments.device)
         processor = load_processor(arguments.model)
         begin = time.perf_counter()
         profile = calibrate(

@@ -61,7 +61,7 @@ def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=4000, help="about as many (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of crops and weights (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="such as cuda (%(default)s)")
 
 
 def _options(arguments: argparse.Namespace) -> DemoOptions:

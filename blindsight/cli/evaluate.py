@@ -9,6 +9,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blindsight.cli.models import add_arguments
+
 if TYPE_CHECKING:
     from blindsight.profile import Profile
     from blindsight.samples import Sample
@@ -88,15 +90,13 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
 
 
 def _add_inputs(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--model", required=True, help="folder or hub id of a pretrained model")
+    add_arguments(parser)
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--data", required=True, help=f"JSON-lines file, folder or hub id: {what}")
     parser.add_argument("--split", help="of the dataset, where it has several")
     parser.add_argument("--limit", type=int, help="at most so many samples")
     parser.add_argument("--sample-seed", type=int, help="draw them; else the first")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts at once (%(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", default="cpu")
 
 
 def _add_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
@@ -210,7 +210,6 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, list[Sample] | Any, 
 
     from blindsight.cli.models import load_model
     from blindsight.profile import Profile
-    from blindsight.ranks import local_device
     from blindsight.samples import load_processor, load_samples
 
     profile = Profile.load(arguments.profile)
@@ -220,8 +219,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, list[Sample] | Any, 
     transformers_logging: Any = transformers.logging
     transformers_logging.disable_progress_bar()
     try:
-        model = load_model(arguments.model, arguments.dtype)
+        model = load_model(arguments.model, arguments.dtype, arguments.device)
     finally:
         transformers_logging.enable_progress_bar()
     processor = load_processor(arguments.model)
-    return model.to(local_device(arguments.device)), processor, samples, profile
+    return model, processor, samples, profile

@@ -1,22 +1,52 @@
-"""How commands load a model."""
+"""Models, as the commands are told of them."""
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 
-def load_model(name: str, dtype: str) -> Any:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what :func:`load_model` is to be told."""
+    parser.add_argument("--model", required=True, help="folder or hub id of a pretrained model")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of weights and computation (default: as the weights are stored)",
+    )
+    parser.add_argument(
+        "--device",
+        help="such as cpu or cuda; auto: layers are spread over all GPUs, by accelerate (default: "
+        "cuda where there is one, else cpu)",
+    )
+
+
+def load_model(name: str, dtype: str = "auto", device: str | None = "cpu") -> Any:
     """Load a model that reads images.
 
+    Args:
+        name: A folder, or an id on the hub.
+        dtype: Of its weights; "auto": as they are stored.
+        device: See :func:`blindsight.ranks.local_device`; "auto": all GPUs.
+
     Raises:
-        ValueError: There is none, or it reads text only.
+        ValueError: There is none, it reads text only, or it cannot be where it should.
     """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     from blindsight.evaluation.prefill import check_has_vision
     from blindsight.families import family_of
+    from blindsight.ranks import is_launched_with_others, local_device
 
+    if device == "auto" and is_launched_with_others():
+        raise ValueError(
+            "device must be a GPU for each of several processes, got 'auto', which spreads one "
+            "model over all GPUs. Run one process, or give --device cuda."
+        )
+    if device != "auto":
+        device = local_device(device)
     try:
         config: Any = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -28,6 +58,14 @@ def load_model(name: str, dtype: str) -> Any:
     family_of(config)
     model_class: Any = AutoModelForImageTextToText
     model = model_class.from_pretrained(
-        name, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        name,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        attn_implementation="sdpa",
+        device_map="auto" if device == "auto" else None,
     )
-    return model.eval()
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "the weights must fit in the memory of the GPUs, got some that would be fetched for "
+            "each prompt. Give more GPUs, or a smaller --dtype."
+        )
+    return model.eval() if device == "auto" else model.to(device).eval()

@@ -17,7 +17,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         help="measure this device, for the choice of how to compute attention",
         description="Measure what attention costs on this device, and keep it for later runs.",
     )
-    tune.add_argument("--device", default="cpu")
+    tune.add_argument("--device", help="default: cuda where there is one, else cpu")
     tune.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), nargs="+", default=["float32"]
     )
