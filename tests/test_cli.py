@@ -178,13 +178,13 @@ def test_the_demo_takes_the_users_images_and_profile(
 
 
 def test_a_model_is_put_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_model("qwen2_5_vl", torch.bfloat16).save_pretrained(tmp_path)
+    tiny_model("qwen2_5_vl").to(torch.bfloat16).save_pretrained(tmp_path)
     for device in (None, "cpu", "auto") if find_spec("accelerate") else (None, "cpu"):
         model = load_model(str(tmp_path), device=device)
         found = {(parameter.dtype, parameter.device.type) for parameter in model.parameters()}
         assert found == {(torch.bfloat16, local_device().partition(":")[0])}
     assert load_model(str(tmp_path), "float32").dtype == torch.float32
-    with pytest.raises(ValueError, match="device must be one that torch .* got 'gpu'"):
+    with pytest.raises(ValueError, match=r"device must be one that torch .* got 'gpu'"):
         load_model(str(tmp_path), device="gpu")
     monkeypatch.setattr("blindsight.ranks.is_launched_with_others", lambda: True)
     with pytest.raises(ValueError, match=r"several processes, got 'auto'.*--device cuda"):
