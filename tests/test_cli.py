@@ -182,8 +182,11 @@ def test_a_model_is_put_where_it_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     for device in (None, "cpu", "auto") if find_spec("accelerate") else (None, "cpu"):
         model = load_model(str(tmp_path), device=device)
         found = {(parameter.dtype, parameter.device.type) for parameter in model.parameters()}
-        assert found == {(torch.bfloat16, local_device().partition(":")[0])}
-    assert load_model(str(tmp_path), "float32").dtype == torch.float32
+        where = local_device() if device is None else device
+        stored = where != "cpu"
+        on = local_device().partition(":")[0] if stored else "cpu"
+        assert found == {(torch.bfloat16 if stored else torch.float32, on)}
+    assert load_model(str(tmp_path), "bfloat16").dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"device must be one that torch .* got 'gpu'"):
         load_model(str(tmp_path), device="gpu")
     monkeypatch.setattr("blindsight.ranks.is_launched_with_others", lambda: True)

@@ -11,9 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder or hub id of a pretrained model")
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="of weights and computation (default: as the weights are stored)",
+        choices=("float32", "bfloat16", "float16"),
+        help="of weights and computation (default: as the weights are stored, and float32 on a "
+        "CPU, which is slow at others)",
     )
     parser.add_argument(
         "--device",
@@ -22,12 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(name: str, dtype: str = "auto", device: str | None = "cpu") -> Any:
+def load_model(name: str, dtype: str | None = None, device: str | None = "cpu") -> Any:
     """Load a model that reads images.
 
     Args:
         name: A folder, or an id on the hub.
-        dtype: Of its weights; "auto": as they are stored.
+        dtype: Of its weights; by default as they are stored, and float32 on a CPU.
         device: See :func:`blindsight.ranks.local_device`; "auto": all GPUs.
 
     Raises:
@@ -47,6 +47,8 @@ def load_model(name: str, dtype: str = "auto", device: str | None = "cpu") -> An
         )
     if device != "auto":
         device = local_device(device)
+    if dtype is None:
+        dtype = "float32" if device == "cpu" else "auto"
     try:
         config: Any = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
