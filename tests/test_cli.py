@@ -179,13 +179,13 @@ def test_the_demo_takes_the_users_images_and_profile(
 
 def test_a_model_is_put_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("qwen2_5_vl").to(torch.bfloat16).save_pretrained(tmp_path)
-    for device in (None, "cpu", "auto") if find_spec("accelerate") else (None, "cpu"):
-        model = load_model(str(tmp_path), device=device)
-        found = {(parameter.dtype, parameter.device.type) for parameter in model.parameters()}
-        where = local_device() if device is None else device
-        stored = where != "cpu"
-        on = local_device().partition(":")[0] if stored else "cpu"
-        assert found == {(torch.bfloat16 if stored else torch.float32, on)}
+    on_cpu = load_model(str(tmp_path), device="cpu")
+    assert (on_cpu.dtype, on_cpu.device.type) == (torch.float32, "cpu")
+    default = load_model(str(tmp_path), device=None)
+    assert str(default.device).startswith(local_device())
+    if find_spec("accelerate"):
+        spread = load_model(str(tmp_path), device="auto")
+        assert (spread.dtype, spread.device.type) == (torch.bfloat16, default.device.type)
     assert load_model(str(tmp_path), "bfloat16").dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"device must be one that torch .* got 'gpu'"):
         load_model(str(tmp_path), device="gpu")
