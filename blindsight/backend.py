@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import inspect
 import os
 import threading
 import weakref
@@ -12,7 +15,7 @@ from torch import fx, nn
 
 from blindsight.attached import AttachedModels
 from blindsight.compiled_graph import CompiledGraph
-from blindsight.inner import Inner
+from blindsight.inner import OPTIONS_OF_INDUCTOR, Inner
 from blindsight.lowering import Lowering
 from blindsight.passes.contract import PassList
 from blindsight.profile import Profile
@@ -37,6 +40,7 @@ class BlindsightBackend:
         inner_options: dict[str, Any],
     ) -> None:
         self.__name__ = "blindsight"
+        profile = dataclasses.replace(profile)  # nobody else can write to its tensors
         self.inner = Inner(inner, inner_options, passes.identities)
         sparse = [layer for layer in profile.layers if not profile.layer_is_dense(layer)]
         runtime = Runtime(profile.rule, profile.layers, sparse_layers=sparse, strict=strict)
@@ -94,9 +98,18 @@ class BlindsightBackend:
 
         Raises:
             ValueError: The prompt has no ``input_ids``, fewer than two images, no text, or is
-                longer than one of the lengths.
+                longer than one of the lengths; or the model is not compiled with this backend.
         """
+        before = self._num_runs()
         warm_up(model, self.state.profile.rule, inputs, lengths)
+        if self._num_runs() == before:
+            raise ValueError(
+                f"model must be what is compiled with this backend, got {type(model).__name__} "
+                "that did not run through it. Give what torch.compile returned."
+            )
+
+    def _num_runs(self) -> int:
+        return sum(sum(row.runs.values()) for row in self.report().rows)
 
     def detach(self) -> None:
         """Remove the hooks from the model."""
@@ -140,7 +153,8 @@ def blindsight_backend(
 
     Raises:
         ValueError: The profile is damaged or does not fit the model, the inner backend or the
-            lowering does not exist, or a pass requires what no pass before it ensures.
+            lowering does not exist, an option looks like a misspelt one of these, or a pass
+            requires what no pass before it ensures.
     """
     if not isinstance(profile, Profile):
         if not isinstance(profile, (str, os.PathLike)):
@@ -148,6 +162,7 @@ def blindsight_backend(
                 f"profile must be a Profile or the path of one, got {type(profile).__name__}."
             )
         profile = Profile.load(profile)
+    _check_options(inner_options)
     return BlindsightBackend(
         profile,
         inner=inner,
@@ -159,9 +174,76 @@ def blindsight_backend(
     )
 
 
-# torch.compile hands a backend that it knows by name the same options object for every graph of
-# one compiled model, which is what keeps the state of two such models apart.
-_by_options: dict[int, tuple[dict[str, Any], BlindsightBackend]] = {}
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Check that options for an inner backend are not ours, misspelt: few backends would say so.
+
+    Raises:
+        ValueError: One looks like it.
+    """
+    ours = [*inspect.signature(blindsight_backend).parameters][:-1]
+    for name in options:
+        meant = difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
+        if meant and name not in OPTIONS_OF_INDUCTOR:
+            raise ValueError(f"options must be spelt as documented, got {name!r} for {meant[0]!r}.")
+
+
+class _Named:
+    """A backend that was asked for by name.
+
+    Args:
+        options: The very object that torch.compile keeps.
+        mode: Beside it.
+        backend: For both.
+    """
+
+    def __init__(
+        self, options: dict[str, Any], mode: str | None, backend: BlindsightBackend
+    ) -> None:
+        self.contents = dict(options), mode
+        self.backend = backend
+        self._options = options
+        self._file = _stamp(options["profile"])
+
+    def check(self) -> None:
+        """Check that nothing changed of which models that are compiled would not hear.
+
+        Raises:
+            ValueError: The options did.
+        """
+        if self._options != self.contents[0]:
+            raise ValueError(
+                "options of torch.compile must stay as they were given, and were changed since: "
+                "models that were compiled with them before would not hear of it. Give another "
+                "dict."
+            )
+        if self._file != _stamp(self._options["profile"]):
+            self.backend.state.runtime.warn_once(
+                f"the profile {self._options['profile']} was written to since it was read, and the "
+                "old one is in use. Call torch.compiler.reset() to read it anew."
+            )
+
+
+def _stamp(profile: object) -> tuple[int, int] | None:
+    """Return what changes when the file of a profile does, if it is one."""
+    if not isinstance(profile, (str, os.PathLike)):
+        return None
+    try:
+        found = os.stat(profile)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+# By the id of their options. Dynamo takes two compiled models with equal options for the same, and
+# lets them share graphs: so they share a backend.
+_by_options: dict[int, _Named] = {}
+
+
+def _named(options: dict[str, Any] | None, mode: str | None) -> _Named | None:
+    """Return what was asked for with these options, or with equal ones."""
+    if (found := _by_options.get(id(options))) is not None:
+        return found
+    return next((x for x in _by_options.values() if x.contents == (options, mode)), None)
 
 
 def blindsight(
@@ -181,22 +263,25 @@ def blindsight(
             f"{sorted(options or ())}. Say torch.compile(model, backend='blindsight', "
             "options={'profile': path})."
         )
-    entry = _by_options.get(id(options))
-    if entry is None or entry[0] is not options:
+    named = _named(options, mode)
+    if named is None:
         arguments = dict(options)
         if mode is not None:
             arguments.setdefault("mode", mode)
-        entry = (options, blindsight_backend(arguments.pop("profile"), **arguments))
-        _by_options[id(options)] = entry
-    return entry[1](gm, example_inputs)
+        named = _Named(options, mode, blindsight_backend(arguments.pop("profile"), **arguments))
+        named.backend.state.check_unchanged = named.check
+        _by_options[id(options)] = named
+    named.check()
+    return named.backend(gm, example_inputs)
 
 
 def _backend_of(compiler: object) -> object:
     """Return the backend that Dynamo's compiler leads to, whichever way it was asked for."""
     found = getattr(compiler, "compiler_fn", compiler)
     if found is blindsight:
-        options = getattr(compiler, "kwargs", {}).get("options")
-        return _by_options.get(id(options), (None, None))[1]
+        arguments = getattr(compiler, "kwargs", {})
+        named = _named(arguments.get("options"), arguments.get("mode"))
+        return None if named is None else named.backend
     return found
 
 

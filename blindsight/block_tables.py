@@ -241,13 +241,13 @@ def prompt_order_lists_less(
     if not used:
         return True
     query_size, key_size = _sizes(block_size)
-    weights = torch.tensor([num_heads[category] for category in used])
+    weights = torch.tensor([num_heads[category] for category in used], device="cpu")
     keep = Keep(*(part[:, used] for part in keep))
     batch, num_queries, num_keys = *base.lower.shape, base.valid.shape[1]
     num_blocks = ceil_div(num_queries, query_size)
     step = ceil_div(num_blocks, _MAX_SAMPLED_BLOCKS)
     if step > 1:
-        sampled = torch.arange(num_queries) // query_size % step == step // 2
+        sampled = torch.arange(num_queries, device="cpu") // query_size % step == step // 2
         base = base._replace(lower=base.lower[:, sampled], upper=base.upper[:, sampled])
         keep = keep._replace(lower=keep.lower[..., sampled], upper=keep.upper[..., sampled])
     listed = _Ranges(base, keep, num_keys, block_size).listed()

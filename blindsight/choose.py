@@ -227,4 +227,4 @@ def _num_sorted(history: History, num_queries: int, block_size: int) -> Tensor:
 
 
 def _causal(history: History, num_queries: int) -> BaseMask:
-    return causal_base(history.batch, num_queries, history.num_tokens, history.num_tokens)
+    return causal_base(history.batch, num_queries, history.num_tokens, history.num_tokens, "cpu")

@@ -95,6 +95,7 @@ class CompiledGraph:
         history, dense_because = known.history, known.dense_because
         rewriting = None
         if dense_because is None and history is not None:
+            self._state.check_unchanged()
             rewriting = self._rewriter.choose(args, layers, history)
             dense_because = None if rewriting else _FASTER_DENSE
         if rewriting is not None and history is not None:
@@ -243,7 +244,7 @@ class CompiledGraph:
         """Return the heads of layers in the order of their layouts, and their categories."""
         key = (tuple(layers), tuple(layouts))
         if key not in self._rows:
-            heads = torch.tensor([layout.heads for layout in layouts])
+            heads = torch.tensor([layout.heads for layout in layouts], device="cpu")
             categories = self._profile.categories[list(layers)].gather(1, heads)
             device = self._plan.device
             self._rows[key] = heads.to(device), categories.to(device, torch.int32)

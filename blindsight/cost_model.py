@@ -80,8 +80,7 @@ def costs_of(device: torch.device, dtype: torch.dtype) -> Costs:
 
 def save_costs(device: torch.device, dtype: torch.dtype, costs: Costs) -> Path:
     """Keep what was measured of a device for later processes; return where."""
-    path = cache_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = check_cache_file()
     known = {
         device: {dtype: asdict(costs) for dtype, costs in by_dtype.items()}
         for device, by_dtype in _load(str(path)).items()
@@ -92,6 +91,19 @@ def save_costs(device: torch.device, dtype: torch.dtype, costs: Costs) -> Path:
         json.dump(known, file, indent=2)
     os.replace(file.name, path)
     _load.cache_clear()
+    return path
+
+
+def check_cache_file() -> Path:
+    """Return where costs are kept, in a folder that is made and can be written to.
+
+    Raises:
+        OSError: It cannot.
+    """
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
     return path
 
 

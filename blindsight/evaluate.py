@@ -38,11 +38,11 @@ from blindsight.evaluation.summary import Summary, by_task, percent, summarize, 
 from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill
 from blindsight.profile import Profile
 from blindsight.ranks import current_ranks
-from blindsight.samples import Sample
+from blindsight.samples import Sample, Samples
 from blindsight.shards import check_is_whole
 
 ENGINES = ("reference", "compiled")
-_NO_DIFFERENCE = 3.0  # n questions without one: the rate is below 3 / n, at a level of 95 %
+_LEVEL = 0.05  # a rate of 1 - _LEVEL ** (1 / n) shows in n questions, but for this share of cases
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Evaluation:
         ]
         if self.sparse.num_changed == 0:
             notes.append(
-                f"No answer changed; at 95 % fewer than {_NO_DIFFERENCE / number:.2%} would."
+                f"No answer changed; at 95 % fewer than {1 - _LEVEL ** (1 / number):.2%} would."
             )
         if self.timing is not None:
             found = self.timing
@@ -203,6 +203,8 @@ def evaluate(
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
     decoder = decoder_of(model, profile)
+    if isinstance(samples, Samples):
+        samples.check()
     known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
     zeros = torch.zeros_like(profile.categories)
     points = [point_of(zeros, engine), point_of(profile.categories, engine)]

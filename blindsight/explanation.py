@@ -35,9 +35,14 @@ def explain(
     backend = blindsight_backend(
         profile, inner="eager", model=model, strict=False, lowering=lowering
     )
+    compiled = [(module, module._compiled_call_impl) for module in model.modules()]
     try:
+        for module, _ in compiled:  # those that were compiled in place by another backend
+            module._compiled_call_impl = None
         with torch.no_grad():
             torch.compile(model, backend=backend)(**inputs)
     finally:
         backend.detach()
+        for module, implementation in compiled:
+            module._compiled_call_impl = implementation
     return backend.report()

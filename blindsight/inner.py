@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from blindsight.cache_keys import cacheable_functions
 
+OPTIONS_OF_INDUCTOR = ("mode", "options", "config_patches")
 _CACHEABLE = "unsafe_marked_cacheable_functions"  # of Inductor's config
 
 
@@ -81,8 +82,9 @@ class Inner:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
-        given = ("mode", "options", "config_patches")
-        options = {name: value for name, value in self.options.items() if name not in given}
+        options = {
+            name: value for name, value in self.options.items() if name not in OPTIONS_OF_INDUCTOR
+        }
         patches = self._patches()
         known = patches.get(_CACHEABLE, getattr(config, _CACHEABLE, None))
         if known is not None:

@@ -52,6 +52,11 @@ class LayerMap:
             layer = self._look_up(parameters)
         return layer
 
+    def has_any(self, parameters: Iterable[Any]) -> bool:
+        """Whether any of the given tensors is a parameter of a model, of its decoder or not."""
+        ids = {id(parameter) for model in self._models for parameter in model.parameters()}
+        return any(id(parameter) in ids for parameter in parameters)
+
     def _look_up(self, parameters: list[Any]) -> int | None:
         found = set()
         for parameter in parameters:

@@ -5,11 +5,13 @@ Shapes: N frames, W and H in pixels.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import importlib.util
 import io
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +24,9 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
+
+
+_LONGEST_SHOWN = 300
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,38 +59,53 @@ class Video:
         return name, self.size, self.fps, self.num_frames, frames
 
 
-def open_image(image: Any, what: str, folder: Path | None) -> Image.Image:
+def open_image(image: Any, what: str, folder: Path | None, *, decode: bool = True) -> Image.Image:
     """Return an image in RGB.
 
     Args:
-        image: A path, an opened image, encoded bytes, or a mapping with one of these, as
-            ``datasets`` keeps what it has not decoded.
+        image: A path, a ``data:`` URL, an opened image, encoded bytes, or a mapping with one of
+            these, as ``datasets`` keeps what it has not decoded.
         what: What to call it in an error.
         folder: What paths are relative to.
+        decode: If false only its header is read, and what is returned has no pixels.
 
     Raises:
         ValueError: It is none of these, or damaged.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
+
+    def upright(opened: Image.Image) -> Image.Image:
+        """Return an image as it is meant to be seen, which transformers does as well."""
+        return ImageOps.exif_transpose(opened).convert("RGB") if decode else opened
 
     if isinstance(image, Mapping):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, str) and re.match(r"https?://", image):
+        raise ValueError(f"{what} must be a file, got {shortened(image)}. Download it first.")
     try:
+        if isinstance(image, str) and image.startswith("data:"):
+            image = base64.b64decode(image.partition(",")[2], validate=True)
         if isinstance(image, (str, os.PathLike)):
             with Image.open(_in(folder, image)) as opened:
-                return opened.convert("RGB")
+                return upright(opened)
         if isinstance(image, bytes):
             with Image.open(io.BytesIO(image)) as opened:
-                return opened.convert("RGB")
+                return upright(opened)
         if isinstance(image, Image.Image):
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+            return upright(image)
+    except Exception as error:  # Pillow raises all kinds for damaged and for huge files
         raise ValueError(
-            f"{what} must be an image file, got {error}. Replace the file, or remove the sample."
+            f"{what} must be an image file, got {shortened(str(error))}. Replace the file, or "
+            "remove the sample."
         ) from error
     raise ValueError(
         f"{what} must be a path, an opened image or bytes, got {type(image).__name__}."
     )
+
+
+def shortened(text: str) -> str:
+    """Return a text for an error message, without what nobody reads: images as base64."""
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 _KEYS = ("frames", "path", "fps", "num_frames")
@@ -156,8 +176,13 @@ def identity_of(media: Any, folder: Path | None) -> object:
     if isinstance(media, (list, tuple)):
         return [identity_of(part, folder) for part in media]
     if isinstance(media, (str, os.PathLike)):
-        path = _in(folder, media)
-        return os.fspath(media), path.stat().st_size if path.is_file() else -1
+        name = os.fspath(media)
+        if name.startswith("data:"):
+            return _digest(name.encode())
+        try:
+            return name, _in(folder, media).stat().st_size
+        except OSError:  # also of names that no file can have
+            return name, -1
     if media is None or isinstance(media, (int, float)):
         return media
     pixels = media if isinstance(media, bytes) else getattr(media, "tobytes", lambda: b"")()

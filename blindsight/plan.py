@@ -259,7 +259,13 @@ class _Planner:
         if layer is None and layer_map.models:
             examples = [_example(self._inputs[at]) for at in attention.parameters]
             if not known_class and layer_map.layer_of(examples) is None:
-                return None, "not the decoder's"
+                if layer_map.has_any(examples) or not self._resembles_decoder(attention):
+                    return None, "not the decoder's"
+                return None, self._refuse(
+                    f"the weights of attention at {where} must be parameters of the model, whose "
+                    "layers they tell, and are other tensors. Where accelerate offloads weights "
+                    "to a CPU or disk, give the model less memory to be spread over, or more GPUs"
+                )
         elif layer is None:
             if not known_class and not self._resembles_decoder(attention):
                 return None, "not the decoder's"

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -277,7 +277,13 @@ class Profile:
 
         Raises:
             OSError: The file cannot be written; what was there before is untouched.
+            ValueError: Its tensors were written to since it was made.
         """
+        if replace(self).digest != self.digest:
+            raise ValueError(
+                "the tensors of a profile must not be written to, and were. Make another: "
+                "dataclasses.replace(profile, categories=...)."
+            )
         data = serialize(self._tensors(), {**self._metadata(), "digest": self.digest})
         write_whole(path, _sort_header(data))
 

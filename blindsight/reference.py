@@ -10,10 +10,10 @@ prefill), D head dim, V vocabulary.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class _Run:
     profile: Profile
     layers: Mapping[nn.Module, int]
     restarts: Tensor | None = None  # [B, T], where the given positions start again
+    met: set[int] = field(default_factory=set)  # layers that called it
 
 
 _run: ContextVar[_Run | None] = ContextVar("blindsight_reference_run", default=None)
@@ -91,15 +92,21 @@ def reference_logits(
     if shares_keys(model):  # all rows of all layers are to be computed
         inputs = dict(inputs)
         kept = inputs.pop("logits_to_keep", 0)
-    token = _run.set(_Run(template, profile, layers, _restarts(inputs.get("position_ids"))))
+    run = _Run(template, profile, layers, _restarts(inputs.get("position_ids")))
+    token = _run.set(run)
     try:
         with (
-            replaced_attention(model, NAME, _attention),
+            replaced_attention(model, NAME, _attention, layers),
             disabled(),
             torch.compiler.set_stance("force_eager"),
             torch.no_grad(),
         ):
             logits: Tensor = model(**{**inputs, "use_cache": False}).logits
+            if missing := set(layers.values()) - run.met:
+                raise ValueError(
+                    f"layers {compact(sorted(missing))} of {type(model).__name__} must attend by "
+                    "transformers' attention interface, and did not."
+                )
             return logits[:, slice(-kept, None) if isinstance(kept, int) else kept]
     finally:
         _run.reset(token)
@@ -131,7 +138,10 @@ def attention_layers(
 
 @contextmanager
 def replaced_attention(
-    model: nn.Module, name: str, attention: Callable[..., tuple[Tensor, None]]
+    model: nn.Module,
+    name: str,
+    attention: Callable[..., tuple[Tensor, None]],
+    layers: Iterable[nn.Module],
 ) -> Iterator[None]:
     """Let the decoder of a model call ``attention`` inside this context, vision towers not.
 
@@ -141,6 +151,8 @@ def replaced_attention(
         model: A transformers model.
         name: What the function is registered as.
         attention: In the form of transformers' attention functions.
+        layers: The attention modules of the decoder. A decoder that was put in, or copied, has a
+            config of its own.
     """
     check_masks_are_known(model)
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -148,13 +160,16 @@ def replaced_attention(
     AttentionInterface.register(name, attention)
     # A name without a mask function of its own would get no mask at all.
     AttentionMaskInterface.register(name, _base_mask)
-    config = text_config(config_of(model))
-    implementation = config._attn_implementation
-    config._attn_implementation = name
+    found: list[Any] = [text_config(config_of(model)), *(config_of(layer) for layer in layers)]
+    configs = {id(config): config for config in found}.values()
+    implementations = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = name
     try:
         yield
     finally:
-        config._attn_implementation = implementation
+        for config, implementation in zip(configs, implementations, strict=True):
+            config._attn_implementation = implementation
 
 
 def _base_mask(*args: Any, **kwargs: Any) -> Tensor:
@@ -184,6 +199,7 @@ def _attention(
             f"{type(module).__name__} must be a decoder's, run by reference_logits, and isn't."
         )
     check_is_plain(dropout, kwargs.get("softcap"))
+    run.met.add(run.layers[module])
     num_heads, num_queries, num_keys = query.shape[1], query.shape[2], key.shape[2]
     template = Template(*(tensor.to(query.device) for tensor in run.template.tensors()))
     covered = tuple(template.span_id.shape)

@@ -371,8 +371,9 @@ class Runtime:
         if never:
             message += f" (layers {compact(never)} were never met)"
         message += (
-            ". Load the model with attn_implementation='sdpa', and set no stance of torch.compiler "
-            "that compiles nothing new. If torch._dynamo warned of its recompile_limit: "
+            ". Load the model with attn_implementation='sdpa', call it without output_attentions, "
+            "and set no stance of torch.compiler that compiles nothing new. If torch._dynamo "
+            "warned of its recompile_limit: "
             f"{RAISE_LIMIT}"
         )
         if not certain:

@@ -24,15 +24,23 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
-from blindsight.media import Video, identity_of, open_image, open_video, video_arguments
+from blindsight.media import (
+    Video,
+    identity_of,
+    open_image,
+    open_video,
+    shortened,
+    video_arguments,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -92,11 +100,25 @@ class Samples(Sequence[Sample]):
         where = f"sample {index} of {self.name}"
         try:
             row = self._rows[index]
-        except (OSError, SyntaxError, ValueError) as error:  # datasets decode images right here
+        except Exception as error:  # datasets decode images right here
             raise ValueError(f"{where} must be readable, got {error}. Remove or replace it.") from (
                 error
             )
         return _sample_of_row(row, index, where, self._folder)
+
+    def check(self) -> None:
+        """Check all rows, images by their headers: what is wrong is heard before long work.
+
+        Rows of a dataset of ``datasets`` are not: those decode their images to be looked at.
+
+        Raises:
+            ValueError: A row is malformed, or a file is missing or damaged.
+        """
+        if hasattr(self._rows, "_fingerprint"):
+            return
+        for index in self._indices:
+            where = f"sample {index} of {self.name}"
+            _sample_of_row(self._rows[index], index, where, self._folder, decode=False)
 
     def take(self, positions: Sequence[int]) -> Samples:
         """Return the samples at some positions, in that order."""
@@ -213,12 +235,16 @@ def model_inputs(
     try:
         return dict(processor(text=texts, images=images if any(images) else None, **options))
     except (RuntimeError, ValueError) as error:
+        what = shortened(" ".join(str(error).split()))
         if len(samples) == 1 or not any(videos):
-            raise
+            numbers = ", ".join(str(sample.index) for sample in samples)
+            raise ValueError(
+                f"sample {numbers} must be what {type(processor).__name__} takes, got: {what}"
+            ) from error
         raise ValueError(
             f"processor must take {len(samples)} prompts with videos at once, and "
-            f"{type(processor).__name__} did not: {' '.join(str(error).split())} Try a batch size "
-            "of 1: some need the same number of frames in every video."
+            f"{type(processor).__name__} did not: {what} Try a batch size of 1: some need the same "
+            "number of frames in every video."
         ) from error
 
 
@@ -390,10 +416,16 @@ def _media_of(row: Mapping[str, Any], kind: str) -> list[Any]:
     return list(single) if kind == "image" and isinstance(single, (list, tuple)) else [single]
 
 
-def _sample_of_row(row: Mapping[str, Any], index: int, where: str, folder: Path | None) -> Sample:
+def _sample_of_row(
+    row: Mapping[str, Any], index: int, where: str, folder: Path | None, *, decode: bool = True
+) -> Sample:
     messages = _messages_of(row, where)
     opened: dict[str, list[Any]] = {}
-    for kind, open_one in (("image", open_image), ("video", open_video)):
+    open_kind: dict[str, Callable[..., Any]] = {
+        "image": partial(open_image, decode=decode),
+        "video": open_video,
+    }
+    for kind, open_one in open_kind.items():
         media = enumerate(_media_of(row, kind), start=1)
         opened[kind] = [open_one(x, f"{kind} {number} of {where}", folder) for number, x in media]
         wanted = sum(entry.get("type") == kind for m in messages for entry in m["content"])
@@ -418,7 +450,9 @@ def _sample_of_row(row: Mapping[str, Any], index: int, where: str, folder: Path 
 def _messages_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     messages = row.get("messages")
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(f"messages of {where} must be a list of turns, got {messages!r}.")
+        raise ValueError(
+            f"messages of {where} must be a list of turns, got {shortened(repr(messages))}."
+        )
     result = []
     for message in messages:
         content = message.get("content") if isinstance(message, Mapping) else None
@@ -426,7 +460,8 @@ def _messages_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
             content = [{"type": "text", "text": content}]
         if not isinstance(content, (list, tuple)) or "role" not in message:
             raise ValueError(
-                f"messages of {where} must be {{'role': ..., 'content': ...}}, got {message!r}."
+                f"messages of {where} must be {{'role': ..., 'content': ...}}, got "
+                f"{shortened(repr(message))}."
             )
         # Tables fill up what an entry lacks with None.
         entries = [{k: v for k, v in entry.items() if v is not None} for entry in content]

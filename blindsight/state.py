@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from blindsight.attached import AttachedModels
@@ -22,6 +23,7 @@ class BackendState:
         models: Those that the backend is attached to.
         passes: The user's, around ours.
         verdicts: Of every attention call that was met, in the order of the graphs.
+        check_unchanged: Complains, before a prompt runs sparse, of what was changed since.
     """
 
     profile: Profile
@@ -31,6 +33,7 @@ class BackendState:
     models: AttachedModels
     passes: PassList = field(default_factory=lambda: PassList(()))
     verdicts: list[Verdict] = field(default_factory=list)
+    check_unchanged: Callable[[], None] = lambda: None
 
     def forget(self, graph: int) -> None:
         """Drop the verdicts of a graph that Dynamo does not get to run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class _Batch(Generic[T]):
             return False
         return self.versions[at] == version_of(tensor)
 
-    def watch(self, forget: Callable[[weakref.ref[Tensor]], None]) -> bool:
+    def watch(self, forget: Callable[[weakref.ref[Tensor]], None], ref: Any = weakref.ref) -> bool:
         """Call ``forget`` when a tensor dies that is still there; False if none is.
 
         The last, or else the first: a forward replaces the keys of its layers in turn, from
@@ -43,7 +43,7 @@ class _Batch(Generic[T]):
         for at in reversed(places) if self._watches_end else places:
             tensor = self.references[at]()
             if tensor is not None:
-                self.references[at] = weakref.ref(tensor, forget)
+                self.references[at] = ref(tensor, forget)  # modules may be gone at exit
                 return True
         return False
 

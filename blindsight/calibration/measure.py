@@ -79,6 +79,7 @@ def measure(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     ranks = current_ranks()
+    samples.check()
     positions = ranks.positions(len(samples), batch_size)
 
     def work() -> tuple[list[int], Measurements | None]:

@@ -28,11 +28,12 @@ def _run_tune(arguments: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from blindsight.cost_model import device_name, save_costs
+    from blindsight.cost_model import check_cache_file, device_name, save_costs
     from blindsight.ranks import local_device
     from blindsight.tune import measure_costs
 
     device = torch.device(local_device(arguments.device))
+    check_cache_file()  # before minutes of measuring
     for name in arguments.dtype:
         dtype = getattr(torch, name)
         steps = 4 if device.type == "cpu" else 7

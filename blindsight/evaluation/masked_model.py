@@ -231,7 +231,7 @@ def masked(
     token = _run.set(_Run(layers, masks))
     try:
         with (
-            replaced_attention(model, NAME, _attention),
+            replaced_attention(model, NAME, _attention, layers),
             disabled(),
             torch.compiler.set_stance("force_eager"),
             torch.no_grad(),
