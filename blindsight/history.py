@@ -39,13 +39,15 @@ class History:
         text_after: int = 0,
         corner: Tensor | None = None,
         template: Template | None = None,
+        kinds_after: Tensor | None = None,
     ) -> None:
         self._rule = rule
         # Tokens of text after the others are joined to them when needed: not in decoding. One
         # attribute, as threads may share a history.
         self._tokens = None if kinds is None else (kinds, text_after)
         self._corner = corner  # [2, B], height and width of the last token, if it is of a video
-        self._template = template
+        self._template = template if kinds_after is None else None
+        self._given = template, kinds_after  # by hand, and what came after it
         self._on_device: dict[torch.device, Template] = {}
         self._restricts: dict[int, bool] = {}
         self.memo: dict[object, Any] = {}  # what others found out of this sequence
@@ -53,14 +55,21 @@ class History:
         assert known is not None
         self.batch: int = known.shape[0]
         self.num_tokens: int = known.shape[1] + text_after
+        if kinds_after is not None:
+            self.num_tokens += kinds_after.shape[1]
 
     @property
     def template(self) -> Template:
         """The template, computed on first use: decoding never needs it."""
         if self._template is None:
-            kinds = self._kinds
-            assert kinds is not None
-            self._template = self._rule.template_of_kinds(kinds)
+            given, after = self._given
+            if given is None:
+                kinds = self._kinds
+                assert kinds is not None
+                self._template = self._rule.template_of_kinds(kinds)
+            else:
+                assert after is not None
+                self._template = _joined(given, self._rule.template_of_kinds(after))
         return self._template
 
     def restricts_queries_from(self, past: int) -> bool:
@@ -88,23 +97,17 @@ class History:
             first = torch.where(goes_on, kinds[:, 0] & _NO_FRAME, kinds[:, 0])
             whole = torch.cat([before, first[:, None], kinds[:, 1:]], dim=1)
             return History(self._rule, kinds=whole, corner=new.last_corner)
+        given, after = self._given
+        assert given is not None
+        after = kinds if after is None else torch.cat([after, kinds], dim=1)
         # A template given by hand says nothing of the tokens that would join its last span, nor of
         # marks, which tell what tiles are part of.
-        after, old = self._rule.template_of_kinds(kinds), self.template
-        joins = (old.span_id[:, -1] > 0) & (kinds[:, 0] > 0)
+        joins = (given.span_id[:, -1] > 0) & (after[:, 0] > 0)
         if self._rule.leading_tile_ids or self._rule.trailing_tile_ids:
-            joins |= (kinds & IMAGE).bool().any(1)
+            joins |= (after & IMAGE).bool().any(1)
         if bool(joins.any()):
             return None
-        last = old.span_id.amax(dim=1, keepdim=True)
-        span_id = torch.where(after.span_id > 0, after.span_id + last, 0)
-        return History(
-            self._rule,
-            template=Template(
-                torch.cat([old.span_id, span_id], dim=1),
-                torch.cat([old.is_sink, after.is_sink], dim=1),
-            ),
-        )
+        return History(self._rule, template=given, kinds_after=after)
 
     def lacks_frames(self, new: Pending) -> bool:
         """Whether new tokens go on with a video, and nothing tells if they begin a frame."""
@@ -142,6 +145,16 @@ class History:
         corner = new.corners[..., 0]
         unknown = is_cut & is_of_text(self._corner, corner)
         return is_cut & (unknown | ~begins_frame(self._corner, corner)), unknown
+
+
+def _joined(first: Template, second: Template) -> Template:
+    """Return the template of two pieces of a sequence, no span of which goes on in the other."""
+    before = first.span_id.amax(dim=1, keepdim=True)
+    span_id = torch.where(second.span_id > 0, second.span_id + before, 0)
+    return Template(
+        torch.cat([first.span_id, span_id], dim=1),
+        torch.cat([first.is_sink, second.is_sink], dim=1),
+    )
 
 
 class Witness(NamedTuple):

@@ -60,7 +60,8 @@ class CacheInputs:
     """Where a graph finds and leaves the keys of one cache (see ``KeyCache``), by position.
 
     ``has_new`` says that what is found holds the call's own keys already: a frame that Dynamo
-    resumed after the cache was updated. ``call`` is the number of a call that attends to them.
+    resumed after the cache was updated. ``call`` is the number of a call that attends to them,
+    or, if they are not ``is_read``, to those that it writes there.
     """
 
     before: int | None = None
@@ -68,6 +69,7 @@ class CacheInputs:
     after: tuple[int, ...] = ()
     length: int | None = None
     in_place: bool = False
+    is_read: bool = True
     call: int = field(default=0, compare=False)
 
 
@@ -361,6 +363,7 @@ class _Planner:
                 after=after,
                 length=None if found.length is None else inputs.index(found.length),
                 in_place=found.in_place,
+                is_read=found.is_read,
                 call=number,
             )
             caches.setdefault(cache)

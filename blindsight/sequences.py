@@ -111,7 +111,9 @@ class Sequences:
         # What was known of these is of an earlier call; what that left there nobody saw.
         unknown = [args[at] for at in caches.found]
         for keys in unknown if history is not None else [*unknown, *tensors]:
-            notes.drop(keys)
+            note = notes.get(keys)
+            if note is None or note.history is not history:  # not of this forward
+                notes.drop(keys)
         if left:
             notes.put(tensors, left, labels)
 
@@ -128,14 +130,26 @@ class Sequences:
         cache = self._plan.cache
         # Reading a counter on a device waits for it: not for a decoded token.
         decodes = pending is not None and pending.is_text and num_queries == 1
+        note = None if cache.before is None else self._runtime.caches.get(args[cache.before])
         matters = explicit is not None or not decodes
-        length = int(args[cache.length]) if cache.length is not None and matters else None
+        length = None
+        if cache.length is not None and (matters or note is None):
+            length = int(args[cache.length])
         if length == 0:
             return Past(None, True)
         if cache.before is None:
             return Past(None, length is None and num_keys == num_queries)
         keys: Tensor = args[cache.before]
-        note = self._runtime.caches.get(keys)
+        if not cache.is_read and length is None and num_keys == num_queries:
+            return Past(None, True)  # what it holds is overwritten
+        if note is not None and cache.has_new:
+            # An earlier layer may have left it in this very forward, which shares its keys.
+            if note.history is explicit:
+                return Past(None, False)
+            joined = () if pending is None else pending.joined.values()
+            for past, whole in joined:
+                if note.history is whole:
+                    return Past(past, True, decodes)
         if note is None and not decodes:
             # as in a copy of the cache
             note = self._runtime.caches.find_equal(keys, layers[cache.call])

@@ -242,12 +242,14 @@ class KeyCache:
         after: Nodes that may be the cache's tensor when the graph has run.
         length: The input that counts the tokens in a static cache, or None.
         in_place: Whether the graph writes the new keys into ``before``.
+        is_read: Whether the call attends to what ``before`` holds, and not to its own keys alone.
     """
 
     before: fx.Node | None
     after: tuple[fx.Node, ...]
     length: fx.Node | None
     in_place: bool
+    is_read: bool
 
 
 def find_key_cache(gm: fx.GraphModule, attention: Attention) -> KeyCache:
@@ -278,6 +280,7 @@ def find_key_cache(gm: fx.GraphModule, attention: Attention) -> KeyCache:
                 if node not in after and _same_heads(node, key):
                     after.append(node)
                     waiting.append(node)
+    is_read = before is not None
     if before is None:
         held = [node for node in written if node.op == "placeholder"]
         before = held[0] if held else None
@@ -294,7 +297,7 @@ def find_key_cache(gm: fx.GraphModule, attention: Attention) -> KeyCache:
         user.args[:1] == (before,) and user.target in ("copy_", "index_copy_", operator.setitem)
         for user in before.users
     )
-    return KeyCache(before, tuple(after), length, in_place)
+    return KeyCache(before, tuple(after), length, in_place, is_read)
 
 
 def _same_heads(node: fx.Node, key: fx.Node) -> bool:

@@ -4,6 +4,7 @@
 """
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -538,3 +539,23 @@ def test_a_static_cache_of_chunked_layers(family: str, lowering: str) -> None:
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
     runs = {how for row in backend.report().rows if row.rewritten for how in row.runs}
     assert runs and all(how.startswith("sparse") for how in runs)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_layers_that_share_keys_are_compiled_one_by_one(by_hand: bool) -> None:
+    """The keys that they are given were noted by an earlier layer, in the same forward."""
+    model = without_vision(tiny_model("gemma4"))
+    inputs = make_inputs("gemma4", NUM_IMAGES)
+    profile = profile_of(model, "gemma4")
+    span_id, is_sink = profile.rule.template(inputs["input_ids"]).tensors()
+    expected = run_reference(model, *masks_of(profile, inputs), inputs, use_cache=False).logits
+    torch._dynamo.reset()
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
+    for layer in model.model.language_model.layers:
+        layer.compile(backend=backend)
+    around = blindsight.use_template(span_id, is_sink) if by_hand else nullcontext()
+    with torch._dynamo.config.patch(recompile_limit=64), torch.no_grad(), around:
+        found = model(**inputs, use_cache=True).logits
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+    runs = {how for row in backend.report().rows for how in row.runs}
+    assert all(how.startswith("sparse") for how in runs)

@@ -1,8 +1,10 @@
 """What a model shows of its forwards: nothing that Dynamo drops, or that failed, goes unseen."""
 
+import contextlib
 import copy
 import gc
 import io
+import itertools
 import pickle
 import re
 import threading
@@ -431,3 +433,81 @@ def test_layers_that_accelerate_moves(model: Any) -> None:
             hooks.add_hook_to_module(part, moves)
     found = compiled(model)(**inputs).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["in place", "wrapped"])
+def test_weights_that_accelerate_offloads_are_an_error_at_once(model: Any, how: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    inputs = inputs_of(*PROMPT)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    run = compiled(model)
+    if how == "in place":
+        model.compile(backend=backend_of(model))
+        run = model
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"must be parameters of the model.*offloads weights"):
+            run(**inputs)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_cache_that_slides_is_reset(mode: Any) -> None:
+    """Its keys are overwritten unread, and nothing counts what is written in inference mode."""
+    model = without_vision(tiny_model("gemma3", num_layers=2))
+    profile = Profile.for_model(model, CATEGORIES)
+    first, second = (
+        make_inputs("gemma3", [[text, Image(), 9, Image(), 8]], seed=text) for text in (5, 4)
+    )
+    expected = reference_logits(model, second, profile)
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
+    for layer in model.model.language_model.layers:
+        layer.compile(backend=backend)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+    with torch._dynamo.config.patch(recompile_limit=64), mode():
+        model(**first, past_key_values=cache, use_cache=True)
+        cache.reset()
+        found = model(**second, past_key_values=cache, use_cache=True).logits.clone()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+def test_the_first_token_is_prefilled_alone(model: Any, cache_class: Any) -> None:
+    inputs = inputs_of(*PROMPT)
+    expected = reference_logits(model, inputs, profile_of(model))
+    backend = backend_of(model)
+    model.model.language_model.compile(backend=backend)
+    config = model.config.get_text_config()
+    sizes = {"max_cache_len": 128} if cache_class is StaticCache else {}
+    cache = cache_class(config=config, **sizes)
+    begin, rest = split_turns(model, inputs, 1)
+    model(**begin, past_key_values=cache, use_cache=True)
+    found = model(**rest, past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(found, expected[:, 1:], atol=1e-4, rtol=0)
+
+
+def test_a_delimiter_at_the_end_of_a_chunk_after_a_template_by_hand(model: Any) -> None:
+    """Of tokens that came after the template everything is known that the rule needs."""
+    inputs = inputs_of(5, Image(), 4, Image(), 6, Image(), 8)
+    ids = inputs["input_ids"]
+    rule = profile_of(model).rule
+    starts = (ids[0] == rule.start_token_ids[0]).nonzero().flatten().tolist()
+    cuts = [0, starts[2] - 3, starts[2] + 1, ids.shape[1]]
+    positions = full_position_ids(model, inputs)
+    model.model.language_model.compile(backend=backend_of(model))
+    outputs = {}
+    for by_hand in (False, True):
+        cache = DynamicCache(config=model.config.get_text_config())
+        parts = []
+        for begin, end in itertools.pairwise(cuts):
+            template = rule.template(ids[:, :end]).tensors()
+            is_first = begin == 0 and by_hand
+            with use_template(*template) if is_first else contextlib.nullcontext():
+                output = model(
+                    input_ids=ids[:, begin:end],
+                    position_ids=positions[..., begin:end],
+                    attention_mask=inputs["attention_mask"][:, :end],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            parts.append(output.logits)
+        outputs[by_hand] = torch.cat(parts, dim=1)
+    torch.testing.assert_close(outputs[True], outputs[False], atol=1e-5, rtol=0)
