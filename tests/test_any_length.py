@@ -421,3 +421,10 @@ def test_capacities_are_few() -> None:
     composed = [capacity_of(n, cuda, size + 1) for n in lengths]
     assert composed == [1024, 1024, 2048, 2**19]
     assert [capacity_of(n, device, 7) for n in lengths for device in (CPU, cuda)] == [None] * 8
+
+
+def test_a_warmup_of_a_model_that_is_not_compiled() -> None:
+    model = without_vision(tiny_model("qwen2_5_vl", num_layers=2))
+    backend = blindsight_backend(Profile.for_model(model, [MIXED] * 2), inner="eager")
+    with pytest.raises(ValueError, match=r"must be what is compiled.*torch\.compile returned"):
+        backend.warmup(model, {**prompts("qwen2_5_vl")[0], "use_cache": False}, [64])

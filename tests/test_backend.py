@@ -11,6 +11,8 @@ from transformers import DynamicCache
 
 import blindsight
 from blindsight import BlindsightWarning, Profile, TemplateRule, blindsight_backend, use_template
+from blindsight.backend import blindsight as by_name
+from blindsight.compiled_graph import CompiledGraph
 from models import (
     END_ID,
     IMAGE_ID,
@@ -70,13 +72,11 @@ def test_by_name_with_options(qwen: Any, inputs: Any, as_path: bool, tmp_path: A
     """The entry point's function is called for every graph; its state must be one all the same."""
     from torch._dynamo.backends import registry
 
-    from blindsight.backend import blindsight as entry_point
-
     profile = profile_of(qwen)
     profile.save(tmp_path / "profile.safetensors")
     if "blindsight" not in registry._BACKENDS and "blindsight" not in torch._dynamo.list_backends():
         # Not installed, only on the path: what importlib.metadata would have found.
-        registry.register_backend(compiler_fn=entry_point, name="blindsight")
+        registry.register_backend(compiler_fn=by_name, name="blindsight")
     options = {
         "profile": tmp_path / "profile.safetensors" if as_path else profile,
         "inner": "eager",
@@ -87,10 +87,84 @@ def test_by_name_with_options(qwen: Any, inputs: Any, as_path: bool, tmp_path: A
 
 
 def test_by_name_without_a_profile(qwen: Any, inputs: Any) -> None:
-    from blindsight.backend import blindsight as entry_point
-
     with pytest.raises(ValueError, match=r"must be given a profile.*options=\{'profile'"):
-        entry_point(torch.fx.GraphModule({}, torch.fx.Graph()), [])
+        by_name(torch.fx.GraphModule({}, torch.fx.Graph()), [])
+
+
+def test_equal_options_share_a_backend(inputs: Any, tmp_path: Any) -> None:
+    """As they share Dynamo's graphs: a profile that is written anew is not mixed with the old."""
+    model = without_vision(tiny_model("qwen2_5_vl", num_layers=2))
+    path = tmp_path / "profile.safetensors"
+    old, new = profile_of(model), profile_of(model, [[3, 3, 1, 1], [2, 0, 2, 0]])
+    old.save(path)
+    other = make_inputs("qwen2_5_vl", [[6, Image(2, 5), 4, Image(4, 3), 9]])
+
+    def compiled() -> Any:
+        options = {"profile": path, "inner": "eager", "lowering": "fused"}
+        return torch.compile(model, backend=by_name, options=options)
+
+    torch._dynamo.reset()
+    check(model, old, inputs, compiled()(**inputs, use_cache=False).logits)
+    new.save(path)
+    with pytest.warns(BlindsightWarning, match=r"was written to since.*torch\.compiler\.reset"):
+        check(model, old, inputs, compiled()(**inputs, use_cache=False).logits)
+    check(model, old, other, compiled()(**other, use_cache=False).logits)
+    torch.compiler.reset()
+    for each in (inputs, other):
+        check(model, new, each, compiled()(**each, use_cache=False).logits)
+
+
+def test_options_that_are_edited_are_an_error(qwen: Any, inputs: Any) -> None:
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"profile": profile_of(qwen), "inner": "eager", "lowering": "fused"}
+    first = torch.compile(qwen, backend=by_name, options=options)
+    first(**inputs, use_cache=False)
+    options["profile"] = profile_of(qwen, [[3, 3, 1, 1], [2, 0, 2, 0]])
+    for run in (first, torch.compile(qwen, backend=by_name, options=options)):
+        with pytest.raises(ValueError, match="must stay as they were given"):
+            run(**inputs, use_cache=False)
+
+
+def test_a_misspelt_option_is_an_error(qwen: Any) -> None:
+    with pytest.raises(ValueError, match="got 'lowring' for 'lowering'"):
+        blindsight_backend(profile_of(qwen), inner="eager", lowring="fused")
+    blindsight_backend(profile_of(qwen), mode="default")
+
+
+def test_a_profile_that_is_written_to_is_not_the_backends(inputs: Any) -> None:
+    model = without_vision(tiny_model("qwen2_5_vl", num_layers=2))
+    profile, expected = profile_of(model), profile_of(model)
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
+    profile.categories[:] = 2
+    torch._dynamo.reset()
+    logits = torch.compile(model, backend=backend)(**inputs, use_cache=False).logits
+    check(model, expected, inputs, logits)
+
+
+@pytest.mark.parametrize("lowering", ["fused", "split", "auto"])
+def test_tensors_are_made_on_another_device_by_default(
+    inputs: Any, lowering: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after ``torch.set_default_device("cuda")``; what is chosen is chosen on the host."""
+    as_callable = CompiledGraph.as_callable
+
+    def elsewhere(graph: CompiledGraph) -> Any:
+        run = as_callable(graph)
+
+        def run_elsewhere(*args: Any) -> Any:
+            with torch.device("meta"):
+                return run(*args)
+
+        return run_elsewhere
+
+    monkeypatch.setattr(CompiledGraph, "as_callable", elsewhere)
+    model = without_vision(tiny_model("qwen2_5_vl", num_layers=2))
+    profile = profile_of(model)
+    torch._dynamo.reset()
+    backend = blindsight_backend(profile, inner="eager", lowering=lowering)
+    logits = torch.compile(model, backend=backend)(**inputs, use_cache=False).logits
+    if lowering != "auto":
+        check(model, profile, inputs, logits)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -161,6 +235,17 @@ def test_explain_traces_rewrites_and_leaves_no_trace(qwen: Any, inputs: Any) -> 
     assert "language_model.layers.1.self_attn" in table
     assert "1 DENSE, 1 SINK, 1 DOCUMENT, 1 DOCUMENT_SINK" in table
     assert dict(qwen._forward_pre_hooks) == hooks
+
+
+def test_explain_looks_through_a_model_that_is_compiled_in_place(qwen: Any, inputs: Any) -> None:
+    torch._dynamo.reset()
+    qwen.compile(backend="eager")
+    before = qwen._compiled_call_impl
+    report = blindsight.explain(qwen, inputs, profile_of(qwen), lowering="fused")
+    assert qwen._compiled_call_impl is before
+    qwen._compiled_call_impl = None
+    assert [row.rewritten for row in report.rows if row.layer is not None] == [True, True]
+    assert not report.missing_layers
 
 
 def test_a_family_that_is_not_listed_works_through_its_rule(qwen: Any, inputs: Any) -> None:

@@ -175,6 +175,21 @@ def test_the_models_attention_is_as_before() -> None:
     torch.testing.assert_close(whole, decoder.prefill(batch, None).logits)
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_a_decoder_that_was_put_in_has_a_config_of_its_own(family: str) -> None:
+    rows = [[5, Image(), 4, Image(), 6]]
+    model, inputs = tiny_model(family), make_inputs(family, rows)
+    profile = Profile.for_model(model, "document")
+    expected = reference_logits(model, inputs, profile)
+    model.model.language_model = copy.deepcopy(model.model.language_model)
+    assert torch.equal(reference_logits(model, inputs, profile), expected)
+    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    batch = decoder.prepare(inputs)
+    masks = ProfileMasking(profile.categories).masks(batch.prompt)
+    found = decoder.prefill(batch, masks).logits
+    torch.testing.assert_close(found, expected[:, -1], atol=1e-5, rtol=0)
+
+
 def test_padding_on_the_right_is_an_error() -> None:
     decoder, _, _ = decoder_and_batch()
     with pytest.raises(ValueError, match="padded on the left"):

@@ -387,6 +387,16 @@ class TestSaveAndLoad:
         loaded = Profile.load(write(tmp_path / "other"))
         assert loaded == make_profile(evidence={})
 
+    def test_what_was_written_to_is_not_saved(self, tmp_path: Path) -> None:
+        profile = make_profile()
+        profile.categories[0, 0] = 2
+        with pytest.raises(ValueError, match=r"must not be written to.*replace\(profile, categ"):
+            profile.save(tmp_path / "profile.safetensors")
+        assert not list(tmp_path.iterdir())
+        other = dataclasses.replace(profile, categories=profile.categories)
+        other.save(tmp_path / "profile.safetensors")
+        assert Profile.load(tmp_path / "profile.safetensors") == other
+
     def test_failed_save_leaves_all_as_it_was(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

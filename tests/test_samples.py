@@ -1,5 +1,6 @@
 """Datasets from everywhere, processors, and what is said of broken ones."""
 
+import base64
 import io
 import json
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from blindsight.calibrate import calibrate
 from blindsight.samples import Samples, load_processor, load_samples, model_inputs
 from family_processors import HAS_TORCHVISION
 from models import IMAGE_ID, tiny_model
@@ -161,6 +163,57 @@ def test_a_broken_image_file(folder: Path) -> None:
     for index, name in ((2, "image 2"), (3, "image 1")):
         with pytest.raises(ValueError, match=f"{name} of sample {index} of .* must be an image"):
             samples[index]
+
+
+def test_all_rows_are_checked_before_long_work(folder: Path) -> None:
+    samples = load_samples(folder)
+    samples.check()
+    (folder / "img/4b.png").write_bytes(b"no image")
+    samples.take([0, 1, 2, 3]).check()
+    with pytest.raises(ValueError, match=r"image 2 of sample 4 of .* must be an image"):
+        samples.check()
+    model = tiny_model("qwen2_5_vl")
+    with pytest.raises(ValueError, match=r"image 2 of sample 4 of .* must be an image"):
+        calibrate(model, None, samples, progress=False)
+
+
+def test_photographs_are_turned_as_they_say(tmp_path: Path) -> None:
+    upright = Image.effect_noise((32, 16), 90).convert("RGB")
+    turned, exif = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    turned.save(tmp_path / "turned.png", exif=exif)
+    encoded = base64.b64encode((tmp_path / "turned.png").read_bytes()).decode()
+    for image in (
+        tmp_path / "turned.png",
+        (tmp_path / "turned.png").read_bytes(),
+        Image.open(tmp_path / "turned.png"),
+        f"data:image/png;base64,{encoded}",
+    ):
+        (sample,) = load_samples([{"images": [image], "messages": messages(num_images=1)}])
+        assert sample.images[0].tobytes() == upright.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("https://example.com/a.png", r"got https://example.com/a.png. Download it first"),
+        ("data:image/png;base64,iVBO", "must be an image file"),
+        ("A" * 5000, r"must be an image file, got .{10,320}\. Replace"),
+    ],
+)
+def test_what_is_no_file(image: str, message: str) -> None:
+    samples = load_samples([{"images": [image], "messages": messages(num_images=1)}])
+    assert len(samples.digest()) == 64
+    with pytest.raises(ValueError, match=message):
+        samples[0]
+
+
+def test_an_image_that_the_processor_does_not_take_has_a_number() -> None:
+    rows = memory_rows(2)
+    rows[1]["images"][0] = Image.new("RGB", (3000, 4))
+    samples = load_samples(rows)
+    with pytest.raises(ValueError, match=r"sample 1 must be what Qwen.*takes, got: .*aspect ratio"):
+        model_inputs(tiny_processor("qwen2_5_vl"), [samples[1]])
 
 
 def test_a_broken_line(folder: Path) -> None:
