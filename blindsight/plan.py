@@ -359,7 +359,7 @@ class _Planner:
                 self._check_recompile_limit()
             cache = CacheInputs(
                 before=None if found.before is None else inputs.index(found.before),
-                has_new=found.before is call.attention.key,
+                has_new=found.has_new,
                 after=after,
                 length=None if found.length is None else inputs.index(found.length),
                 in_place=found.in_place,

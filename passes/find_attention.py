@@ -35,6 +35,7 @@ _DEFAULTS: dict[str, Any] = {
     "scale": None,
     "enable_gqa": False,
 }
+_SAME_ELEMENTS = ("to", "contiguous", "clone")
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,7 @@ class KeyCache:
         length: The input that counts the tokens in a static cache, or None.
         in_place: Whether the graph writes the new keys into ``before``.
         is_read: Whether the call attends to what ``before`` holds, and not to its own keys alone.
+        has_new: Whether ``before`` holds the call's own keys already.
     """
 
     before: fx.Node | None
@@ -250,11 +252,13 @@ class KeyCache:
     length: fx.Node | None
     in_place: bool
     is_read: bool
+    has_new: bool
 
 
 def find_key_cache(gm: fx.GraphModule, attention: Attention) -> KeyCache:
     """Return how the keys of a call pass through a cache, as far as the graph shows it."""
     key = _before_repeat(_before_cut(attention), attention.query)
+    key = _latents_of(key) or key
     before = None
     chain, waiting = [key], [key]
     while waiting:
@@ -297,7 +301,30 @@ def find_key_cache(gm: fx.GraphModule, attention: Attention) -> KeyCache:
         user.args[:1] == (before,) and user.target in ("copy_", "index_copy_", operator.setitem)
         for user in before.users
     )
-    return KeyCache(before, tuple(after), length, in_place, is_read)
+    while key.target in _SAME_ELEMENTS and isinstance(key.args[0], fx.Node):
+        key = key.args[0]  # layers may be on several devices
+    has_new = before is key and not in_place
+    return KeyCache(before, tuple(after), length, in_place, is_read, has_new)
+
+
+def _latents_of(key: fx.Node) -> fx.Node | None:
+    """Return the ``[B, 1, K, R]`` that keys are computed of, where a cache holds those instead."""
+    num_keys = None if (ours := fake_tensor(key)) is None else ours.shape[2]
+    seen, waiting = {key}, [key]
+    while waiting:
+        node = waiting.pop()
+        if node.target is torch.nn.functional.linear:
+            source = node.all_input_nodes[0]
+            latents = fake_tensor(source)
+            if latents is not None and latents.dim() == 4 and same_size(latents.shape[1], 1):
+                return source if same_size(latents.shape[2], num_keys) else None
+            continue
+        for parent in node.all_input_nodes:
+            tensor = fake_tensor(parent)
+            if parent not in seen and tensor is not None and tensor.dim() == 4:
+                seen.add(parent)
+                waiting.append(parent)
+    return None
 
 
 def _same_heads(node: fx.Node, key: fx.Node) -> bool:

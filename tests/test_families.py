@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._pytree import tree_map
-from transformers import CONFIG_MAPPING, StaticCache
+from transformers import CONFIG_MAPPING, DynamicCache, StaticCache
 
 import blindsight
 from blindsight import Profile, TemplateRule, blindsight_backend
@@ -559,3 +559,33 @@ def test_layers_that_share_keys_are_compiled_one_by_one(by_hand: bool) -> None:
     torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
     runs = {how for row in backend.report().rows for how in row.runs}
     assert all(how.startswith("sparse") for how in runs)
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+def test_turns_on_a_cache_of_latents(cache_class: Any) -> None:
+    """Newer transformers keep what keys are computed of, of one head."""
+    model = without_vision(tiny_model("kimi_k25"))
+    profile = profile_of(model, "kimi_k25")
+    turns = [make_inputs("kimi_k25", 2), make_inputs("kimi_k25", 3)]
+    per_token = ("input_ids", "attention_mask")
+    whole = {
+        name: torch.cat([turn[name] for turn in turns], dim=int(name in per_token))
+        for name in turns[0]
+    }
+    expected = run_reference(model, *masks_of(profile, whole), whole, use_cache=False).logits
+    torch._dynamo.reset()
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
+    model.model.language_model.compile(backend=backend)
+    num_tokens = whole["input_ids"].shape[1]
+    sizes = {"max_cache_len": num_tokens + 9} if cache_class is StaticCache else {}
+    cache = cache_class(config=model.config.get_text_config(), **sizes)
+    found = []
+    with torch.no_grad():
+        for turn in turns:
+            seen = sum(part.shape[1] for part in found) + turn["input_ids"].shape[1]
+            given = {**turn, "attention_mask": whole["attention_mask"][:, :seen]}
+            argument = {cache_argument(model.forward): cache}
+            found.append(model(**given, **argument, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=5e-5, rtol=0)
+    runs = {how for row in backend.report().rows for how in row.runs}
+    assert runs and all(how.startswith("sparse") for how in runs)
