@@ -153,8 +153,8 @@ def blindsight_backend(
 
     Raises:
         ValueError: The profile is damaged or does not fit the model, the inner backend or the
-            lowering does not exist, an option looks like a misspelt one of these, or a pass
-            requires what no pass before it ensures.
+            lowering does not exist, an option for a backend by name looks like a misspelt one of
+            these, or a pass requires what no pass before it ensures.
     """
     if not isinstance(profile, Profile):
         if not isinstance(profile, (str, os.PathLike)):
@@ -162,7 +162,8 @@ def blindsight_backend(
                 f"profile must be a Profile or the path of one, got {type(profile).__name__}."
             )
         profile = Profile.load(profile)
-    _check_options(inner_options)
+    if isinstance(inner, str):
+        _check_options(inner_options)
     return BlindsightBackend(
         profile,
         inner=inner,
@@ -175,7 +176,7 @@ def blindsight_backend(
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    """Check that options for an inner backend are not ours, misspelt: few backends would say so.
+    """Check that options for an inner backend are not ours, misspelt: few of torch's would say so.
 
     Raises:
         ValueError: One looks like it.

@@ -99,7 +99,11 @@ class History:
             return History(self._rule, kinds=whole, corner=new.last_corner)
         given, after = self._given
         assert given is not None
-        after = kinds if after is None else torch.cat([after, kinds], dim=1)
+        if after is not None:
+            if bool((after[:, -1] & kinds[:, 0] & VIDEO).any()):
+                return None  # whether a frame goes on is told by more than is kept here
+            kinds = torch.cat([after, kinds], dim=1)
+        after = kinds
         # A template given by hand says nothing of the tokens that would join its last span, nor of
         # marks, which tell what tiles are part of.
         joins = (given.span_id[:, -1] > 0) & (after[:, 0] > 0)

@@ -123,7 +123,7 @@ def evaluated(model: Any, inputs: dict[str, torch.Tensor], profile: Profile) -> 
     return found
 
 
-@pytest.mark.parametrize("on_gpu", [(1,), (0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("on_gpu", [(1,), pytest.param((0, 2), marks=pytest.mark.nightly)])
 def test_a_model_on_several_devices_is_evaluated(on_gpu: tuple[int, ...]) -> None:
     """As `device_map` spreads one: each part moves what it is given."""
     model = tiny_model("qwen2_5_vl", num_layers=3)

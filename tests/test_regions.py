@@ -72,7 +72,9 @@ def test_what_a_compiler_is_told_of_the_operator_is_so(template: Any) -> None:
     args = (*_write(windowed(span_id)), span_id, is_sink, span_id.shape[0], length, length)
     torch.library.opcheck(_ordered_mask, args, test_utils=checks)
     for capacities in ((None, None), (length + 70, length + 9), (None, length)):
-        torch.library.opcheck(_sorted_mask, (*args, *capacities), test_utils=checks)
+        for by_group in (False, True):
+            given = (*args, *capacities, by_group)
+            torch.library.opcheck(_sorted_mask, given, test_utils=checks)
 
 
 def test_numbers_that_are_not_known_yet_are_arguments_of_the_operator() -> None:
