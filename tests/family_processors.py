@@ -412,7 +412,9 @@ def make_processor(family: str) -> Any:
         ImportError: These transformers have none, or it needs a package that is not here.
     """
     row = ROWS[family]
-    kinds = IMAGE_PROCESSOR_MAPPING_NAMES[_SAME_AS.get(family, family)]
+    kinds = IMAGE_PROCESSOR_MAPPING_NAMES.get(_SAME_AS.get(family, family))
+    if kinds is None:
+        raise ImportError("these transformers have none")
     if not HAS_TORCHVISION and ("pil" not in kinds or family in _NEED_TORCHVISION):
         raise ImportError("needs torchvision")
     image_processor = getattr(transformers, kinds["torchvision" if HAS_TORCHVISION else "pil"])

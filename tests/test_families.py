@@ -205,7 +205,8 @@ def test_every_listed_family_is_here() -> None:
 
 def test_every_listed_family_is_in_the_document() -> None:
     text = (Path(__file__).parent.parent / "FAMILIES.md").read_text()
-    assert set(FAMILIES) == set(re.findall(r"`([a-z0-9_]+)`", text)) & set(CONFIG_MAPPING)
+    here = set(CONFIG_MAPPING)  # of these transformers, which may be older than a family
+    assert set(FAMILIES) & here == set(re.findall(r"`([a-z0-9_]+)`", text)) & here
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     assert f"any of {len(FAMILIES)} families" in readme
 
