@@ -2,9 +2,9 @@
 
 Where no graph shows how a mask came about (decoder layers that are compiled one by one, a static
 cache in ``generate``), its elements still tell what it is, or what it is to each group of keys:
-text, sinks and other tokens of spans. Looking at them once costs a few bytes
-of memory traffic per pair of tokens, beside thousands of operations per pair in attention, which
-would otherwise look at them in every head of every layer.
+text, sinks and other tokens of spans. Looking at them once costs a few bytes of memory traffic per
+pair of tokens, beside thousands of operations per pair in attention, which would otherwise look at
+them in every head of every layer.
 
 Shapes: B batch, Q query rows, K key columns.
 """
@@ -95,14 +95,26 @@ class GivenMasks:
             known = None  # a tensor of inference mode keeps no count of its changes
         if known and known.sizes == sizes and (known.template or template) is template:
             return known.base
-        looked_at, found = None, intervals_of_elements(mask, *sizes)
-        if found is None:
-            looked_at = template
-            found = intervals_of_elements(
-                mask, *sizes, groups=groups_of_keys(*template.tensors(), num_keys)
-            )
-        self._notes.put([mask], [Note(sizes, looked_at, found)], [0])
+        found = intervals_or_groups(mask, *sizes, template)
+        is_of_all = found is not None and found.lower.dim() == 2
+        self._notes.put([mask], [Note(sizes, None if is_of_all else template, found)], [0])
         return found
+
+
+def intervals_or_groups(
+    mask: Tensor, batch: int, num_queries: int, num_keys: int, template: Template
+) -> BaseMask | None:
+    """Return the intervals of keys that a mask consists of, or else those of each group of keys.
+
+    Args:
+        mask, batch, num_queries, num_keys: As for :func:`intervals_of_elements`.
+        template: Of the whole sequence: groups are text, sinks and other tokens of spans.
+    """
+    sizes = batch, num_queries, num_keys
+    if (found := intervals_of_elements(mask, *sizes)) is not None:
+        return found
+    groups = groups_of_keys(*template.tensors(), num_keys)
+    return intervals_of_elements(mask, *sizes, groups=groups)
 
 
 def intervals_of_elements(

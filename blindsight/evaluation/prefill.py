@@ -29,7 +29,7 @@ from blindsight.families import (
     widths_of,
     with_attention,
 )
-from blindsight.given_mask import intervals_of_elements
+from blindsight.given_mask import intervals_or_groups
 from blindsight.intervals import groups_of_keys
 from blindsight.masks import BaseMask
 from blindsight.profile import Profile
@@ -280,11 +280,7 @@ class Decoder:
         if mask is None:  # without attention
             nothing = valid.new_zeros(valid.shape, dtype=torch.int32)
             return BaseMask(nothing + 1, nothing, valid)
-        sizes, mask = (batch, num_tokens, num_tokens), mask.to(self.device)
-        base = intervals_of_elements(mask, *sizes)
-        if base is None:
-            groups = groups_of_keys(*template.tensors(), num_tokens)
-            base = intervals_of_elements(mask, *sizes, groups=groups)
+        base = intervals_or_groups(mask.to(self.device), batch, num_tokens, num_tokens, template)
         if base is None:
             raise ValueError(
                 f"the masks of {type(self.model).__name__} must be one interval of tokens per row, "
