@@ -160,7 +160,7 @@ class CompiledGraph:
         groups = tuple(layout.groups for layout in rewriting.layouts)
         sizes = tuple(args[at] for at in self._plan.symbols.values())
         numbers = {name: args[at].item() for name, at in self._plan.numbers.items()}
-        given = tuple((name, mask.lower.dim()) for name, mask in rewriting.given.items())
+        given = tuple((name, mask.is_by_group) for name, mask in rewriting.given.items())
         fixed = given, tuple(numbers.values())
         key = (rewriting.form, rewriting.calls, groups, *fixed)
         num_tokens = template.num_tokens

@@ -96,7 +96,7 @@ class GivenMasks:
         if known and known.sizes == sizes and (known.template or template) is template:
             return known.base
         found = intervals_or_groups(mask, *sizes, template)
-        is_of_all = found is not None and found.lower.dim() == 2
+        is_of_all = found is not None and not found.is_by_group
         self._notes.put([mask], [Note(sizes, None if is_of_all else template, found)], [0])
         return found
 

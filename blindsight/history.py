@@ -99,11 +99,9 @@ class History:
             return History(self._rule, kinds=whole, corner=new.last_corner)
         given, after = self._given
         assert given is not None
-        if after is not None:
-            if bool((after[:, -1] & kinds[:, 0] & VIDEO).any()):
-                return None  # whether a frame goes on is told by more than is kept here
-            kinds = torch.cat([after, kinds], dim=1)
-        after = kinds
+        if after is not None and bool((after[:, -1] & kinds[:, 0] & VIDEO).any()):
+            return None  # whether a frame goes on is told by more than is kept here
+        after = kinds if after is None else torch.cat([after, kinds], dim=1)
         # A template given by hand says nothing of the tokens that would join its last span, nor of
         # marks, which tell what tiles are part of.
         joins = (given.span_id[:, -1] > 0) & (after[:, 0] > 0)

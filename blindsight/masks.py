@@ -45,9 +45,14 @@ class BaseMask(NamedTuple):
     upper: Tensor
     valid: Tensor
 
+    @property
+    def is_by_group(self) -> bool:
+        """Whether it is intervals of each group of columns, and not of all."""
+        return self.lower.dim() == 3
+
     def of_groups(self) -> list[BaseMask]:
         """Return the mask of each group of keys, ``[B, Q]`` all, or the one of them all."""
-        if self.lower.dim() == 2:
+        if not self.is_by_group:
             return [self]
         bounds = zip(self.lower.unbind(1), self.upper.unbind(1), strict=True)
         return [BaseMask(lower, upper, self.valid) for lower, upper in bounds]

@@ -261,7 +261,7 @@ class _Planner:
         if layer is None and layer_map.models:
             examples = [_example(self._inputs[at]) for at in attention.parameters]
             if not known_class and layer_map.layer_of(examples) is None:
-                if layer_map.has_any(examples) or not self._resembles_decoder(attention):
+                if not self._resembles_decoder(attention) or layer_map.has_any(examples):
                     return None, "not the decoder's"
                 return None, self._refuse(
                     f"the weights of attention at {where} must be parameters of the model, whose "

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -279,7 +279,7 @@ class Profile:
             OSError: The file cannot be written; what was there before is untouched.
             ValueError: Its tensors were written to since it was made.
         """
-        if replace(self).digest != self.digest:
+        if _digest(self._tensors(), self._metadata()) != self.digest:
             raise ValueError(
                 "the tensors of a profile must not be written to, and were. Make another: "
                 "dataclasses.replace(profile, categories=...)."

@@ -169,7 +169,7 @@ class Rewriter:
             proof = lift_mask(gm, call)
             if proof.given is not None and proof.given.name in inputs:
                 its_inputs = inputs[proof.given.name]
-                by_group = _is_by_group(rewriting.given[proof.given.name])
+                by_group = rewriting.given[proof.given.name].is_by_group
                 proof = lifted_of_given(its_inputs, call.node, by_group=by_group)
             attention.append(call)
             lifted.append(proof)
@@ -200,11 +200,11 @@ class Rewriter:
         Intervals of groups are of use only if the graph's other masks are such as well.
         """
         given = self._given.read(args, history)
-        if not any(map(_is_by_group, given.values())):
+        if not any(mask.is_by_group for mask in given.values()):
             return given
         if self._data.facts_hold(args, by_groups_of=history):
             return given
-        return {name: mask for name, mask in given.items() if not _is_by_group(mask)}
+        return {name: mask for name, mask in given.items() if not mask.is_by_group}
 
     def _replaced(
         self, profile: Profile, layers: Sequence[int], given: Mapping[str, BaseMask]
@@ -251,7 +251,7 @@ class Rewriter:
                     f"a mask is {how} element by element, which is slower: {call.lifted.reason}. "
                     "The report says whose."
                 )
-        if any(map(_is_by_group, given.values())):
+        if any(mask.is_by_group for mask in given.values()):
             return MaskForm.GROUPED
         if not self._data.facts_hold(args):
             if self._data.facts_hold(args, by_groups_of=history):
@@ -304,11 +304,6 @@ class Rewriter:
             key_rows=capacity[1] or sizes["num_keys"],
             **sizes,
         )
-
-
-def _is_by_group(mask: BaseMask) -> bool:
-    """Whether a mask is intervals of each group of keys, and not of all."""
-    return mask.lower.dim() == 3
 
 
 def tier_of(call: PlannedCall, given: Mapping[str, BaseMask]) -> int:

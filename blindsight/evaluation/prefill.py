@@ -238,13 +238,13 @@ class Decoder:
             for layer_type, base in bases.items()
         }
         groups = torch.ones_like(valid)[:, None]
-        if any(len(base.of_groups()) > 1 for base in bases.values()):
+        if any(base.is_by_group for base in bases.values()):
             groups = groups_of_keys(*template.tensors(), valid.shape[1])
         num_groups = groups.shape[1]
 
         def bounds(side: str) -> Tensor:
             found = [getattr(bases[layer_type], side).long() for layer_type in self.layer_types]
-            whole = [x[:, None].expand(-1, num_groups, -1) if x.dim() == 2 else x for x in found]
+            whole = [x if x.dim() == 3 else x[:, None].expand(-1, num_groups, -1) for x in found]
             return torch.stack(whole)
 
         visible = torch.stack([counts[layer_type] for layer_type in self.layer_types])
