@@ -139,19 +139,25 @@ def test_lora(family: str, inner: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "inner"),
+    ("family", "inner", "bits"),
     [
-        ("qwen2_5_vl", "aot_eager"),
-        ("qwen3_vl", "aot_eager"),
-        pytest.param("qwen2_5_vl", "inductor", marks=(pytest.mark.inductor, pytest.mark.nightly)),
+        ("qwen2_5_vl", "aot_eager", "Int8"),
+        ("qwen3_vl", "aot_eager", "Int8"),
+        ("qwen2_5_vl", "aot_eager", "Float8"),
+        *(
+            pytest.param(
+                "qwen2_5_vl", "inductor", bits, marks=(pytest.mark.inductor, pytest.mark.nightly)
+            )
+            for bits in ("Int8", "Float8")
+        ),
     ],
 )
-def test_int8_weights(family: str, inner: str) -> None:
+def test_quantised_weights(family: str, inner: str, bits: str) -> None:
     quantization = package("torchao").quantization
     model = model_of(family)
     text = model.model.language_model
     before = text.layers[0].self_attn.q_proj.weight
-    quantization.quantize_(text, quantization.Int8WeightOnlyConfig())
+    quantization.quantize_(text, getattr(quantization, f"{bits}WeightOnlyConfig")())
     after = text.layers[0].self_attn.q_proj.weight
     assert type(after) is not type(before)
     exact = model_of(family)
