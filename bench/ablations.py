@@ -36,9 +36,10 @@ from blindsight.calibration.measurements import Measurements
 from blindsight.calibration.selection import CRITERIA
 from blindsight.cli.models import load_model
 from blindsight.evaluate import Summary, compare
+from blindsight.processors import load_processor
 from blindsight.profile import Profile
 from blindsight.progress import quiet
-from blindsight.samples import load_processor, load_samples
+from blindsight.samples import load_samples
 from blindsight.template import TemplateRule
 
 RESULTS = Path(__file__).parent / "results" / "ablations.jsonl"

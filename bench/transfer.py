@@ -38,9 +38,10 @@ from blindsight.evaluation.prefill import Decoder
 from blindsight.evaluation.summary import Summary
 from blindsight.families import fingerprint
 from blindsight.masks import BaseMask
+from blindsight.processors import load_processor, model_inputs
 from blindsight.profile import Profile
 from blindsight.progress import quiet
-from blindsight.samples import Samples, load_processor, load_samples, model_inputs
+from blindsight.samples import Samples, load_samples
 
 sys.path.insert(0, str(Path(__file__).parent / "testbed"))
 from make_dataset import TASKS, parse_grid, write_dataset

@@ -77,7 +77,7 @@ def calibrate(
 
     Args:
         model: A transformers model that reads images, with ``attn_implementation="sdpa"``.
-        processor: Its processor, see :func:`~blindsight.samples.load_processor`.
+        processor: Its processor, see :func:`~blindsight.processors.load_processor`.
         samples: What :func:`~blindsight.samples.load_samples` takes or returns.
         budget: The one knob, the most that any one head may lose. 0 is dense, infinity is as sparse
             as can be. By default the root of the KL divergence of the next token after the prompt,

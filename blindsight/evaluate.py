@@ -38,7 +38,8 @@ from blindsight.evaluation.summary import Summary, by_task, percent, summarize, 
 from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill
 from blindsight.profile import Profile
 from blindsight.ranks import current_ranks
-from blindsight.samples import Sample, Samples
+from blindsight.rows import Sample
+from blindsight.samples import Samples
 from blindsight.shards import check_is_whole
 
 ENGINES = ("reference", "compiled")
@@ -182,7 +183,7 @@ def evaluate(
 
     Args:
         model: A transformers model that reads images.
-        processor: Its processor, see :func:`blindsight.samples.load_processor`.
+        processor: Its processor, see :func:`blindsight.processors.load_processor`.
         samples: Questions with answers, see :func:`blindsight.samples.load_samples`.
         profile: What to judge.
         batch_size: Prompts at once.

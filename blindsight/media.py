@@ -12,7 +12,9 @@ import io
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral, Real
@@ -36,6 +38,7 @@ class Video:
     Attributes:
         frames: In RGB and of one size; none where there is a file.
         path: Of the file, or None.
+        data: What is in the file, where there is no path.
         fps: Frames per second of these frames, or to take from the file; None if nobody said.
         num_frames: How many to take from the file instead.
     """
@@ -44,19 +47,23 @@ class Video:
     path: str | None = None
     fps: float | None = None
     num_frames: int | None = None
+    data: bytes | None = None
 
     @property
     def size(self) -> int:
         """Orders videos of a kind: pixels of the frames, bytes of the file."""
         if self.path is not None:
             return os.path.getsize(self.path)
+        if self.data is not None:
+            return len(self.data)
         return sum(frame.width * frame.height for frame in self.frames)
 
     def identity(self) -> object:
         """Return what tells a video from others: pixels of frames, name and size of a file."""
         frames = [(frame.size, _digest(frame.tobytes())) for frame in self.frames]
         name = None if self.path is None else os.path.basename(self.path)
-        return name, self.size, self.fps, self.num_frames, frames
+        encoded = [] if self.data is None else [_digest(self.data)]
+        return name, self.size, self.fps, self.num_frames, frames, *encoded
 
 
 def open_image(image: Any, what: str, folder: Path | None, *, decode: bool = True) -> Image.Image:
@@ -108,35 +115,42 @@ def shortened(text: str) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
-_KEYS = ("frames", "path", "fps", "num_frames")
+_KEYS = ("frames", "path", "bytes", "fps", "num_frames")
 
 
 def open_video(video: Any, what: str, folder: Path | None) -> Video:
     """Return a video, its frames opened, its file not.
 
     Args:
-        video: A list of images; a path; or a mapping with ``frames`` and ``fps``, or with ``path``
-            and one of ``fps`` and ``num_frames``.
+        video: A list of images; a path; an encoded video in bytes; or a mapping with ``frames``
+            and ``fps``, or with ``path`` or ``bytes`` and one of ``fps`` and ``num_frames``.
         what, folder: As for :func:`open_image`.
 
     Raises:
         ValueError: It is none of these, its frames are not of one size, or there is no such file.
     """
-    given: dict[str, Any] = {"frames" if isinstance(video, (list, tuple)) else "path": video}
+    given: dict[str, Any] = {"path": video}
+    if isinstance(video, (list, tuple)):
+        given = {"frames": video}
+    elif isinstance(video, bytes):
+        given = {"bytes": video}
     if isinstance(video, Mapping):
         given = {name: value for name, value in video.items() if value is not None}
-    frames, path, fps, num_frames = map(given.get, _KEYS)
-    is_video = isinstance(frames, (list, tuple)) or isinstance(path, (str, os.PathLike))
-    if not is_video or not set(given).issubset(_KEYS):
+    if isinstance(given.get("bytes"), bytes):
+        given.pop("path", None)  # its name, as datasets keeps it
+    frames, path, data, fps, num_frames = map(given.get, _KEYS)
+    is_encoded = isinstance(data, bytes) and len(data) > 0
+    is_file = is_encoded or isinstance(path, (str, os.PathLike))
+    if not (is_file or isinstance(frames, (list, tuple))) or not set(given).issubset(_KEYS):
         found = type(video).__name__
         if isinstance(video, Mapping):
             found = ", ".join(f"{name} ({type(x).__name__})" for name, x in given.items()) or "none"
         raise ValueError(
-            f"{what} must be a list of frames, a path, or a mapping of {', '.join(_KEYS)}, got "
-            f"{found}."
+            f"{what} must be a list of frames, a path, bytes, or a mapping of {', '.join(_KEYS)}, "
+            f"got {found}."
         )
-    if frames is not None and (path is not None or num_frames is not None):
-        raise ValueError(f"{what} must be of frames and their fps, or of a path, got both.")
+    if frames is not None and (is_file or num_frames is not None):
+        raise ValueError(f"{what} must be of frames and their fps, or of a file, got both.")
     if fps is not None and num_frames is not None:
         raise ValueError(f"{what} must say fps or num_frames, got both.")
     if fps is not None and not (_is_number(fps, Real) and 0 < fps < math.inf):
@@ -145,9 +159,12 @@ def open_video(video: Any, what: str, folder: Path | None) -> Video:
         raise ValueError(f"num_frames of {what} must be a whole positive number, got {num_frames}.")
     if frames is not None:
         return _video_of_frames(frames, fps, what, folder)
+    if is_encoded:
+        return Video(fps=fps, num_frames=num_frames, data=data)
     file = _in(folder, given["path"])
     if not file.is_file():
-        raise ValueError(f"{what} must be a file, got {path!r}. Remove the sample, or add it.")
+        name = shortened(repr(path))
+        raise ValueError(f"{what} must be a file, got {name}. Remove the sample, or add it.")
     return Video(path=os.fspath(file), fps=fps, num_frames=num_frames)
 
 
@@ -225,7 +242,7 @@ def _frames_of(video: Video, video_processor: Any) -> tuple[Any, Any]:
     """Return frames ``[N, H, W, 3]`` uint8, and what transformers wants to know of them."""
     from transformers.video_utils import VideoMetadata
 
-    if video.path is None:
+    if video.frames:
         number, frames = len(video.frames), np.stack([np.asarray(x) for x in video.frames])
         return frames, VideoMetadata(number, fps=video.fps, frames_indices=list(range(number)))
     sample: Any = None
@@ -233,18 +250,32 @@ def _frames_of(video: Video, video_processor: Any) -> tuple[Any, Any]:
         sample = partial(_evenly, video)
     elif video_processor.do_sample_frames:
         sample = video_processor.sample_frames
+    name = "the video in bytes" if video.path is None else video.path
     try:
-        return cast("tuple[Any, Any]", _decode(video.path, sample, video_processor))
+        with _as_file(video) as path:
+            return cast("tuple[Any, Any]", _decode(path, sample, video_processor))
     except ImportError as error:
         raise ValueError(
-            f"{video.path} needs a decoder of videos: {' '.join(str(error).split())} Install one "
+            f"{name} needs a decoder of videos: {' '.join(str(error).split())} Install one "
             '(pip install "blindsight[video]"), or give the frames as images.'
         ) from error
     except Exception as error:  # of whichever library decodes
         raise ValueError(
-            f"{video.path} must be a video that can be read and sampled: "
+            f"{name} must be a video that can be read and sampled: "
             f"{' '.join(str(error).split())} Or give its frames as images."
         ) from error
+
+
+@contextmanager
+def _as_file(video: Video) -> Iterator[str]:
+    """Yield the path of a video's file, a temporary one where there is none."""
+    if video.path is not None:
+        yield video.path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "video")
+        file.write_bytes(cast("bytes", video.data))
+        yield os.fspath(file)
 
 
 def _evenly(video: Video, metadata: Any, **_: Any) -> NDArray[np.int64]:
@@ -273,4 +304,5 @@ def _decode(path: str, sample: Any, video_processor: Any) -> Any:
 
 
 def _in(folder: Path | None, path: str | os.PathLike[str]) -> Path:
-    return Path(path) if folder is None else folder / path
+    name = os.fspath(path).removeprefix("file://")
+    return Path(name) if folder is None else folder / name

@@ -37,7 +37,7 @@ from blindsight.evaluation.sweep_points import (
 )
 from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill
 from blindsight.profile import Profile
-from blindsight.samples import Sample
+from blindsight.rows import Sample
 
 
 @dataclass(frozen=True)

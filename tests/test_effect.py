@@ -14,9 +14,9 @@ from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import divergence
 from blindsight.evaluation.prefill import Decoder
 from blindsight.evaluation.sweep_points import selection_of
+from blindsight.processors import model_inputs
 from blindsight.profile import Profile
 from blindsight.reference import reference_logits
-from blindsight.samples import model_inputs
 from models import tiny_model
 from processors import tiny_processor
 from questions import rows, samples

@@ -22,9 +22,10 @@ from blindsight.evaluation.outcomes import Outcome, divergence
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.evaluation.summary import summarize
 from blindsight.evaluation.timing import check_distance, time_prefill
+from blindsight.processors import model_inputs
 from blindsight.profile import Profile
 from blindsight.reference import kept_pairs, reference_logits
-from blindsight.samples import load_samples, model_inputs
+from blindsight.samples import load_samples
 from models import FAMILIES, Image, make_inputs, tiny_model
 from processors import tiny_processor
 from questions import Watched, rows, samples

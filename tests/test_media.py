@@ -15,7 +15,8 @@ import models
 from blindsight import Profile, TemplateRule
 from blindsight.calibrate import calibrate
 from blindsight.evaluate import evaluate
-from blindsight.samples import load_samples, model_inputs
+from blindsight.processors import model_inputs
+from blindsight.samples import load_samples
 from family_processors import HAS_TORCHVISION
 from models import tiny_model
 from processors import tiny_processor, with_videos
@@ -67,7 +68,7 @@ def test_frames_in_files_and_in_memory(tmp_path: Path) -> None:
     ("video", "message"),
     [
         ([], "must be of one size, got none"),
-        (3, "must be a list of frames, a path, or a mapping .*, got int"),
+        (3, "must be a list of frames, a path, bytes, or a mapping .*, got int"),
         (np.zeros((2, 8, 16, 3)), "must be a list of frames, .*, got ndarray"),
         ({}, "must be a list of frames, .*, got none"),
         ({"bytes": b""}, r"must be a list .*, got bytes \(bytes\)"),
@@ -75,8 +76,8 @@ def test_frames_in_files_and_in_memory(tmp_path: Path) -> None:
         ({"path": __file__, "FPS": 1}, r"must be a list .*, got path \(str\), FPS \(int\)"),
         ("nothing.mp4", "video 1 of sample 0 of list must be a file, got 'nothing.mp4'"),
         ({"path": __file__, "fps": 1, "num_frames": 8}, "must say fps or num_frames, got both"),
-        ({"path": __file__, "frames": clip()}, "must be of frames and their fps, or of a path"),
-        ({"num_frames": 2, "frames": clip()}, "must be of frames and their fps, or of a path"),
+        ({"path": __file__, "frames": clip()}, "must be of frames and their fps, or of a file"),
+        ({"num_frames": 2, "frames": clip()}, "must be of frames and their fps, or of a file"),
         ({"path": __file__, "fps": -1}, "fps of video 1 .* positive number, got -1"),
         ({"path": __file__, "fps": float("inf")}, "fps of video 1 .* positive number, got inf"),
         ({"path": __file__, "fps": True}, "fps of video 1 .* positive number, got True"),
@@ -149,14 +150,16 @@ def test_a_file_is_read_by_the_processor_and_sampled_as_asked(
             raise RuntimeError("no frames.")
         if path.endswith("unknown.mp4"):
             raise ImportError("no such library.")
+        assert Path(path).read_bytes() == content
         metadata = VideoMetadata(24, fps=8.0)
         taken = range(24) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
         metadata.frames_indices = list(taken)
         return np.zeros((len(taken), 8, 16, 3), dtype=np.uint8), metadata
 
     processor.video_processor.fetch_videos = fetch_videos
+    content = b"of another library"
     for name in ("a.mp4", "broken.mp4", "unknown.mp4"):
-        (tmp_path / name).write_bytes(b"of another library")
+        (tmp_path / name).write_bytes(content)
     asked = [{}, {"fps": 2}, {"num_frames": 4}, {"num_frames": 25}]
     files = [*[{"path": "a.mp4", **how} for how in asked], "broken.mp4", "unknown.mp4"]
     lines = [row("video", video=file) for file in files]
@@ -173,6 +176,10 @@ def test_a_file_is_read_by_the_processor_and_sampled_as_asked(
     ):
         with pytest.raises(ValueError, match=message):
             model_inputs(processor, [samples[at]])
+    in_bytes = load_samples([row("video", video={"bytes": content, "path": "a", "fps": 2})])
+    assert int(model_inputs(processor, [in_bytes[0]])["video_grid_thw"][0, 0]) == 3
+    (video,), (alike,) = in_bytes[0].videos, load_samples([row("video", video=content)])[0].videos
+    assert video.size == alike.size == len(content) and video.identity() != alike.identity()
 
 
 def test_videos_are_calibrated_and_evaluated_on() -> None:
@@ -187,11 +194,11 @@ def test_videos_are_calibrated_and_evaluated_on() -> None:
 
 
 @pytest.mark.skipif(not HAS_TORCHVISION, reason="needs torchvision: blindsight[video]")
-@pytest.mark.parametrize("from_file", [False, True])
-def test_a_processor_of_transformers(from_file: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["frames", "path", "bytes"])
+def test_a_processor_of_transformers(source: str, tmp_path: Path) -> None:
     from transformers import Qwen2VLVideoProcessor
 
-    if from_file:
+    if source != "frames":
         av = pytest.importorskip("av", reason="needs av: blindsight[video]")
         with av.open(str(tmp_path / "a.mp4"), "w") as file:
             stream = file.add_stream("mpeg4", rate=8)
@@ -200,6 +207,9 @@ def test_a_processor_of_transformers(from_file: bool, tmp_path: Path) -> None:
                 file.mux(stream.encode(av.VideoFrame.from_image(opened)))
             file.mux(stream.encode())
         video: Any = {"path": str(tmp_path / "a.mp4"), "fps": 3}  # 4 frames of 10, at 8 a second
+        if source == "bytes":
+            video["bytes"] = (tmp_path / "a.mp4").read_bytes()
+            (tmp_path / "a.mp4").unlink()
     else:
         video = {"frames": clip(width=64, height=32), "fps": 2}
     processor = tiny_processor()

@@ -12,7 +12,8 @@ from blindsight import TemplateRule
 from blindsight.calibrate import calibrate
 from blindsight.calibration.measure import Prober
 from blindsight.families import FAMILIES
-from blindsight.samples import inputs_on, load_samples, model_inputs
+from blindsight.processors import inputs_on, model_inputs
+from blindsight.samples import load_samples
 from family_models import FAMILIES as TINY
 from family_models import IMAGE_ID, IMAGE_SIZE, SPECIAL_IDS, make_inputs, tiny_model, why_not_here
 from family_processors import HAS_TORCHVISION, ROWS, make_processor

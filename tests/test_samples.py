@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from blindsight.calibrate import calibrate
-from blindsight.samples import Samples, load_processor, load_samples, model_inputs
+from blindsight.processors import load_processor, model_inputs
+from blindsight.samples import Samples, load_samples
 from family_processors import HAS_TORCHVISION
 from models import IMAGE_ID, tiny_model
 from processors import tiny_processor

@@ -24,8 +24,9 @@ from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import divergence
 from blindsight.evaluation.prefill import Decoder
+from blindsight.processors import model_inputs
 from blindsight.profile import Profile
-from blindsight.samples import Sample, model_inputs
+from blindsight.rows import Sample
 
 CRITERION = "next_token"  # its evidence is called "effect"
 UNITS = ("head", "layer")

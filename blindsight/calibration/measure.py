@@ -30,8 +30,9 @@ from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.probe_attention import probe_attention_pass
 from blindsight.passes.recompute_layers import recompute_layers_pass
+from blindsight.processors import inputs_on, model_inputs
 from blindsight.ranks import Ranks, current_ranks
-from blindsight.samples import Samples, inputs_on, model_inputs
+from blindsight.samples import Samples
 from blindsight.shards import check_is_whole
 from blindsight.template import Template, TemplateRule
 

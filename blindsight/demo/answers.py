@@ -20,11 +20,13 @@ from blindsight.backend import blindsight_backend
 from blindsight.categories import summarize_categories
 from blindsight.cost import AttentionFlops, attention_flops
 from blindsight.evaluation.prefill import find_decoder
+from blindsight.processors import inputs_on, load_processor, model_inputs
 from blindsight.profile import Profile
 from blindsight.progress import Progress
 from blindsight.reference import reference_logits
+from blindsight.rows import Sample
 from blindsight.runtime import disabled
-from blindsight.samples import Sample, inputs_on, load_processor, load_samples, model_inputs
+from blindsight.samples import load_samples
 
 _ROOT = Path(__file__).resolve().parents[2]
 MODEL = _ROOT / "bench" / "testbed" / "model"

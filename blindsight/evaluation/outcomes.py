@@ -23,8 +23,9 @@ from tqdm import tqdm
 from blindsight.evaluation.masked_model import Masking, Masks, Prompt
 from blindsight.evaluation.prefill import Batch, Decoder, Output
 from blindsight.files import write_whole
+from blindsight.processors import model_inputs
 from blindsight.ranks import current_ranks
-from blindsight.samples import Sample, model_inputs
+from blindsight.rows import Sample
 
 FORMAT, VERSION = "blindsight-outcomes", 1
 NO_TASK = "all"

@@ -32,10 +32,10 @@ from blindsight.families import (
 from blindsight.given_mask import intervals_or_groups
 from blindsight.intervals import groups_of_keys
 from blindsight.masks import BaseMask
+from blindsight.processors import inputs_on
 from blindsight.profile import Profile
 from blindsight.reference import attention_layers
 from blindsight.runtime import disabled, use_template
-from blindsight.samples import inputs_on
 from blindsight.template import IMAGE, Template, TemplateRule
 
 # Config attributes that say to how many experts a token goes.

@@ -12,8 +12,9 @@ import torch
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import Outcome
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
+from blindsight.processors import model_inputs
 from blindsight.profile import Profile
-from blindsight.samples import Sample, model_inputs
+from blindsight.rows import Sample
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,152 @@
+"""Processors of transformers: how one is loaded, and what it makes of samples for a model.
+
+Shapes: B batch, T tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from blindsight.media import shortened, video_arguments
+
+if TYPE_CHECKING:
+    from blindsight.rows import Sample
+
+
+def model_inputs(
+    processor: Any,
+    samples: Sequence[Sample],
+    *,
+    prompt_only: bool = True,
+    add_generation_prompt: bool = True,
+    padding_side: str = "left",
+) -> dict[str, Any]:
+    """Return the keyword arguments of a model's forward for a batch of samples.
+
+    Args:
+        processor: A processor of transformers, with a chat template, a tokenizer and an image
+            processor; see :func:`load_processor`.
+        samples: One for each row of the batch.
+        prompt_only: Whether to leave out an assistant's answer at the end.
+        add_generation_prompt: Whether a prompt ends where the assistant's turn begins.
+        padding_side: ``"left"`` or ``"right"``.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` ``[B, T]``, the pixels, and what else the family needs.
+
+    Raises:
+        ValueError: The processor cannot do it; the message says why.
+    """
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}.")
+    if not samples:
+        raise ValueError("samples must be at least one, got none.")
+    answered = [not prompt_only and len(sample.prompt) < len(sample.messages) for sample in samples]
+    texts = [
+        processor.apply_chat_template(
+            sample.messages if answer else sample.prompt,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt and not answer,
+        )
+        for sample, answer in zip(samples, answered, strict=True)
+    ]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    options: dict[str, Any] = {"return_tensors": "pt"}
+    if len(samples) > 1:
+        if getattr(tokenizer, "pad_token", None) is None:
+            raise ValueError(
+                "tokenizer must have a pad_token for batches of several prompts, got none. Set "
+                "one, or use a batch size of 1."
+            )
+        options.update(padding=True, padding_side=padding_side)
+    bos = getattr(tokenizer, "bos_token", None)
+    if bos is not None and texts[0].startswith(bos):
+        options["add_special_tokens"] = False  # the template has written it already
+    images = [sample.images for sample in samples]
+    videos = [sample.videos for sample in samples]
+    if any(videos):
+        options.update(video_arguments(processor, videos))
+    try:
+        return dict(processor(text=texts, images=images if any(images) else None, **options))
+    except (RuntimeError, ValueError) as error:
+        what = shortened(" ".join(str(error).split()))
+        if len(samples) == 1 or not any(videos):
+            numbers = ", ".join(str(sample.index) for sample in samples)
+            raise ValueError(
+                f"sample {numbers} must be what {type(processor).__name__} takes, got: {what}"
+            ) from error
+        raise ValueError(
+            f"processor must take {len(samples)} prompts with videos at once, and "
+            f"{type(processor).__name__} did not: {what} Try a batch size of 1: some need the same "
+            "number of frames in every video."
+        ) from error
+
+
+def inputs_on(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a model's forward on its device, and pixels in its dtype.
+
+    Most families convert their pixels themselves; Aria, Llama 4 and Kimi do not.
+    """
+    parameter = next(model.parameters())
+    dtype = getattr(model, "dtype", parameter.dtype)
+
+    def on_model(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        is_pixels = name.startswith("pixel_values") and value.is_floating_point()
+        return value.to(parameter.device, dtype if is_pixels else None)
+
+    return {name: on_model(name, value) for name, value in inputs.items()}
+
+
+def load_processor(path: str | os.PathLike[str]) -> Any:
+    """Return the processor of a model.
+
+    Where torchvision is not installed, a processor that also takes videos is built without that
+    part: images go through Pillow.
+
+    Args:
+        path: A folder, or the id of a model on the hub.
+
+    Raises:
+        ValueError: There is no processor.
+    """
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    auto: Any = AutoProcessor
+    name = os.fspath(path)
+    try:
+        try:
+            return auto.from_pretrained(name)
+        except (ImportError, OSError) as error:
+            # Videos need torchvision, or were left out when the processor was saved without it.
+            if not {"torchvision", "video"} & set(str(error).lower().replace("`", " ").split()):
+                raise
+            config = AutoConfig.from_pretrained(name)
+            try:
+                return without_videos(PROCESSOR_MAPPING[type(config)]).from_pretrained(name)
+            except (AttributeError, TypeError):
+                raise error from None  # some cannot do without that part
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"model must have a processor, got none in {name!r}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def without_videos(processor_class: Any) -> Any:
+    """Return a class of processors that takes no videos, and so does not need torchvision."""
+
+    def get_attributes(cls: Any) -> list[str]:
+        return [part for part in processor_class.get_attributes() if part != "video_processor"]
+
+    # The same name: it is written to the files that the processor is saved in.
+    return type(
+        processor_class.__name__,
+        (processor_class,),
+        {"get_attributes": classmethod(get_attributes)},
+    )

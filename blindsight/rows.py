@@ -1,0 +1,264 @@
+"""Rows of datasets, in the layouts that are usual in the field, and the samples they become.
+
+A row is a mapping:
+
+    images    list of images: a path (relative to the file that the row is in), an opened image, or
+              encoded bytes; ``image`` for a single one
+    videos    list of videos: a list of frames, which are images; a path; encoded bytes; or a
+              mapping with ``frames`` and their ``fps``, or with ``path`` or ``bytes`` and the
+              ``fps`` or the ``num_frames`` to take from it; ``video`` for a single one
+    messages  a conversation as chat templates take it; it may end with the assistant's answer.
+              Each ``{"type": "image"}`` stands for the next of the images, each
+              ``{"type": "video"}`` for the next of the videos, and so do ``<image>`` and
+              ``<video>`` in a content that is a string. An entry may hold what it stands for:
+              ``{"type": "image", "image": ...}``, or ``url``, ``path``, ``base64``; or OpenAI's
+              ``{"type": "image_url", "image_url": {"url": ...}}``
+    conversations
+              instead of messages, as LLaVA has them: ``{"from": "human", "value": "<image> ..."}``
+              and ``{"from": "gpt", "value": ...}``
+    task      optional, the kind of question
+    answer    optional, what is right; by default what the assistant says last
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blindsight.media import Video, identity_of, open_image, open_video, shortened
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ROW = '{"images": ["a.png", ...], "messages": [...]}, or with "videos"'
+
+_KINDS = ("image", "video")
+_IN_TEXT = re.compile("(<image>|<video>)")
+_OF_A_VIDEO = ("fps", "num_frames")
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One prompt with its images and videos.
+
+    Attributes:
+        images: In RGB, in the order of the prompt.
+        messages: The conversation; the content of every message is a list of entries.
+        task: The kind of question, or None.
+        answer: What is right, or None.
+        index: Which row of the source it is.
+        videos: In the order of the prompt.
+    """
+
+    images: list[Image.Image]
+    messages: list[dict[str, Any]]
+    task: str | None
+    answer: str | None
+    index: int
+    videos: list[Video] = field(default_factory=list)
+
+    @property
+    def prompt(self) -> list[dict[str, Any]]:
+        """The messages without an assistant's answer at their end."""
+        ends = bool(self.messages) and self.messages[-1].get("role") == "assistant"
+        return self.messages[:-1] if ends else self.messages
+
+
+def sample_of_row(
+    row: Mapping[str, Any], index: int, where: str, folder: Path | None, *, decode: bool = True
+) -> Sample:
+    """Return the sample of a row.
+
+    Args:
+        row: As above.
+        index: Which one it is.
+        where: What to call it in an error.
+        folder: What paths are relative to.
+        decode: If false only the headers of images are read.
+
+    Raises:
+        ValueError: The row is malformed, or a file is missing or damaged.
+    """
+    messages = _messages_of(row, where)
+    open_kind: dict[str, Callable[..., Any]] = {
+        "image": partial(open_image, decode=decode),
+        "video": open_video,
+    }
+    opened = {
+        kind: [
+            open_one(media, f"{kind} {number} of {where}", folder)
+            for number, media in enumerate(_take_media(row, messages, kind, where), start=1)
+        ]
+        for kind, open_one in open_kind.items()
+    }
+    task, answer = row.get("task"), row.get("answer")
+    if answer is None and messages[-1].get("role") == "assistant":
+        answer = "".join(entry.get("text", "") for entry in messages[-1]["content"])
+    return Sample(
+        opened["image"],
+        messages,
+        None if task is None else str(task),
+        None if answer is None else str(answer),
+        index,
+        opened["video"],
+    )
+
+
+def identity_of_row(row: Mapping[str, Any], folder: Path | None) -> object:
+    """Return what tells a row from others, without opening files."""
+
+    def plain(value: Any) -> Any:
+        is_media = isinstance(value, bytes) or hasattr(value, "tobytes")
+        return identity_of(value, folder) if is_media else str(value)
+
+    # What a row does not have is left out, so that what was measured earlier is found again.
+    kinds = ("image", "video") if _column(row, "video") else ("image",)
+    names = {name for kind in kinds for name in (kind, f"{kind}s")}
+    rest = {name: row[name] for name in sorted(row) if name not in names}
+    media = [identity_of(_column(row, kind), folder) for kind in kinds]
+    inside = [identity_of(held, folder) for held in _media_inside(row)]
+    return json.dumps(rest, sort_keys=True, default=plain), *media, *([inside] if inside else [])
+
+
+def check_columns(rows: Any, indices: Any, name: str) -> None:
+    """Say at once that a dataset is of another kind, not when some image is opened.
+
+    Raises:
+        ValueError: There are no conversations, or no images.
+    """
+    columns = getattr(rows, "column_names", None)  # of a dataset, without decoding anything
+    columns = list(rows[indices[0]]) if columns is None else list(columns)
+    if not {"messages", "conversations"} & set(columns):
+        raise ValueError(
+            f"dataset must have a column 'messages', got {', '.join(columns) or 'none'} in {name}. "
+            f"A row is {ROW}."
+        )
+    has_media = {"images", "image", "videos", "video"} & set(columns)
+    if not has_media and not any(True for at in indices for _ in _media_inside(rows[at])):
+        raise ValueError(
+            f"dataset must have images or videos, got only {', '.join(columns)} in {name}. A row "
+            f"is {ROW}."
+        )
+
+
+# Images and videos.
+
+
+def _column(row: Mapping[str, Any], kind: str) -> list[Any]:
+    """Return the images, or the videos, that a row has beside its messages."""
+    several, single = row.get(f"{kind}s"), row.get(kind)
+    if several is not None:
+        return list(several) if isinstance(several, (list, tuple)) else [several]
+    if single is None or (isinstance(single, (list, tuple)) and not single):
+        return []
+    # A list of images is no image, and a list of frames is a video.
+    return list(single) if kind == "image" and isinstance(single, (list, tuple)) else [single]
+
+
+def _take_media(
+    row: Mapping[str, Any], messages: list[dict[str, Any]], kind: str, where: str
+) -> list[Any]:
+    """Return what each entry of a kind stands for, and take what it holds out of it."""
+    entries = [x for message in messages for x in message["content"] if x.get("type") == kind]
+    held = [_held(entry, kind) for entry in entries]
+    beside = _column(row, kind)
+    if (missing := held.count(None)) != len(beside):
+        raise ValueError(
+            f"{where} must have one {kind} for each {{'type': '{kind}'}} in its messages, got "
+            f"{len(beside)} {kind}s for {missing}."
+        )
+    for entry in entries:
+        for name in (*_holders(kind), *_OF_A_VIDEO):
+            entry.pop(name, None)
+    others = iter(beside)
+    return [next(others) if media is None else media for media in held]
+
+
+def _holders(kind: str) -> tuple[str, ...]:
+    return kind, f"{kind}_url", "url", "path", "base64"
+
+
+def _held(entry: Mapping[str, Any], kind: str) -> Any:
+    """Return the image or the video that is in an entry, or None."""
+    found = [(name, entry[name]) for name in _holders(kind) if entry.get(name) is not None]
+    if not found:
+        return None
+    name, media = found[0]
+    if name == f"{kind}_url" and isinstance(media, Mapping):
+        media = media.get("url")
+    if name == "base64":
+        media = f"data:;base64,{media}"
+    asked = {name: entry[name] for name in _OF_A_VIDEO if entry.get(name) is not None}
+    if kind == "video" and asked:
+        if not isinstance(media, Mapping):
+            media = {"frames" if isinstance(media, (list, tuple)) else "path": media}
+        media = {**media, **asked}
+    return media
+
+
+def _media_inside(row: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the images and videos in the messages of a row that may be malformed."""
+    messages = row.get("messages")
+    for message in messages if isinstance(messages, (list, tuple)) else ():
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for entry in content if isinstance(content, (list, tuple)) else ():
+            kind = _kind_of(entry) if isinstance(entry, Mapping) else None
+            if kind in _KINDS and (media := _held(entry, kind)) is not None:
+                yield media
+
+
+def _kind_of(entry: Mapping[str, Any]) -> str:
+    """Return the type of an entry, OpenAI's as transformers calls it."""
+    return str(entry.get("type")).removesuffix("_url")
+
+
+# Messages.
+
+
+def _messages_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """Return the turns of a row, new ones, the content of each a list of entries."""
+    name = "messages" if row.get("messages") is not None else "conversations"
+    turns = row.get(name)
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise ValueError(
+            f"messages of {where} must be a list of turns, got {shortened(repr(turns))}."
+        )
+    return [_message_of(turn, f"{name} of {where}") for turn in turns]
+
+
+def _message_of(turn: Any, what: str) -> dict[str, Any]:
+    message = dict(turn) if isinstance(turn, Mapping) else {}
+    if "from" in message and "value" in message:
+        speaker, said = message.pop("from"), message.pop("value")
+        message.update(role=_ROLES.get(speaker, speaker), content=said)
+    content = message.get("content")
+    if isinstance(content, str):
+        content = _entries_of_text(content)
+    entries: Any = content if isinstance(content, (list, tuple)) else [None]
+    if "role" not in message or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ValueError(
+            f"{what} must be {{'role': ..., 'content': ...}}, a content a string or a list of "
+            f"{{'type': ..., ...}}, got {shortened(repr(turn))}."
+        )
+    return {**message, "content": [_entry_of(entry) for entry in entries]}
+
+
+def _entry_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    # Tables fill up what an entry lacks with None.
+    result = {name: value for name, value in entry.items() if value is not None}
+    return {**result, "type": _kind_of(entry)} if _kind_of(entry) in _KINDS else result
+
+
+def _entries_of_text(text: str) -> list[dict[str, Any]]:
+    """Return a text cut where it says that there is an image or a video."""
+    parts = [part for part in _IN_TEXT.split(text) if part] or [""]
+    return [
+        {"type": part[1:-1]} if _IN_TEXT.fullmatch(part) else {"type": "text", "text": part}
+        for part in parts
+    ]

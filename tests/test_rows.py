@@ -1,0 +1,184 @@
+"""The layouts of datasets that are usual in the field give the same samples."""
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from PIL import Image
+
+from blindsight.samples import Samples, load_samples
+
+SHADES = 10, 200
+TYPED = {"type": "image"}
+
+
+def picture(shade: int) -> Image.Image:
+    return Image.new("RGB", (16, 8), (shade, 255 - shade, 7))
+
+
+def encoded(shade: int) -> bytes:
+    data = io.BytesIO()
+    picture(shade).save(data, "PNG")
+    return data.getvalue()
+
+
+def in_base64(shade: int) -> str:
+    return base64.b64encode(encoded(shade)).decode()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for shade in SHADES:
+        picture(shade).save(tmp_path / f"{shade}.png")
+    return tmp_path
+
+
+def row(*entries: dict[str, Any], **columns: Any) -> dict[str, Any]:
+    """A question about two images, with text before, between and after them."""
+    one, two = entries
+    texts = ({"type": "text", "text": text} for text in ("one ", " and two ", " differ?"))
+    content = [next(texts), one, next(texts), two, next(texts)]
+    answer = [{"type": "text", "text": "yes"}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, **columns}
+
+
+def as_text(**columns: Any) -> dict[str, Any]:
+    text = "one <image> and two <image> differ?"
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
+    return {"messages": turns, **columns}
+
+
+def of_llava(**columns: Any) -> dict[str, Any]:
+    text = "one <image> and two <image> differ?"
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "yes"}]
+    return {"conversations": turns, **columns}
+
+
+def of_openai(*urls: str) -> dict[str, Any]:
+    return row(*({"type": "image_url", "image_url": {"url": url}} for url in urls))
+
+
+def files() -> list[str]:
+    return [f"{shade}.png" for shade in SHADES]
+
+
+LAYOUTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "beside": lambda _: row(TYPED, TYPED, images=files()),
+    "in text": lambda _: as_text(images=files()),
+    "LLaVA": lambda _: of_llava(image=files()),
+    "inside": lambda _: row(*({**TYPED, "image": file} for file in files())),
+    "paths": lambda _: row(*({**TYPED, "path": file} for file in files())),
+    "urls of files": lambda at: row(*({**TYPED, "url": f"file://{at / x}"} for x in files())),
+    "base64": lambda _: row(*({**TYPED, "base64": in_base64(shade)} for shade in SHADES)),
+    "OpenAI": lambda _: of_openai(*(f"data:image/png;base64,{in_base64(x)}" for x in SHADES)),
+    "first inside": lambda _: row({**TYPED, "image": files()[0]}, TYPED, image=files()[1]),
+    "second inside": lambda _: row(TYPED, {**TYPED, "image": files()[1]}, image=files()[0]),
+}
+
+
+def content_of(samples: Samples) -> Any:
+    (sample,) = samples
+    shades = [image.getpixel((0, 0)) for image in sample.images]
+    return shades, sample.messages, sample.prompt, sample.answer
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_give_the_same_sample(layout: str, folder: Path) -> None:
+    (folder / "data.jsonl").write_text(json.dumps(LAYOUTS[layout](folder)))
+    shades, messages, prompt, answer = content_of(load_samples(folder))
+    assert shades == [(shade, 255 - shade, 7) for shade in SHADES]
+    assert messages == row(TYPED, TYPED)["messages"]
+    assert (len(prompt), answer) == (1, "yes")
+
+
+def test_opened_images_inside_messages() -> None:
+    def rows(*shades: int) -> list[dict[str, Any]]:
+        return [row(*({**TYPED, "image": picture(shade)} for shade in shades))]
+
+    assert content_of(load_samples(rows(*SHADES)))[0] == [(10, 245, 7), (200, 55, 7)]
+    digests = [load_samples(rows(*shades)).digest() for shades in (SHADES, SHADES, (10, 201))]
+    assert digests[0] == digests[1] != digests[2]
+    given = rows(*SHADES)
+    load_samples(given)[0]
+    assert "image" in given[0]["messages"][0]["content"][1]  # the caller's row is left alone
+
+
+def test_the_digest_sees_files_inside_messages(folder: Path) -> None:
+    (folder / "data.jsonl").write_text(json.dumps(LAYOUTS["inside"](folder)))
+    before = load_samples(folder).digest()
+    Image.new("RGB", (640, 80)).save(folder / files()[0])
+    assert load_samples(folder).digest() != before
+
+
+def test_videos_inside_messages(folder: Path) -> None:
+    frames = [picture(shade) for shade in SHADES]
+    (folder / "a.mp4").write_bytes(b"a video")
+    one = {"type": "video", "video": frames, "fps": 2}
+    two = {"type": "video_url", "video_url": {"url": str(folder / "a.mp4")}, "num_frames": 3}
+    (sample,) = load_samples([row(one, two)])
+    (of_frames, of_a_file) = sample.videos
+    assert (len(of_frames.frames), of_frames.fps) == (2, 2)
+    assert (of_a_file.path, of_a_file.num_frames) == (str(folder / "a.mp4"), 3)
+    assert [x["type"] for x in sample.messages[0]["content"]][1::2] == ["video", "video"]
+    assert all(set(x) == {"type"} for x in sample.messages[0]["content"][1::2])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (as_text(), "must have images or videos, got only messages"),
+        (as_text(images=[]), r"one image for each {'type': 'image'} .*, got 0 images for 2"),
+        (of_llava(image=picture(1)), r"one image for each .*, got 1 images for 2"),
+        (row({**TYPED, "image": 3}, TYPED, image=picture(1)), "image 1 of sample 0 .*, got int"),
+        (of_openai("https://a/b.png", "c"), r"image 1 .* file, got https://a/b.png. Download it"),
+        ({"messages": [{"role": "user", "content": ["what?"]}], "images": []}, "a string or a lis"),
+        ({"conversations": [{"from": "human"}], "images": []}, "conversations of sample 0 of"),
+        ({"conversations": None, "images": []}, "messages of sample 0 .* list of turns, got None"),
+    ],
+)
+def test_what_is_no_row(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_samples([given])[0]
+
+
+def test_rows_of_text_may_come_first() -> None:
+    inside = LAYOUTS["base64"](Path())
+    of_text = {"messages": [{"role": "user", "content": "what?"}]}
+    assert [len(sample.images) for sample in load_samples([of_text, inside])] == [0, 2]
+
+
+def test_files_of_other_kinds(folder: Path) -> None:
+    """A list in a .json file, as LLaVA's are; lines in one; a .parquet file."""
+    rows = [LAYOUTS[name](folder) for name in ("in text", "beside")]
+    (folder / "list.json").write_text(json.dumps(rows))
+    (folder / "lines.json").write_text("\n".join(map(json.dumps, rows)))
+    found = [content_of(load_samples(folder / f"{name}.json")[1:]) for name in ("list", "lines")]
+    assert found[0] == found[1] == content_of(load_samples(folder / "list.json")[:1])
+    (folder / "broken.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"broken.json, line 1, must be {\"images\""):
+        load_samples(folder / "broken.json")
+    images = datasets.Features({"images": datasets.List(datasets.Image())})
+    table = datasets.Dataset.from_list(
+        [{"images": [{"bytes": encoded(shade)} for shade in SHADES]}], features=images
+    ).add_column("messages", [as_text()["messages"]])
+    table.to_parquet(folder / "rows.parquet")
+    assert content_of(load_samples(folder / "rows.parquet")) == found[0]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_videos_of_datasets_are_not_decoded_by_them(several: bool, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"a video")
+    feature = datasets.List(datasets.Video()) if several else datasets.Video()
+    path = str(tmp_path / "a.mp4")
+    name = "videos" if several else "video"
+    table = datasets.Dataset.from_dict(
+        {name: [[path]] if several else [path]}, features=datasets.Features({name: feature})
+    ).add_column("messages", [[{"role": "user", "content": "<video>what?"}]])
+    (sample,) = load_samples(table)
+    assert [video.path for video in sample.videos] == [path]
