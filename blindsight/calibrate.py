@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from blindsight.calibration.measure import measure
 from blindsight.calibration.measurements import Measurements
 from blindsight.calibration.probe import NUM_OFFSETS
-from blindsight.calibration.selection import CRITERIA, select_categories
+from blindsight.calibration.selection import ALLOCATIONS, CRITERIA, select_categories
 from blindsight.categories import HeadCategory
-from blindsight.evaluation.prefill import check_has_vision
-from blindsight.families import config_of, fingerprint, widths_of
+from blindsight.families import check_has_vision, config_of, fingerprint, widths_of
 from blindsight.profile import Profile
 from blindsight.samples import load_samples
 from blindsight.template import TemplateRule
@@ -104,7 +103,7 @@ def calibrate(
             the model's attention cannot be measured; the message says which.
     """
     budget = BUDGETS.get(criterion, 0.0) if budget is None else budget
-    _check_options(budget, criterion, aggregate, quantile, sink_offsets)
+    _check_options(budget, criterion, aggregate, quantile, allocation, sink_offsets)
     rule = rule_of(model, processor) if rule is None else rule
     samples = load_samples(samples, limit=num_samples, seed=seed)
     options: dict[str, Any] = {
@@ -156,7 +155,7 @@ def profile_of(
         calibration: What else to note about where the measurements are from.
     """
     budget = BUDGETS.get(criterion, 0.0) if budget is None else budget
-    _check_options(budget, criterion, aggregate, quantile, None)
+    _check_options(budget, criterion, aggregate, quantile, allocation, None)
     evidence = summarize(measurements, aggregate=aggregate, quantile=quantile)
     _, widths = widths_of(fingerprint(model))
     # A pair of a wider head costs more.
@@ -226,8 +225,17 @@ def find_sink_offsets(measurements: Measurements) -> tuple[int, ...]:
     """Return the tokens of an image that the other images look at most, by offset.
 
     The foremost, and those that get at least half as much.
+
+    Raises:
+        ValueError: No prompt has two images.
     """
     used = measurements.num_rows > 0
+    if not bool(used.any()):
+        raise ValueError(
+            "sink_offsets='measure' must find a prompt with two images, or frames of a video, "
+            f"among the first {len(used)}, got none. Put some first, choose others by seed, or "
+            "give the offsets."
+        )
     mass = measurements.offset_mass[used].double().mean((0, 1, 2))
     by_mass = mass.sort(descending=True, stable=True).indices.tolist()[:_MAX_SINKS]
     chosen = [at for at in by_mass if mass[at] >= mass[by_mass[0]] / 2]
@@ -260,6 +268,7 @@ def _check_options(
     criterion: str,
     aggregate: str,
     quantile: float,
+    allocation: str,
     sink_offsets: tuple[int, ...] | str | None,
 ) -> None:
     if not budget >= 0:
@@ -267,6 +276,7 @@ def _check_options(
     for name, value, known in (
         ("criterion", criterion, tuple(CRITERIA)),
         ("aggregate", aggregate, AGGREGATES),
+        ("allocation", allocation, ALLOCATIONS),
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")

@@ -5,9 +5,9 @@ Shapes: B batch, H query heads, Q and K lengths in tokens, T tokens of the whole
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -32,6 +32,27 @@ _MAX_VARIANTS = 64  # compiled forms of one graph; the least recently used are d
 _FASTER_DENSE = "estimated to be faster than sparse"
 
 
+class _Variants:
+    """Compiled forms of a graph by what tells them apart; several threads may ask."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[object, CompiledForLengths] = {}  # the latest used last
+        self._lock = Lock()
+
+    def find(self, key: object) -> CompiledForLengths | None:
+        with self._lock:
+            variant = self._by_key.pop(key, None)
+            if variant is not None:
+                self._by_key[key] = variant
+            return variant
+
+    def keep(self, key: object, variant: CompiledForLengths) -> None:
+        with self._lock:
+            self._by_key[key] = variant
+            while len(self._by_key) > _MAX_VARIANTS:
+                del self._by_key[next(iter(self._by_key))]
+
+
 class CompiledGraph:
     """What the backend returns to Dynamo for a graph."""
 
@@ -54,7 +75,7 @@ class CompiledGraph:
         self._calls = self._plan.calls
         self._sequences = Sequences(state, self._plan)
         self._rewriter = Rewriter(state, self._plan)
-        self._variants: OrderedDict[object, CompiledForLengths] = OrderedDict()
+        self._variants = _Variants()
         self._rows: dict[object, tuple[Tensor, Tensor]] = {}
         known = tuple(call.layer for call in self._calls if call.layer is not None)
         self._layers = known if len(known) == len(self._calls) else None  # None: told per call
@@ -167,11 +188,8 @@ class CompiledGraph:
         variant = None
         if rewriting.capacities is not None:
             its_sizes = (history.batch, str(self._size_of_tokens(args, num_tokens)))
-            of_longer = (key, its_sizes, rewriting.longer)
-            variant = self._variants.get(of_longer)
-            if variant is not None and variant.fits(sizes, num_tokens):
-                self._variants.move_to_end(of_longer)
-            else:
+            variant = self._variants.find((key, its_sizes, rewriting.longer))
+            if variant is None or not variant.fits(sizes, num_tokens):
                 of_lengths = (key, its_sizes, rewriting.capacities)
                 variant = self._variant(of_lengths, rewriting, inputs, num_tokens, numbers)
         if variant is None or not variant.fits(sizes, num_tokens):
@@ -196,7 +214,8 @@ class CompiledGraph:
         numbers: Mapping[str, float],
     ) -> CompiledForLengths:
         """Return the rewritten graph of a key, compiled with these inputs if it is new."""
-        if key not in self._variants:
+        variant = self._variants.find(key)
+        if variant is None:
             size_of = self._plan.size_of(inputs)
             gm = self._rewriter.rewrite(
                 rewriting, size_of, numbers, takes_regions=self._inner.takes_regions
@@ -205,11 +224,8 @@ class CompiledGraph:
                 variant = self._compile_for_lengths(gm, inputs, rewriting.given, num_tokens)
             else:
                 variant = CompiledForLengths(self._compile(gm, inputs), lambda *sizes: True)
-            self._variants[key] = variant
-            while len(self._variants) > _MAX_VARIANTS:
-                self._variants.popitem(last=False)
-        self._variants.move_to_end(key)
-        return self._variants[key]
+            self._variants.keep(key, variant)
+        return variant
 
     def _compile_for_lengths(
         self,

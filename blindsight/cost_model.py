@@ -74,7 +74,7 @@ def costs_of(device: torch.device, dtype: torch.dtype) -> Costs:
     """Return the measured costs of a device, or those of one like it."""
     name = str(dtype).removeprefix("torch.")
     measured = _load(str(cache_file())).get(device_name(device), {})
-    by_dtype = measured or _DEFAULTS.get(device.type, _DEFAULTS["cpu"])
+    by_dtype = {**_DEFAULTS.get(device.type, _DEFAULTS["cpu"]), **measured}
     return by_dtype.get(name) or next(iter(by_dtype.values()))
 
 

@@ -15,6 +15,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,15 @@ from blindsight.evaluation.outcomes import (
     digest_of_weights,
     write_text,
 )
-from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder, check_has_vision
+from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.evaluation.summary import Summary, by_task, percent, summarize, table
 from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill
+from blindsight.families import check_has_vision
+from blindsight.inner import name_of
+from blindsight.modules import in_eval_mode
 from blindsight.profile import Profile
 from blindsight.ranks import current_ranks
 from blindsight.rows import Sample
-from blindsight.samples import Samples
 from blindsight.shards import check_is_whole
 
 ENGINES = ("reference", "compiled")
@@ -204,8 +207,6 @@ def evaluate(
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
     decoder = decoder_of(model, profile)
-    if isinstance(samples, Samples):
-        samples.check()
     known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
     zeros = torch.zeros_like(profile.categories)
     points = [point_of(zeros, engine), point_of(profile.categories, engine)]
@@ -215,9 +216,9 @@ def evaluate(
         assert compiled is not None
         return compiled.prefill(batch, dense=point.key == points[0].key, use_cache=use_cache)
 
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model), ExitStack() as stack:
+        if compiled is not None:
+            stack.callback(compiled.close)
         outcomes = answer_samples(
             decoder,
             processor,
@@ -235,10 +236,6 @@ def evaluate(
             timing = _timing(
                 decoder, processor, samples, profile, dense, known, inner=inner, repeats=repeats
             )
-    finally:
-        model.train(was_training)
-        if compiled is not None:
-            compiled.close()
     draws = {"num_resamples": num_resamples, "seed": seed}
     return Evaluation(
         dense=summarize(decoder, dense, dense, **draws),
@@ -312,9 +309,7 @@ def compare(
     for name, profile in profiles.items():
         profile.validate(model)
         points[name] = point_of(profile.categories)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         outcomes = answer_samples(
             decoder,
             processor,
@@ -325,8 +320,6 @@ def compare(
             max_new_tokens=max_new_tokens,
             progress=progress,
         )
-    finally:
-        model.train(was_training)
     found = {
         name: summarize(
             decoder,
@@ -384,7 +377,7 @@ def _timing(
     inner: str | Callable[..., Any],
     repeats: int,
 ) -> Timing:
-    name = f"prefill of {profile.digest} by {inner}, {repeats} times"
+    name = f"prefill of {profile.digest} by {name_of(inner)}, {repeats} times"
     if name not in known.notes:
 
         def time_it() -> Timing:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from blindsight.evaluation.prefill import Decoder, find_decoder
+from blindsight.error_text import first_line
+from blindsight.evaluation.prefill import Decoder
 from blindsight.lowering import Lowering
+from blindsight.modules import find_decoder
 from blindsight.passes.sparse_attention import rewrite
 from blindsight.profile import Profile
 
@@ -80,7 +82,7 @@ def export(
             )
             raise ValueError(
                 f"{type(model).__name__} must be traceable by torch.export, got "
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}.{hint}"
+                f"{type(error).__name__}: {first_line(error)}.{hint}"
             ) from error
         gm: Any = program.module()
         layers = rewrite(gm, profile, kind)

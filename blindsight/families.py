@@ -229,6 +229,21 @@ def attends(layer_type: str) -> bool:
     return layer_type not in _WITHOUT_ATTENTION
 
 
+def check_has_vision(model_or_config: Any) -> None:
+    """Check that a model reads images.
+
+    Raises:
+        ValueError: It does not.
+    """
+    config = config_of(model_or_config)
+    if getattr(config, "vision_config", None) is None:
+        kind = getattr(config, "model_type", type(model_or_config).__name__)
+        raise ValueError(
+            f"model must have a vision part, got {kind!r}, which has none. Give a vision-language "
+            "model, such as a Qwen2.5-VL."
+        )
+
+
 def check_masks_are_known(model: Any) -> None:
     """Check that the mask that a model hands its attention is all there is.
 

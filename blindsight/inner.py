@@ -49,9 +49,7 @@ class Inner:
 
     @property
     def name(self) -> str:
-        if isinstance(self.backend, str):
-            return self.backend
-        return getattr(self.backend, "__name__", type(self.backend).__name__)
+        return name_of(self.backend)
 
     @property
     def takes_regions(self) -> bool:
@@ -108,3 +106,10 @@ class Inner:
         patches.update(self.options.get("options") or {})
         patches.update(self.options.get("config_patches") or {})
         return patches
+
+
+def name_of(backend: str | Callable[..., Any]) -> str:
+    """Return what to call a backend: in reports, and in files that outlive the process."""
+    if isinstance(backend, str):
+        return backend
+    return getattr(backend, "__name__", type(backend).__name__)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from blindsight.families import DECODER_ATTENTION_CLASSES
+from blindsight.modules import plain_name
 from blindsight.passes.find_attention import Attention
 
 
@@ -78,11 +79,6 @@ class LayerMap:
                     shared.add(id(parameter))
                 layers[id(parameter)] = (weakref.ref(parameter), layer)
         self._layers = {key: value for key, value in layers.items() if key not in shared}
-
-
-def plain_name(name: str) -> str:
-    """Return the name of a part of a model without what ``torch.compile`` wraps in it."""
-    return name.replace("._orig_mod", "").removeprefix("_orig_mod.")
 
 
 def layer_of_path(attention: Attention) -> int | None:

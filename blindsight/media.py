@@ -23,12 +23,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from blindsight.error_text import on_one_line, shortened
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
-
-
-_LONGEST_SHOWN = 300
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,11 +107,6 @@ def open_image(image: Any, what: str, folder: Path | None, *, decode: bool = Tru
     raise ValueError(
         f"{what} must be a path, an opened image or bytes, got {type(image).__name__}."
     )
-
-
-def shortened(text: str) -> str:
-    """Return a text for an error message, without what nobody reads: images as base64."""
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 _KEYS = ("frames", "path", "bytes", "fps", "num_frames")
@@ -256,13 +250,13 @@ def _frames_of(video: Video, video_processor: Any) -> tuple[Any, Any]:
             return cast("tuple[Any, Any]", _decode(path, sample, video_processor))
     except ImportError as error:
         raise ValueError(
-            f"{name} needs a decoder of videos: {' '.join(str(error).split())} Install one "
+            f"{name} needs a decoder of videos: {on_one_line(error)} Install one "
             '(pip install "blindsight[video]"), or give the frames as images.'
         ) from error
     except Exception as error:  # of whichever library decodes
         raise ValueError(
             f"{name} must be a video that can be read and sampled: "
-            f"{' '.join(str(error).split())} Or give its frames as images."
+            f"{on_one_line(error)} Or give its frames as images."
         ) from error
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from blindsight.media import shortened, video_arguments
+from blindsight.error_text import on_one_line, shortened
+from blindsight.media import video_arguments
 
 if TYPE_CHECKING:
     from blindsight.rows import Sample
@@ -73,7 +74,7 @@ def model_inputs(
     try:
         return dict(processor(text=texts, images=images if any(images) else None, **options))
     except (RuntimeError, ValueError) as error:
-        what = shortened(" ".join(str(error).split()))
+        what = shortened(on_one_line(error))
         if len(samples) == 1 or not any(videos):
             numbers = ", ".join(str(sample.index) for sample in samples)
             raise ValueError(
@@ -134,7 +135,7 @@ def load_processor(path: str | os.PathLike[str]) -> Any:
                 raise error from None  # some cannot do without that part
     except (ImportError, OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"model must have a processor, got none in {name!r}: {' '.join(str(error).split())}"
+            f"model must have a processor, got none in {name!r}: {on_one_line(error)}"
         ) from error
 
 

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
+from blindsight.error_text import first_line
+
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=30)  # a rank that is done waits for the slowest
@@ -155,7 +157,7 @@ def local_device(name: str | None = None) -> str:
         if name.startswith("cuda:"):
             torch.cuda.set_device(name)
     except (AssertionError, RuntimeError) as error:
-        what = str(error).strip().splitlines()[0]
+        what = first_line(error)
         raise ValueError(
             f"device must be one that torch {torch.__version__} finds here, got {name!r}: {what}"
         ) from None

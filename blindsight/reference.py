@@ -27,7 +27,8 @@ from blindsight.families import (
     shares_keys,
     text_config,
 )
-from blindsight.layers import compact, plain_name
+from blindsight.layers import compact
+from blindsight.modules import plain_name
 from blindsight.profile import Profile
 from blindsight.runtime import disabled
 from blindsight.template import Template

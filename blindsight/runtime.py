@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from blindsight.history import CacheNote, History, Pending, has_returned, module_calls
-from blindsight.layers import compact, plain_name
+from blindsight.layers import compact
+from blindsight.modules import plain_name
 from blindsight.template import Template, TemplateRule, find_order_problem
 from blindsight.tensor_notes import TensorNotes, version_of
 

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
+from blindsight.error_text import on_one_line
 from blindsight.rows import ROW, Sample, check_columns, identity_of_row, sample_of_row
 
 
@@ -163,9 +164,7 @@ def _load_dataset(path: Path, name: str) -> Any:
         return datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name)
     except Exception as error:  # its errors have no common class
         what = "a folder that datasets reads" if path.exists() else "a path, or an id on the hub"
-        raise ValueError(
-            f"dataset must be {what}, got {name!r}: {' '.join(str(error).split())}"
-        ) from error
+        raise ValueError(f"dataset must be {what}, got {name!r}: {on_one_line(error)}") from error
 
 
 def _of_split(rows: Any, split: str | None, name: str) -> Any:

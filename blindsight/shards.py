@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from blindsight.modules import plain_name
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import ancestors, fake_tensor
 from blindsight.profile import Profile
@@ -78,7 +79,8 @@ def query_weights(call: Attention, inputs: list[fx.Node]) -> Iterable[Tensor]:
 def sharded_weights(models: Iterable[nn.Module], layer_pattern: str) -> Iterable[Tensor]:
     """Yield the query projections of models' layers, those that are sharded by rows."""
     for name, parameter in chain.from_iterable(model.named_parameters() for model in models):
-        if name.endswith("q_proj.weight") and re.search(layer_pattern, name) and _places(parameter):
+        is_of_layer = re.search(layer_pattern, plain_name(name)) is not None
+        if is_of_layer and name.endswith("q_proj.weight") and _places(parameter):
             yield parameter
 
 

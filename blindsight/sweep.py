@@ -36,6 +36,8 @@ from blindsight.evaluation.sweep_points import (
     token_plans,
 )
 from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill
+from blindsight.inner import name_of
+from blindsight.modules import in_eval_mode
 from blindsight.profile import Profile
 from blindsight.rows import Sample
 
@@ -267,9 +269,7 @@ def sweep(
             progress=progress,
         )
 
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         outcomes = answer(plans)
         dense = outcomes[dense_point.key]
         if baselines:
@@ -287,14 +287,12 @@ def sweep(
             batch = longest_prompt(decoder, processor, samples, dense)
             for plan in plans:
                 if plan.series == BY_HEAD and plan.categories is not None:
-                    key = f"prefill at {plan.masking.key} by {inner}, {repeats} times"
+                    key = f"prefill at {plan.masking.key} by {name_of(inner)}, {repeats} times"
                     if key not in known.notes:
                         chosen = with_categories(profile, plan.categories)
                         found = time_prefill(decoder, batch, chosen, inner=inner, repeats=repeats)
                         known.note(key, asdict(found))
                     timings[plan.masking.key] = Timing.from_dict(known.notes[key])
-    finally:
-        model.train(was_training)
     draws = {"num_resamples": num_resamples, "seed": seed}
     points = [
         SweepPoint(

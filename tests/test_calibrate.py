@@ -268,6 +268,10 @@ def test_bad_input_is_said_clearly(tmp_path: Path) -> None:
         calibrate(model, processor, rows(1), sink_offsets="found")
     with pytest.raises(ValueError, match="aggregate must be one of quantile, mean"):
         calibrate(model, processor, rows(1), aggregate="median")
+    with pytest.raises(ValueError, match="allocation must be one of per_head, global"):
+        calibrate(model, processor, rows(1), allocation="perhead")
+    with pytest.raises(ValueError, match=r"two images, .*, among the first 2, got none"):
+        calibrate(model, processor, rows(2, num_images=1), sink_offsets="measure", progress=False)
     eager = tiny_model("gemma3", num_layers=1, attn_implementation="eager")
     with pytest.raises(ValueError, match="attn_implementation='sdpa', got 'eager'"):
         calibrate(eager, processor, rows(1))

@@ -104,6 +104,11 @@ def test_a_file_that_is_no_image_is_one_line(
     assert "broken.png" in error_of(capsys, "demo", "--images", str(tmp_path))
 
 
+def test_the_demo_asks_the_testbed_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    found = error_of(capsys, "demo", "--part", "answers", "--profile", "mine.safetensors")
+    assert "part 'answers' must be asked of the testbed, got profile of your own" in found
+
+
 def test_numbers_out_of_range_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "num_images must be at least 1, got 0" in error_of(capsys, "demo", "--num-images", "0")
 

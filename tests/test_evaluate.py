@@ -191,6 +191,22 @@ def test_a_decoder_that_was_put_in_has_a_config_of_its_own(family: str) -> None:
     torch.testing.assert_close(found, expected[:, -1], atol=1e-5, rtol=0)
 
 
+def test_a_decoder_that_is_compiled_is_found() -> None:
+    model, profile = model_and_profile()
+    plain = evaluate(model, tiny_processor(), samples(2), profile, repeats=0)
+    model.model.language_model = torch.compile(model.model.language_model, backend="eager")
+    found = evaluate(model, tiny_processor(), samples(2), profile, repeats=0)
+    assert found.sparse == plain.sparse and found.sparse.kl_mean > 0
+
+
+def test_each_part_gets_its_mode_back() -> None:
+    model, profile = model_and_profile()
+    model.train()
+    model.model.visual.eval()
+    evaluate(model, tiny_processor(), samples(2), profile, repeats=0)
+    assert model.training and model.lm_head.training and not model.model.visual.training
+
+
 def test_padding_on_the_right_is_an_error() -> None:
     decoder, _, _ = decoder_and_batch()
     with pytest.raises(ValueError, match="padded on the left"):
@@ -455,10 +471,13 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
     assert third.opened == []
 
 
-def test_timing_is_not_measured_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inner", ["eager", lambda gm, inputs: gm])
+def test_timing_is_not_measured_again(inner: Any, tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    options = {"repeats": 1, "inner": "eager", "checkpoint": path}
-    assert run(4, **options).to_json() == run(4, **options).to_json()
+    options = {"repeats": 1, "checkpoint": path}
+    first = run(4, inner=inner, **options)
+    again = inner if isinstance(inner, str) else lambda gm, inputs: gm  # of another process
+    assert first.to_json() == run(4, inner=again, **options).to_json()
 
 
 @pytest.mark.parametrize(

@@ -315,6 +315,8 @@ def test_costs_are_kept_per_device_and_dtype() -> None:
     assert default != COSTS
     assert save_costs(CPU, torch.float32, COSTS) == cache_file()
     other = Costs(1.0, 2.0, 3.0, 4.0, 5.0)
+    # What was not measured is not taken for what was.
+    assert costs_of(CPU, torch.bfloat16) not in (COSTS, default)
     save_costs(CPU, torch.bfloat16, other)
     assert costs_of(CPU, torch.float32) == COSTS
     assert costs_of(CPU, torch.bfloat16) == other

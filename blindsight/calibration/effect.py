@@ -24,6 +24,7 @@ from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import divergence
 from blindsight.evaluation.prefill import Decoder
+from blindsight.modules import in_eval_mode
 from blindsight.processors import model_inputs
 from blindsight.profile import Profile
 from blindsight.rows import Sample
@@ -73,14 +74,10 @@ def refine(
     profile.validate(model)
     decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
     trials = _trials(profile, by)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         found = mean_divergence(
             decoder, processor, samples, trials, batch_size=batch_size, progress=progress
         )
-    finally:
-        model.train(was_training)
     effect = _by_head(found, profile) if by == "head" else _by_layer(found, profile)
     noted = {**profile.calibration, "effect": f"by {by}, {len(samples)} prompts"}
     for name in ("aggregate", "quantile"):

@@ -25,6 +25,7 @@ from blindsight.calibration.measurements import Checkpoint, Measurements, model_
 from blindsight.calibration.probe import Call, Losses, empty_losses, measure_losses
 from blindsight.families import config_of, fingerprint, shares_keys, text_config, with_attention
 from blindsight.layers import LayerMap, compact, layer_of_path
+from blindsight.modules import in_eval_mode, plain_name
 from blindsight.passes.find_attention import Attention, find_attention, has_attention
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_mask
@@ -150,10 +151,8 @@ def _measure_own(
         desc="calibrating",
         unit="prompt",
     )
-    was_training = model.training
-    model.eval()
     try:
-        with bar:
+        with bar, in_eval_mode(model):
             while done < len(samples):
                 batch = list(samples[done : done + batch_size])
                 inputs = model_inputs(processor, batch, padding_side=padding_side)
@@ -163,7 +162,6 @@ def _measure_own(
                 if saved is not None:
                     saved.save_now_and_then(parts)
     finally:
-        model.train(was_training)
         if saved is not None and parts:
             saved.save(parts)
     return Measurements.join(parts)
@@ -303,10 +301,11 @@ def _gradients_from_embeddings(model: nn.Module) -> Iterator[None]:
 
 def _towers_of(model: nn.Module, layer_pattern: str) -> list[nn.Module]:
     """Return the parts with attention of their own, beside the decoder: vision towers."""
-    layers = [name for name, _ in model.named_modules() if re.search(layer_pattern + "$", name)]
+    modules = [(plain_name(name), module) for name, module in model.named_modules()]
+    layers = [name for name, _ in modules if re.search(layer_pattern + "$", name)]
     around = {name[:at] for name in layers for at, letter in enumerate(name) if letter == "."}
     towers = []
-    for name, module in model.named_modules():
+    for name, module in modules:
         beside = name.rpartition(".")[0] in around | {""} and name not in around | {""}
         inside = any(name.startswith(f"{layer.rpartition('.')[0]}.") for layer in layers)
         if beside and not inside:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from blindsight.cli import calibrate, demo, evaluate, show, tune
+from blindsight.error_text import on_one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.traceback:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = on_one_line(error)
         if isinstance(error, OSError) and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
         print(f"blindsight: error: {message}", file=sys.stderr)

@@ -106,9 +106,8 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
             **options,
         )
         seconds = time.perf_counter() - begin
-        if ranks.is_first:
-            profile.save(output)
-        ranks.gather(lambda: None)  # nobody forgets what was measured before that is kept
+        # Nobody forgets what was measured before that is kept.
+        ranks.on_first(lambda: profile.save(output))
     if arguments.checkpoint is None:
         for path in (checkpoint, checkpoint.with_name(f"{checkpoint.name}.sinks")):
             ranks.own(path).unlink(missing_ok=True)

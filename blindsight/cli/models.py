@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from blindsight.error_text import on_one_line
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what :func:`load_model` is to be told."""
@@ -36,8 +38,7 @@ def load_model(name: str, dtype: str | None = None, device: str | None = "cpu") 
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from blindsight.evaluation.prefill import check_has_vision
-    from blindsight.families import family_of
+    from blindsight.families import check_has_vision, family_of
     from blindsight.ranks import is_launched_with_others, local_device
 
     if device == "auto" and is_launched_with_others():
@@ -52,7 +53,7 @@ def load_model(name: str, dtype: str | None = None, device: str | None = "cpu") 
     try:
         config: Any = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        what = " ".join(str(error).split())
+        what = on_one_line(error)
         raise ValueError(
             f"model must be a folder or a hub id that can be reached, got {name!r}: {what}"
         ) from error

@@ -19,7 +19,11 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     )
     tune.add_argument("--device", help="default: cuda where there is one, else cpu")
     tune.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), nargs="+", default=["float32"]
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        nargs="+",
+        default=["float32", "bfloat16"],
+        help="of models that run here (default: float32 bfloat16)",
     )
     tune.set_defaults(run=_run_tune)
 

@@ -48,7 +48,12 @@ def run_demo(options: DemoOptions) -> DemoResult:
         ImportError: scikit-learn is wanted for its photographs, and is not installed.
     """
     # Somebody's own model, images or profile are timed; the testbed is for everybody else.
-    own = any(x is not None for x in (options.model, options.images, options.profile))
+    own = [name for name in ("model", "images", "profile") if getattr(options, name) is not None]
+    if own and options.part == "answers":
+        raise ValueError(
+            f"part 'answers' must be asked of the testbed, got {' and '.join(own)} of your own. "
+            "Leave them out, or time them: part 'speed'."
+        )
     asks = options.part in ("answers", "both") and not own
     problem = find_problem() if asks else None
     steps = num_steps(options) if options.part != "answers" else 0
@@ -67,6 +72,6 @@ def run_demo(options: DemoOptions) -> DemoResult:
             )
         # Two models of one class: what Dynamo learned of the first makes it generalise the second.
         torch._dynamo.reset()
-        if options.part != "answers" or own:
+        if options.part != "answers":
             speed = measure_speed(options, progress)
     return DemoResult(answers, speed, problem or "")

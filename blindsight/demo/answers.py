@@ -19,7 +19,7 @@ from torch import Tensor
 from blindsight.backend import blindsight_backend
 from blindsight.categories import summarize_categories
 from blindsight.cost import AttentionFlops, attention_flops
-from blindsight.evaluation.prefill import find_decoder
+from blindsight.modules import find_decoder
 from blindsight.processors import inputs_on, load_processor, model_inputs
 from blindsight.profile import Profile
 from blindsight.progress import Progress

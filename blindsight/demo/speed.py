@@ -19,8 +19,8 @@ from blindsight.backend import blindsight_backend
 from blindsight.categories import NUM_CATEGORIES, summarize_categories
 from blindsight.cost import AttentionFlops, attention_flops
 from blindsight.demo.prompt import DemoOptions, load
-from blindsight.evaluation.prefill import find_decoder
 from blindsight.families import cache_argument, cache_of, text_config
+from blindsight.modules import find_decoder
 from blindsight.profile import Profile
 from blindsight.progress import Progress
 from blindsight.reference import reference_logits

@@ -26,6 +26,7 @@ from blindsight.files import write_whole
 from blindsight.processors import model_inputs
 from blindsight.ranks import current_ranks
 from blindsight.rows import Sample
+from blindsight.samples import Samples
 
 FORMAT, VERSION = "blindsight-outcomes", 1
 NO_TASK = "all"
@@ -234,6 +235,8 @@ def answer_samples(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if not len(samples):
         raise ValueError("samples must be at least one, got none.")
+    if isinstance(samples, Samples):
+        samples.check()
     current_ranks().gather(
         lambda: _answer_own(
             decoder,

@@ -8,7 +8,6 @@ Shapes: B batch, T tokens of the prompts, L layers, C categories, V vocabulary.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from blindsight.families import (
     CACHE_ARGUMENTS,
     cache_argument,
     cache_of,
+    check_has_vision,
     config_of,
     text_config,
     widths_of,
@@ -32,6 +32,7 @@ from blindsight.families import (
 from blindsight.given_mask import intervals_or_groups
 from blindsight.intervals import groups_of_keys
 from blindsight.masks import BaseMask
+from blindsight.modules import find_decoder
 from blindsight.processors import inputs_on
 from blindsight.profile import Profile
 from blindsight.reference import attention_layers
@@ -360,34 +361,3 @@ class CompiledDecoder:
 
     def close(self) -> None:
         self.backend.detach()
-
-
-def check_has_vision(model_or_config: Any) -> None:
-    """Check that a model reads images.
-
-    Raises:
-        ValueError: It does not.
-    """
-    config = config_of(model_or_config)
-    if getattr(config, "vision_config", None) is None:
-        kind = getattr(config, "model_type", type(model_or_config).__name__)
-        raise ValueError(
-            f"model must have a vision part, got {kind!r}, which has none. Give a vision-language "
-            "model, such as a Qwen2.5-VL."
-        )
-
-
-def find_decoder(model: nn.Module, layer_pattern: str) -> nn.Module:
-    """Return the module that has the list of decoder layers.
-
-    Raises:
-        ValueError: None has layers at ``layer_pattern``.
-    """
-    for name, _ in model.named_modules():
-        if (matched := re.search(layer_pattern + "$", name)) is not None:
-            layers = name[: matched.start(1)].removesuffix(".")
-            return model.get_submodule(layers.rpartition(".")[0])
-    raise ValueError(
-        f"model must have decoder layers at {layer_pattern!r}, got {type(model).__name__}, which "
-        "has none."
-    )
