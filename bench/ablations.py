@@ -35,11 +35,11 @@ from blindsight.calibration.measure import measure
 from blindsight.calibration.measurements import Measurements
 from blindsight.calibration.selection import CRITERIA
 from blindsight.cli.models import load_model
+from blindsight.data.processors import load_processor
+from blindsight.data.samples import load_samples
 from blindsight.evaluate import Summary, compare
-from blindsight.processors import load_processor
 from blindsight.profile import Profile
 from blindsight.progress import quiet
-from blindsight.samples import load_samples
 from blindsight.template import TemplateRule
 
 RESULTS = Path(__file__).parent / "results" / "ablations.jsonl"

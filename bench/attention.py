@@ -36,18 +36,18 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from blindsight import flex, mask_forms
-from blindsight.attention import _masked, attend
-from blindsight.base_mask import CAUSAL
-from blindsight.block_tables import block_size_of, runs_of_sorted
+from blindsight.attention import flex, mask_forms
+from blindsight.attention.attend import _masked, attend
+from blindsight.attention.base_mask import CAUSAL
+from blindsight.attention.block_tables import block_size_of, runs_of_sorted
+from blindsight.attention.chunks import num_chunks_of
+from blindsight.attention.interval_masks import causal_base
+from blindsight.attention.intervals import sorted_bounds
+from blindsight.attention.mask_forms import sorted_mask
 from blindsight.categories import HeadCategory
-from blindsight.choose import MAX_TABLE_BYTES
-from blindsight.chunks import num_chunks_of
-from blindsight.intervals import sorted_bounds
-from blindsight.lowering import Layout, fused_layout, split_layout
-from blindsight.mask_forms import sorted_mask
-from blindsight.masks import causal_base
 from blindsight.ranks import local_device
+from blindsight.runtime.choose import MAX_TABLE_BYTES
+from blindsight.runtime.lowering import Layout, fused_layout, split_layout
 from blindsight.timer import Timer
 from blindsight.tune import compile_alone
 
@@ -445,7 +445,7 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="JSON",
-        help="of FlexAttention, to sweep; num_chunks is ours (blindsight/chunks.py)",
+        help="of FlexAttention, to sweep; num_chunks is ours (blindsight/attention/chunks.py)",
     )
     arguments = parser.parse_args()
     arguments.device = local_device(arguments.device)

@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from blindsight.attention import attend
-from blindsight.block_tables import BlockTables, runs_of_sorted, tables_of_sorted
+from blindsight.attention.attend import attend
+from blindsight.attention.block_tables import BlockTables, runs_of_sorted, tables_of_sorted
+from blindsight.attention.interval_masks import causal_base
+from blindsight.attention.intervals import SortedBounds, TokenOrder, sorted_bounds
+from blindsight.attention.mask_forms import SortedMask
 from blindsight.categories import HeadCategory
-from blindsight.intervals import SortedBounds, TokenOrder, sorted_bounds
-from blindsight.mask_forms import SortedMask
-from blindsight.masks import causal_base
 from blindsight.tune import compile_alone
 
 RESULTS = Path(__file__).parent / "results" / "blocks.jsonl"

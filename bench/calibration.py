@@ -33,7 +33,7 @@ from prefill import SHAPES
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blindsight.base_mask import CAUSAL
+from blindsight.attention.base_mask import CAUSAL
 from blindsight.calibration.probe import measure_losses
 from blindsight.calibration.visibility import visibility_of_form
 

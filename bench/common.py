@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blindsight.cost_model import cpu_model
+from blindsight.runtime.cost_model import cpu_model
 from blindsight.template import find_sinks
 
 DELIMITERS = 2  # of each image: it begins and ends with one, and both are in its span

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from common import alone_on_device, conditions, print_table
 
-from blindsight.cost_model import device_name
 from blindsight.ranks import local_device
+from blindsight.runtime.cost_model import device_name
 from blindsight.tune import measure_costs
 
 RESULTS = Path(__file__).parent / "results" / "costs.jsonl"

@@ -35,8 +35,8 @@ from transformers import (
 )
 
 from blindsight import Profile, blindsight_backend, watch
-from blindsight.compiled_graph import CompiledGraph
 from blindsight.ranks import local_device
+from blindsight.runtime.compiled_graph import CompiledGraph
 from blindsight.timer import Timer
 
 RESULTS = Path(__file__).parent / "results" / "decoding.jsonl"

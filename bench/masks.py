@@ -25,16 +25,16 @@ import torch
 from common import Config, conditions, print_table
 from torch.nn.attention.flex_attention import create_block_mask
 
-from blindsight.block_tables import (
+from blindsight.attention.block_tables import (
     BlockTables,
     listed_share,
     runs_of_sorted,
     tables_of_prompt_order,
     tables_of_sorted,
 )
+from blindsight.attention.interval_masks import causal_base, keep_intervals
+from blindsight.attention.intervals import sorted_bounds
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
-from blindsight.intervals import sorted_bounds
-from blindsight.masks import causal_base, keep_intervals
 from blindsight.plots import plot_masks
 from blindsight.template import Template
 

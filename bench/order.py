@@ -25,10 +25,10 @@ from common import Config, conditions, print_table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from blindsight.attention import attend
-from blindsight.base_mask import CAUSAL
+from blindsight.attention.attend import attend
+from blindsight.attention.base_mask import CAUSAL
+from blindsight.attention.mask_forms import ordered_mask, sorted_mask
 from blindsight.categories import HeadCategory
-from blindsight.mask_forms import ordered_mask, sorted_mask
 from blindsight.tune import compile_alone
 
 RESULTS = Path(__file__).parent / "results" / "order.jsonl"

@@ -36,16 +36,16 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from blindsight import Profile, TemplateRule, blindsight_backend, use_template
-from blindsight.attention import _take_tokens
-from blindsight.base_mask import CAUSAL
-from blindsight.block_tables import block_size_of
-from blindsight.choose import ChoosableCall, best_form, choose_layouts
-from blindsight.cost_model import CallSize, costs_of
-from blindsight.history import History
-from blindsight.inner import Inner
-from blindsight.lowering import Lowering
-from blindsight.mask_forms import sorted_mask
+from blindsight.attention.attend import _take_tokens
+from blindsight.attention.base_mask import CAUSAL
+from blindsight.attention.block_tables import block_size_of
+from blindsight.attention.mask_forms import sorted_mask
 from blindsight.ranks import local_device
+from blindsight.runtime.choose import ChoosableCall, best_form, choose_layouts
+from blindsight.runtime.cost_model import CallSize, costs_of
+from blindsight.runtime.history import History
+from blindsight.runtime.inner import Inner
+from blindsight.runtime.lowering import Lowering
 from blindsight.template import Template
 from blindsight.timer import Timer
 

@@ -24,6 +24,7 @@ from common import conditions, print_table
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
+from blindsight.attention.interval_masks import BaseMask
 from blindsight.calibrate import profile_of, rule_of
 from blindsight.calibration.effect import UNITS, refine, reselect
 from blindsight.calibration.measure import measurements_of
@@ -31,17 +32,16 @@ from blindsight.calibration.measurements import Measurements
 from blindsight.calibration.probe import Losses, measure_losses
 from blindsight.calibration.visibility import IntervalVisibility
 from blindsight.cli.models import load_model
+from blindsight.data.processors import load_processor, model_inputs
+from blindsight.data.samples import Samples, load_samples
 from blindsight.evaluate import compare
 from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks
 from blindsight.evaluation.outcomes import digest_of_weights
 from blindsight.evaluation.prefill import Decoder
 from blindsight.evaluation.summary import Summary
 from blindsight.families import fingerprint
-from blindsight.masks import BaseMask
-from blindsight.processors import load_processor, model_inputs
 from blindsight.profile import Profile
 from blindsight.progress import quiet
-from blindsight.samples import Samples, load_samples
 
 sys.path.insert(0, str(Path(__file__).parent / "testbed"))
 from make_dataset import TASKS, parse_grid, write_dataset

@@ -23,16 +23,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BlindsightWarning": "blindsight.runtime",
+    "BlindsightWarning": "blindsight.runtime.forwards",
     "HeadCategory": "blindsight.categories",
     "Profile": "blindsight.profile",
     "Report": "blindsight.report",
     "TemplateRule": "blindsight.template",
     "blindsight_backend": "blindsight.backend",
-    "disabled": "blindsight.runtime",
+    "disabled": "blindsight.runtime.forwards",
     "explain": "blindsight.explanation",
     "export": "blindsight.exported",
-    "use_template": "blindsight.runtime",
+    "use_template": "blindsight.runtime.forwards",
 }
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from blindsight.exported import export
     from blindsight.profile import Profile
     from blindsight.report import Report
-    from blindsight.runtime import BlindsightWarning, disabled, use_template
+    from blindsight.runtime.forwards import BlindsightWarning, disabled, use_template
     from blindsight.template import TemplateRule
 
 

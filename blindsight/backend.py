@@ -13,16 +13,16 @@ from typing import Any
 
 from torch import fx, nn
 
-from blindsight.attached import AttachedModels
-from blindsight.compiled_graph import CompiledGraph
-from blindsight.inner import OPTIONS_OF_INDUCTOR, Inner
-from blindsight.lowering import Lowering
 from blindsight.passes.contract import PassList
 from blindsight.profile import Profile
 from blindsight.report import Report
-from blindsight.runtime import Runtime
-from blindsight.state import BackendState
-from blindsight.warmup import warm_up
+from blindsight.runtime.attached import AttachedModels
+from blindsight.runtime.compiled_graph import CompiledGraph
+from blindsight.runtime.forwards import Runtime
+from blindsight.runtime.inner import OPTIONS_OF_INDUCTOR, Inner
+from blindsight.runtime.lowering import Lowering
+from blindsight.runtime.state import BackendState
+from blindsight.runtime.warmup import warm_up
 
 
 class BlindsightBackend:

@@ -13,7 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import blindsight
+import blindsight.attention
 import blindsight.passes
+import blindsight.runtime
 from blindsight.passes.replace_attention import GRAPH_FUNCTIONS
 from blindsight.passes.share_layers import call_shared
 
@@ -22,10 +24,10 @@ from blindsight.passes.share_layers import call_shared
 def source_digest() -> str:
     """Return the hex sha256 of this package's version and sources."""
     digest = hashlib.sha256(blindsight.__version__.encode())
-    for package in (blindsight, blindsight.passes):
+    for package in (blindsight, blindsight.attention, blindsight.passes, blindsight.runtime):
         for folder in map(Path, package.__path__):
             for path in sorted(folder.glob("*.py")):
-                digest.update(path.name.encode())
+                digest.update(f"{package.__name__}/{path.name}".encode())
                 digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -26,9 +26,9 @@ from blindsight.calibration.measurements import Measurements
 from blindsight.calibration.probe import NUM_OFFSETS
 from blindsight.calibration.selection import ALLOCATIONS, CRITERIA, select_categories
 from blindsight.categories import HeadCategory
+from blindsight.data.samples import load_samples
 from blindsight.families import check_has_vision, config_of, fingerprint, widths_of
 from blindsight.profile import Profile
-from blindsight.samples import load_samples
 from blindsight.template import TemplateRule
 
 __all__ = [
@@ -76,8 +76,8 @@ def calibrate(
 
     Args:
         model: A transformers model that reads images, with ``attn_implementation="sdpa"``.
-        processor: Its processor, see :func:`~blindsight.processors.load_processor`.
-        samples: What :func:`~blindsight.samples.load_samples` takes or returns.
+        processor: Its processor, see :func:`~blindsight.data.processors.load_processor`.
+        samples: What :func:`~blindsight.data.samples.load_samples` takes or returns.
         budget: The one knob, the most that any one head may lose. 0 is dense, infinity is as sparse
             as can be. By default the root of the KL divergence of the next token after the prompt,
             in nats; with ``criterion="output_error"`` the change of the head's own output in

@@ -10,7 +10,7 @@ class HeadCategory(IntEnum):
     """What a query inside one image may see of the other images, for one query head.
 
     The values are the codes of the profile file. Text queries, text keys and the first
-    image of a sequence are never restricted; see :mod:`blindsight.masks`.
+    image of a sequence are never restricted; see :mod:`blindsight.attention.interval_masks`.
     """
 
     DENSE = 0  # everything

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 import blindsight
+from blindsight.data.rows import Sample
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import (
     Checkpoint,
@@ -38,12 +39,11 @@ from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.evaluation.summary import Summary, by_task, percent, summarize, table
 from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill
 from blindsight.families import check_has_vision
-from blindsight.inner import name_of
 from blindsight.modules import in_eval_mode
 from blindsight.profile import Profile
 from blindsight.ranks import current_ranks
-from blindsight.rows import Sample
-from blindsight.shards import check_is_whole
+from blindsight.runtime.inner import name_of
+from blindsight.runtime.shards import check_is_whole
 
 ENGINES = ("reference", "compiled")
 _LEVEL = 0.05  # a rate of 1 - _LEVEL ** (1 / n) shows in n questions, but for this share of cases
@@ -186,8 +186,8 @@ def evaluate(
 
     Args:
         model: A transformers model that reads images.
-        processor: Its processor, see :func:`blindsight.processors.load_processor`.
-        samples: Questions with answers, see :func:`blindsight.samples.load_samples`.
+        processor: Its processor, see :func:`blindsight.data.processors.load_processor`.
+        samples: Questions with answers, see :func:`blindsight.data.samples.load_samples`.
         profile: What to judge.
         batch_size: Prompts at once.
         max_new_tokens: Of an answer; by default as many tokens as the expected one has.

@@ -15,10 +15,10 @@ from torch.export import ExportedProgram
 
 from blindsight.error_text import first_line
 from blindsight.evaluation.prefill import Decoder
-from blindsight.lowering import Lowering
 from blindsight.modules import find_decoder
 from blindsight.passes.sparse_attention import rewrite
 from blindsight.profile import Profile
+from blindsight.runtime.lowering import Lowering
 
 _TEMPLATE = ("span_id", "is_sink")
 

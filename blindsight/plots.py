@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from blindsight.attention.interval_masks import keep_intervals
 from blindsight.categories import HeadCategory
-from blindsight.masks import keep_intervals
 
 if TYPE_CHECKING:
     from blindsight.profile import Profile

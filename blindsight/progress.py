@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from blindsight.runtime import BlindsightWarning
+from blindsight.runtime.forwards import BlindsightWarning
 
 
 class Progress:

@@ -27,10 +27,10 @@ from blindsight.families import (
     shares_keys,
     text_config,
 )
-from blindsight.layers import compact
 from blindsight.modules import plain_name
 from blindsight.profile import Profile
-from blindsight.runtime import disabled
+from blindsight.runtime.forwards import disabled
+from blindsight.runtime.layers import compact
 from blindsight.template import Template
 
 NAME = "blindsight_reference"

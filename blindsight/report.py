@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from blindsight.layers import compact
+from blindsight.runtime.layers import compact
 
 
 @dataclass
@@ -44,8 +44,8 @@ class Verdict:
     def runs(self) -> Counter[str]:
         """How often it ran: sparse, by form and lowering (``"sparse, sorted, fused"``), or dense.
 
-        See :mod:`blindsight.mask_forms` and :class:`~blindsight.lowering.Lowering`. A dense run
-        says why.
+        See :mod:`blindsight.attention.mask_forms` and
+        :class:`~blindsight.runtime.lowering.Lowering`. A dense run says why.
         """
         return self.own_runs + self.runs_of_graph
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from blindsight.categories import HeadCategory
+from blindsight.data.rows import Sample
 from blindsight.evaluate import conditions, decoder_of, run_header
 from blindsight.evaluation.masked_model import Masking, ProfileMasking
 from blindsight.evaluation.outcomes import Checkpoint, Outcome, Point, answer_samples, write_text
@@ -36,10 +37,9 @@ from blindsight.evaluation.sweep_points import (
     token_plans,
 )
 from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill
-from blindsight.inner import name_of
 from blindsight.modules import in_eval_mode
 from blindsight.profile import Profile
-from blindsight.rows import Sample
+from blindsight.runtime.inner import name_of
 
 
 @dataclass(frozen=True)

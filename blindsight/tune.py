@@ -1,4 +1,4 @@
-"""Measure what attention costs on a device, for :mod:`blindsight.cost_model`.
+"""Measure what attention costs on a device, for :mod:`blindsight.runtime.cost_model`.
 
 Shapes: B batch, H query heads, L tokens, D head dim.
 """
@@ -16,12 +16,12 @@ from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
-from blindsight.attention import attend
-from blindsight.base_mask import CAUSAL
-from blindsight.block_tables import block_size_of, ceil_div
+from blindsight.attention.attend import attend
+from blindsight.attention.base_mask import CAUSAL
+from blindsight.attention.block_tables import block_size_of, ceil_div
+from blindsight.attention.mask_forms import ordered_mask, sorted_mask
 from blindsight.categories import HeadCategory
-from blindsight.cost_model import HEAD_DIM, Costs
-from blindsight.mask_forms import ordered_mask, sorted_mask
+from blindsight.runtime.cost_model import HEAD_DIM, Costs
 from blindsight.timer import Timer
 
 _NUM_HEADS = 8

@@ -1,6 +1,6 @@
 """The expressions that a mask is read as, simplified as they are made.
 
-Their language is that of :mod:`blindsight.base_mask`, with nodes in place of tensors.
+Their language is that of :mod:`blindsight.attention.base_mask`, with nodes in place of tensors.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from blindsight.base_mask import Expression
+from blindsight.attention.base_mask import Expression
 
 MAX_LEAVES = 64  # of a nest of constants
 FLIPPED = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt", "eq": "ne", "ne": "eq"}

@@ -2,7 +2,7 @@
 
 The nodes that lead to ``attn_mask`` are read as one expression of (b, q, k), batch row, query row
 and key column, and the boolean expression is taken apart into intervals of keys per row. The
-language of both is that of :mod:`blindsight.base_mask`.
+language of both is that of :mod:`blindsight.attention.base_mask`.
 
 A mask that stays a load from a [Q, K] tensor is opaque, and kept: nothing here is a guess. What
 the data alone can tell is listed as a fact, to be checked on every call. Overflow of 64-bit
@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from torch import fx
 
-from blindsight.base_mask import CAUSAL, Expression, Fact, Form
+from blindsight.attention.base_mask import CAUSAL, Expression, Fact, Form
 from blindsight.passes.expressions import (
     ARITHMETIC,
     FLIPPED,
@@ -56,7 +56,8 @@ class Lifted:
         tier: 1 if the mask is an interval of keys per row, 2 if it is a scalar expression, 3 if
             it is opaque.
         reason: Why the tier is not 1, else "".
-        form: Tier 1: the intervals, see :mod:`blindsight.base_mask`, with nodes for tensors.
+        form: Tier 1: the intervals, see :mod:`blindsight.attention.base_mask`, with nodes for
+            tensors.
         facts: Tier 1: what must hold of the data for the form to be the mask, and be checked.
         expression: Tiers 1 and 2: whether (b, q, k) is allowed, with nodes for tensors.
         before: A node before which form, facts and expression may be evaluated; later in the

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from blindsight.base_mask import Expression
+from blindsight.attention.base_mask import Expression
 from blindsight.passes.expressions import (
     FLIPPED,
     FOLD,

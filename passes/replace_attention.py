@@ -9,10 +9,15 @@ from enum import Enum
 import torch
 from torch import fx
 
-from blindsight.attention import Group, attend, attend_in_region
-from blindsight.flex import constant_rows
-from blindsight.mask_forms import expressed_mask, materialised_mask, ordered_mask, sorted_mask
-from blindsight.mask_operator import ordered_mask_by_operator, sorted_mask_by_operator
+from blindsight.attention.attend import Group, attend, attend_in_region
+from blindsight.attention.flex import constant_rows
+from blindsight.attention.mask_forms import (
+    expressed_mask,
+    materialised_mask,
+    ordered_mask,
+    sorted_mask,
+)
+from blindsight.attention.mask_operator import ordered_mask_by_operator, sorted_mask_by_operator
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import add_placeholder, erase_unused, fake_tensor, node_of_size
 from blindsight.passes.lift_mask import Lifted
@@ -30,7 +35,7 @@ Capacity = tuple[int | None, int | None]
 
 
 class MaskForm(Enum):
-    """How a replaced call is masked; see :mod:`blindsight.mask_forms`."""
+    """How a replaced call is masked; see :mod:`blindsight.attention.mask_forms`."""
 
     SORTED = "sorted"
     GROUPED = "grouped"
@@ -93,7 +98,7 @@ def replace_attention_pass(
 
     Without ``inputs`` the graph gets four more: ``span_id [B, T]`` int32 and ``is_sink [B, T]``
     bool, the template, and ``heads`` int64 and ``categories`` int32, ``[len(attention), H]``: one
-    row per replaced call, see :func:`~blindsight.attention.attend`.
+    row per replaced call, see :func:`~blindsight.attention.attend.attend`.
 
     Args:
         gm: Edited in place; give a copy where somebody else still uses it.
@@ -105,8 +110,8 @@ def replace_attention_pass(
             model made them. The facts that intervals rest on must hold; ``EXPRESSED`` needs none.
         form: For masks that are known as intervals. One that is known as an expression is
             evaluated per element, the others are read as the model made them.
-        groups: Of the heads of each call, see :mod:`blindsight.attention`; by default one call of
-            FlexAttention for all heads.
+        groups: Of the heads of each call, see :mod:`blindsight.attention.attend`; by default one
+            call of FlexAttention for all heads.
         size_of: The value of a symbolic size; the graph is then for these sizes alone.
         capacities: The graph is for every length: up to how many queries and keys each call may
             have. All masks must be lifted, to be sorted. None: the graph is for the sizes at hand.
@@ -114,7 +119,7 @@ def replace_attention_pass(
         in_region: Make of the attention one region that all layers alike share, which a compiler
             then compiles once.
         by_operator: Make masks in interval form by an operator, see
-            :mod:`blindsight.mask_operator`.
+            :mod:`blindsight.attention.mask_operator`.
     """
     del example_inputs
     if not attention:

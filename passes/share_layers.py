@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from blindsight.attention import attend, attend_in_region
+from blindsight.attention.attend import attend, attend_in_region
+from blindsight.attention.region import call_in_region
 from blindsight.passes.graph import acts, fake_tensor, module_of
-from blindsight.region import call_in_region
 
 logger = logging.getLogger(__name__)
 

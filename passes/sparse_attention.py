@@ -20,18 +20,18 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from blindsight.base_mask import is_plain_causal
+from blindsight.attention.base_mask import is_plain_causal
+from blindsight.attention.flex import constant_rows
 from blindsight.cache_keys import source_digest
 from blindsight.families import DECODER_ATTENTION_CLASSES
-from blindsight.flex import constant_rows
-from blindsight.layers import compact, layer_of_path
-from blindsight.lowering import Layout, Lowering, fused_layout, split_layout
 from blindsight.passes.find_attention import Attention, find_attention, find_input_ids
 from blindsight.passes.graph import add_placeholder, placeholders, source_name
 from blindsight.passes.lift_mask import Lifted, lift_mask
 from blindsight.passes.replace_attention import TOKEN_INPUTS, replace_attention_pass
 from blindsight.profile import Profile
-from blindsight.shards import shard_of_call
+from blindsight.runtime.layers import compact, layer_of_path
+from blindsight.runtime.lowering import Layout, Lowering, fused_layout, split_layout
+from blindsight.runtime.shards import shard_of_call
 from blindsight.template import template_of_ids
 
 

@@ -10,10 +10,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from blindsight import mask_forms
-from blindsight.attention import attend
-from blindsight.base_mask import CAUSAL
-from blindsight.mask_forms import expressed_mask, materialised_mask, ordered_mask, sorted_mask
+from blindsight.attention import mask_forms
+from blindsight.attention.attend import attend
+from blindsight.attention.base_mask import CAUSAL
+from blindsight.attention.mask_forms import (
+    expressed_mask,
+    materialised_mask,
+    ordered_mask,
+    sorted_mask,
+)
 from blindsight.passes.replace_attention import Capacity
 from blindsight.template import find_sinks
 from oracles import oracle_attention, oracle_keep

@@ -18,11 +18,11 @@ from transformers.distributed import DistributedConfig
 
 from blindsight import Profile, blindsight_backend, rewriting, use_template
 from blindsight.calibration.measure import Prober
-from blindsight.choose import choose_layouts
 from blindsight.cli import main as command_line
 from blindsight.evaluation.prefill import Decoder
 from blindsight.passes import sparse_attention_pass
 from blindsight.passes.graph import copy_graph_module
+from blindsight.runtime.choose import choose_layouts
 from models import (
     END_ID,
     IMAGE_ID,

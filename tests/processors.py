@@ -19,7 +19,7 @@ from transformers import (
 from transformers.video_utils import VideoMetadata
 
 import models
-from blindsight.processors import without_videos
+from blindsight.data.processors import without_videos
 
 SPECIALS = {
     "<pad>": models.PAD_ID,

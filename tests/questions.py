@@ -6,8 +6,8 @@ from typing import Any, overload
 
 from PIL import Image
 
-from blindsight.rows import Sample
-from blindsight.samples import Samples, load_samples
+from blindsight.data.rows import Sample
+from blindsight.data.samples import Samples, load_samples
 
 
 def rows(number: int, *, seed: int = 0, max_images: int = 4) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from blindsight.masks import BaseMask
+from blindsight.attention.interval_masks import BaseMask
 
 
 @dataclass(frozen=True)

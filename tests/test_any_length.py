@@ -18,10 +18,10 @@ from transformers import StaticCache
 
 import blindsight
 from blindsight import Profile, blindsight_backend
-from blindsight.any_length import SymbolicSizes, capacity_of, is_symbol
-from blindsight.intervals import allowed_sorted, sorted_bounds, stretched
-from blindsight.masks import causal_base
-from blindsight.sizes import compiled_sizes
+from blindsight.attention.interval_masks import causal_base
+from blindsight.attention.intervals import allowed_sorted, sorted_bounds, stretched
+from blindsight.runtime.any_length import SymbolicSizes, capacity_of, is_symbol
+from blindsight.runtime.sizes import compiled_sizes
 from models import (
     END_ID,
     FAMILIES,
@@ -54,7 +54,7 @@ class Counting:
     """An inner backend that counts the graphs with attention that it compiles."""
 
     def __init__(self, inner: str) -> None:
-        self.compile = blindsight.inner.Inner(inner, {})
+        self.compile = blindsight.runtime.inner.Inner(inner, {})
         self.sparse = self.dense = 0
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
@@ -138,7 +138,7 @@ def test_where_any_number_will_do_short_prompts_share_the_graph_of_long_ones(
         monkeypatch.setattr(
             f"blindsight.{module}.takes_any_number", lambda device, size: is_symbol(size)
         )
-    monkeypatch.setattr("blindsight.any_length._MIN_CAPACITY", 100)
+    monkeypatch.setattr("blindsight.runtime.any_length._MIN_CAPACITY", 100)
     model = without_vision(tiny_model("qwen2_5_vl", num_layers=2))
     skip_where_each_number_of_images_compiles(model)
     profile = Profile.for_model(model, [MIXED] * 2)

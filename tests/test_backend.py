@@ -12,7 +12,7 @@ from transformers import DynamicCache
 import blindsight
 from blindsight import BlindsightWarning, Profile, TemplateRule, blindsight_backend, use_template
 from blindsight.backend import blindsight as by_name
-from blindsight.compiled_graph import CompiledGraph
+from blindsight.runtime.compiled_graph import CompiledGraph
 from models import (
     END_ID,
     IMAGE_ID,

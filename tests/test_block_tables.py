@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import create_block_mask
 
-from blindsight.block_tables import (
+from blindsight.attention.block_tables import (
     BlockTables,
     listed_share,
     prompt_order_lists_less,
@@ -19,8 +19,8 @@ from blindsight.block_tables import (
     tables_of_prompt_order,
     tables_of_sorted,
 )
-from blindsight.intervals import SortedBounds, allowed_sorted, sorted_bounds
-from blindsight.masks import BaseMask, causal_base, keep_intervals
+from blindsight.attention.interval_masks import BaseMask, causal_base, keep_intervals
+from blindsight.attention.intervals import SortedBounds, allowed_sorted, sorted_bounds
 from strategies import BaseCase, base_masks
 from test_masks import call, expected_mask, sort_mask
 
@@ -275,7 +275,7 @@ def test_some_blocks_stand_for_all_of_a_long_prompt(text, monkeypatch):
         return high
 
     sampled = turns_at()
-    monkeypatch.setattr("blindsight.block_tables._MAX_SAMPLED_BLOCKS", 10**6)
+    monkeypatch.setattr("blindsight.attention.block_tables._MAX_SAMPLED_BLOCKS", 10**6)
     assert sampled == pytest.approx(turns_at(), rel=0.02, abs=40)
 
 

@@ -119,7 +119,7 @@ def test_our_functions_are_vouched_for_by_the_sources(monkeypatch: pytest.Monkey
 
     known = cacheable_functions({"pass 0 a": "first"})
     assert known.pop("pass 0 a") == "first"
-    assert "blindsight.attention.attend" in known
+    assert "blindsight.attention.attend.attend" in known
     assert len(set(known.values())) == 1
     monkeypatch.setattr(cache_keys.blindsight, "__version__", "another")
     cache_keys.source_digest.cache_clear()
@@ -133,7 +133,7 @@ def test_what_a_user_vouches_for_is_kept() -> None:
     """Both our functions and theirs are in the config that Inductor is called with."""
     import torch._inductor.compile_fx as home
 
-    from blindsight.inner import Inner
+    from blindsight.runtime.inner import Inner
 
     seen = []
 

@@ -23,8 +23,8 @@ from blindsight.calibration import measure as measuring
 from blindsight.calibration.measurements import Measurements
 from blindsight.cli import main
 from blindsight.cli.calibrate import summary
+from blindsight.data.samples import load_samples
 from blindsight.profile import Profile
-from blindsight.samples import load_samples
 from blindsight.template import TemplateRule
 from models import tiny_model
 from processors import tiny_processor

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.functional import pad
 
-from blindsight import mask_forms
-from blindsight.attention import attend
-from blindsight.chunks import num_chunks_of
-from blindsight.mask_forms import sorted_mask
+from blindsight.attention import mask_forms
+from blindsight.attention.attend import attend
+from blindsight.attention.chunks import num_chunks_of
+from blindsight.attention.mask_forms import sorted_mask
 from blindsight.tune import compile_alone
 from fused_call import form_of, template_of
 from oracles import oracle_attention, oracle_keep

@@ -10,11 +10,11 @@ import torch
 
 from blindsight.calibration.effect import mean_divergence, refine, reselect
 from blindsight.cli import main
+from blindsight.data.processors import model_inputs
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import divergence
 from blindsight.evaluation.prefill import Decoder
 from blindsight.evaluation.sweep_points import selection_of
-from blindsight.processors import model_inputs
 from blindsight.profile import Profile
 from blindsight.reference import reference_logits
 from models import tiny_model

@@ -15,6 +15,8 @@ import blindsight.evaluation.timing as timing
 from blindsight.categories import HeadCategory
 from blindsight.cli import main
 from blindsight.cost import attention_flops
+from blindsight.data.processors import model_inputs
+from blindsight.data.samples import load_samples
 from blindsight.evaluate import Evaluation, evaluate
 from blindsight.evaluation.bootstrap import Estimate, mean_over_tasks, paired_differences, share
 from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, ProfileMasking, masked
@@ -22,10 +24,8 @@ from blindsight.evaluation.outcomes import Outcome, divergence
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.evaluation.summary import summarize
 from blindsight.evaluation.timing import check_distance, time_prefill
-from blindsight.processors import model_inputs
 from blindsight.profile import Profile
 from blindsight.reference import kept_pairs, reference_logits
-from blindsight.samples import load_samples
 from models import FAMILIES, Image, make_inputs, tiny_model
 from processors import tiny_processor
 from questions import Watched, rows, samples

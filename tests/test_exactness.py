@@ -18,7 +18,7 @@ from transformers import DynamicCache, StaticCache
 
 import blindsight
 from blindsight import Profile, blindsight_backend, use_template
-from blindsight.attention import attend
+from blindsight.attention.attend import attend
 from blindsight.passes.replace_attention import MaskForm
 from blindsight.reference import reference_logits
 from models import (
@@ -170,7 +170,7 @@ def form(monkeypatch: pytest.MonkeyPatch) -> Callable[[MaskForm], None]:
     """Sort the tokens of all prompts: left to itself, the choice for short ones is not to."""
 
     def force(form: MaskForm) -> None:
-        monkeypatch.setattr("blindsight.rewriting.best_form", lambda *_, **__: form)
+        monkeypatch.setattr("blindsight.runtime.rewriting.best_form", lambda *_, **__: form)
 
     force(MaskForm.SORTED)
     return force
@@ -256,7 +256,7 @@ def test_heads_split_by_category(
     family: str, form_name: str, scenario: str, form: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call per category, as where tables per head would be too large."""
-    monkeypatch.setattr("blindsight.choose.MAX_TABLE_BYTES", 0)
+    monkeypatch.setattr("blindsight.runtime.choose.MAX_TABLE_BYTES", 0)
     form(MaskForm[form_name])
     case = case_of(family, torch.float32, scenario)
     graphs: list[torch.fx.GraphModule] = []
@@ -765,7 +765,9 @@ def test_where_a_fact_does_not_hold_the_expression_is_evaluated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Gemma's images are intervals only while their groups are contiguous."""
-    monkeypatch.setattr("blindsight.data_check.facts_hold", lambda *_, **__: torch.tensor(False))
+    monkeypatch.setattr(
+        "blindsight.runtime.data_check.facts_hold", lambda *_, **__: torch.tensor(False)
+    )
     case = case_of("gemma3", torch.float32, "left_padding")
     model, backend = case.compile()
     with pytest.warns(blindsight.BlindsightWarning, match="does not hold for this prompt"):

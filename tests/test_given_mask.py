@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blindsight import BlindsightWarning, Profile, blindsight_backend
-from blindsight.given_mask import intervals_of_elements
-from blindsight.intervals import groups_of_keys
-from blindsight.masks import BaseMask
+from blindsight.attention.interval_masks import BaseMask
+from blindsight.attention.intervals import groups_of_keys
+from blindsight.runtime.given_mask import intervals_of_elements
 from models import (
     END_ID,
     IMAGE_ID,
@@ -58,7 +58,7 @@ def look_at(mask: torch.Tensor, groups: torch.Tensor | None = None) -> BaseMask 
 @pytest.fixture(autouse=True)
 def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several portions of rows even of small masks."""
-    monkeypatch.setattr("blindsight.given_mask._ELEMENTS", 100)
+    monkeypatch.setattr("blindsight.runtime.given_mask._ELEMENTS", 100)
 
 
 @given(case=base_masks(), dtype=st.sampled_from([torch.bool, torch.float32, torch.bfloat16]))

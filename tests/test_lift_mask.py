@@ -33,7 +33,7 @@ from transformers.models.gemma3.modeling_gemma3 import (
 )
 
 from blindsight import Profile, TemplateRule, blindsight_backend, use_template
-from blindsight.base_mask import (
+from blindsight.attention.base_mask import (
     base_mask_of,
     evaluate_expression,
     facts_hold,

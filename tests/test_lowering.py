@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blindsight import Profile, TemplateRule, blindsight_backend, tune
-from blindsight.attention import attend
-from blindsight.choose import ChoosableCall, choose_layouts
-from blindsight.cost_model import (
+from blindsight.attention.attend import attend
+from blindsight.attention.interval_masks import BaseMask, causal_base
+from blindsight.attention.mask_forms import sorted_mask
+from blindsight.passes.replace_attention import MaskForm
+from blindsight.runtime.choose import ChoosableCall, choose_layouts
+from blindsight.runtime.cost_model import (
     CallSize,
     Costs,
     cache_file,
@@ -23,12 +26,9 @@ from blindsight.cost_model import (
     time_of_groups,
     time_of_own,
 )
-from blindsight.data_check import _is_plain_causal
-from blindsight.history import History
-from blindsight.lowering import Layout, Lowering, causal_layout, fused_layout, split_layout
-from blindsight.mask_forms import sorted_mask
-from blindsight.masks import BaseMask, causal_base
-from blindsight.passes.replace_attention import MaskForm
+from blindsight.runtime.data_check import _is_plain_causal
+from blindsight.runtime.history import History
+from blindsight.runtime.lowering import Layout, Lowering, causal_layout, fused_layout, split_layout
 from blindsight.template import Template
 from blindsight.timer import Timer
 from blindsight.tune import measure_costs
@@ -245,13 +245,13 @@ def test_tables_per_head_do_not_grow_beyond_a_bound(monkeypatch: pytest.MonkeyPa
     assert choice.layouts[0].name == "fused" and "fused" in choice.reasons[0]
     blocks = -(-history.num_tokens // 128)
     table_bytes = 2 * 8 * blocks * blocks * 4
-    monkeypatch.setattr("blindsight.choose.MAX_TABLE_BYTES", table_bytes)
+    monkeypatch.setattr("blindsight.runtime.choose.MAX_TABLE_BYTES", table_bytes)
     assert choose_layouts([call], history, **auto).layouts == choice.layouts
-    monkeypatch.setattr("blindsight.choose.MAX_TABLE_BYTES", table_bytes - 1)
+    monkeypatch.setattr("blindsight.runtime.choose.MAX_TABLE_BYTES", table_bytes - 1)
     choice = choose_layouts([call], history, **auto)
     assert choice.layouts[0].groups == (("causal", 2), ("mixed", 6))
     assert "too large" in choice.reasons[0]
-    monkeypatch.setattr("blindsight.choose.MAX_TABLE_BYTES", table_bytes // 2)
+    monkeypatch.setattr("blindsight.runtime.choose.MAX_TABLE_BYTES", table_bytes // 2)
     choice = choose_layouts([call], history, **auto)
     assert choice.layouts[0].groups == (("causal", 2), ("alike", 2), ("alike", 2), ("alike", 2))
 

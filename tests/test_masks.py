@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import create_mask
 
+from blindsight.attention.interval_masks import BaseMask, causal_base, keep_intervals
+from blindsight.attention.intervals import allowed_sorted, sorted_bounds
 from blindsight.categories import NUM_CATEGORIES
-from blindsight.intervals import allowed_sorted, sorted_bounds
-from blindsight.masks import BaseMask, causal_base, keep_intervals
 from oracles import (
     DENSE,
     DOCUMENT,

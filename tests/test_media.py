@@ -14,9 +14,9 @@ from transformers.video_utils import VideoMetadata
 import models
 from blindsight import Profile, TemplateRule
 from blindsight.calibrate import calibrate
+from blindsight.data.processors import model_inputs
+from blindsight.data.samples import load_samples
 from blindsight.evaluate import evaluate
-from blindsight.processors import model_inputs
-from blindsight.samples import load_samples
 from family_processors import HAS_TORCHVISION
 from models import tiny_model
 from processors import tiny_processor, with_videos

@@ -6,14 +6,20 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 
-from blindsight import block_tables, intervals
-from blindsight.block_tables import (
+from blindsight.attention import block_tables, intervals
+from blindsight.attention.block_tables import (
     BlockTables,
     _list_blocks,
     tables_of_prompt_order,
     tables_of_sorted,
 )
-from blindsight.intervals import NUM_PARTS, SortedBounds, TokenOrder, allowed_sorted, sorted_bounds
+from blindsight.attention.intervals import (
+    NUM_PARTS,
+    SortedBounds,
+    TokenOrder,
+    allowed_sorted,
+    sorted_bounds,
+)
 from oracles import DOCUMENT, DOCUMENT_SINK, SINK
 from strategies import base_masks
 from test_block_tables import (

@@ -10,7 +10,7 @@ import torch
 
 from blindsight import Profile, blindsight_backend, disabled, use_template
 from blindsight.cli.show import describe
-from blindsight.runtime import Runtime
+from blindsight.runtime.forwards import Runtime
 from decoders import PROMPT, check_decoder, decoder_prompt, template_of
 from models import Image, make_inputs, tiny_model
 from stages import CATEGORIES, NUM_LAYERS, Stage, compile_stages, prompts

@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 import oracles
 import pretend
-from blindsight.base_mask import CAUSAL
+from blindsight.attention.base_mask import CAUSAL
 from blindsight.calibrate import find_sink_offsets, select_categories, summarize
 from blindsight.calibration.measure import Prober, measurements_of
 from blindsight.calibration.probe import NUM_OFFSETS, REGIONS, Call, Losses, measure_losses

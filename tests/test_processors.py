@@ -11,9 +11,9 @@ from transformers import CONFIG_MAPPING
 from blindsight import TemplateRule
 from blindsight.calibrate import calibrate
 from blindsight.calibration.measure import Prober
+from blindsight.data.processors import inputs_on, model_inputs
+from blindsight.data.samples import load_samples
 from blindsight.families import FAMILIES
-from blindsight.processors import inputs_on, model_inputs
-from blindsight.samples import load_samples
 from family_models import FAMILIES as TINY
 from family_models import IMAGE_ID, IMAGE_SIZE, SPECIAL_IDS, make_inputs, tiny_model, why_not_here
 from family_processors import HAS_TORCHVISION, ROWS, make_processor

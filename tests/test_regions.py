@@ -11,10 +11,9 @@ from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from blindsight import HeadCategory, Profile, blindsight_backend
-from blindsight.base_mask import CAUSAL, Form
-from blindsight.inner import Inner
-from blindsight.mask_forms import ordered_mask, sorted_mask
-from blindsight.mask_operator import (
+from blindsight.attention.base_mask import CAUSAL, Form
+from blindsight.attention.mask_forms import ordered_mask, sorted_mask
+from blindsight.attention.mask_operator import (
     _ordered_mask,
     _read,
     _sorted_mask,
@@ -22,7 +21,8 @@ from blindsight.mask_operator import (
     ordered_mask_by_operator,
     sorted_mask_by_operator,
 )
-from blindsight.region import call_in_region
+from blindsight.attention.region import call_in_region
+from blindsight.runtime.inner import Inner
 from decoders import PROMPT, DecoderWithHead, check_decoder, decoder_prompt
 from models import tiny_model
 from strategies import templates

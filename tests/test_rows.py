@@ -11,7 +11,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from blindsight.samples import Samples, load_samples
+from blindsight.data.samples import Samples, load_samples
 
 SHADES = 10, 200
 TYPED = {"type": "image"}

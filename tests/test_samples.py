@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from blindsight.calibrate import calibrate
-from blindsight.processors import load_processor, model_inputs
-from blindsight.samples import Samples, load_samples
+from blindsight.data.processors import load_processor, model_inputs
+from blindsight.data.samples import Samples, load_samples
 from family_processors import HAS_TORCHVISION
 from models import IMAGE_ID, tiny_model
 from processors import tiny_processor
@@ -274,7 +274,7 @@ def test_no_processor(tmp_path: Path) -> None:
 
 def test_importing_blindsight_does_not_import_datasets() -> None:
     code = (
-        "import sys, blindsight.samples, blindsight.cli, blindsight.calibrate\n"
+        "import sys, blindsight.data.samples, blindsight.cli, blindsight.calibrate\n"
         "assert 'datasets' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

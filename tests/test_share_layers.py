@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch._inductor.utils import fresh_cache
 from torch.testing._internal.two_tensor import TwoTensor
 
-from blindsight.inner import Inner
 from blindsight.passes.share_layers import call_shared, share_layers_pass
+from blindsight.runtime.inner import Inner
 
 
 class Layer(nn.Module):

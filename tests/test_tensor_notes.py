@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blindsight.tensor_notes import TensorNotes, _Batch
+from blindsight.runtime.tensor_notes import TensorNotes, _Batch
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 import without_gpu
 from blindsight import Profile, blindsight_backend
-from blindsight.flex import kernel_options_of
+from blindsight.attention.flex import kernel_options_of
 from blindsight.passes.replace_attention import Capacity
 from decoders import DecoderWithHead, check_decoder, decoder_prompt
 from fused_call import KERNELS, MORE_KERNELS, as_of_long_prompts, attention, errors_of, inputs_of
@@ -108,8 +108,8 @@ def test_one_kernel_at_many_lengths(
 
 def run_with_a_fault() -> float:
     """The upper bounds one too large where a row sees anything."""
-    import blindsight.mask_forms as forms
-    from blindsight.intervals import SortedBounds
+    import blindsight.attention.mask_forms as forms
+    from blindsight.attention.intervals import SortedBounds
 
     bounds_of = forms.sorted_bounds
 

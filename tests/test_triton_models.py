@@ -14,8 +14,9 @@ import torch
 from transformers import StaticCache
 
 import without_gpu
-from blindsight import blindsight_backend, rewriting
+from blindsight import blindsight_backend
 from blindsight.passes.replace_attention import MaskForm
+from blindsight.runtime import rewriting
 from family_models import make_inputs, tiny_model, why_not_here
 from models import Image, split_turns
 from oracles import assert_close_to_reference, run_reference

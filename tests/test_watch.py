@@ -19,7 +19,7 @@ from transformers import DynamicCache, StaticCache
 import blindsight
 from blindsight import BlindsightWarning, Profile, blindsight_backend, use_template
 from blindsight.reference import reference_logits
-from blindsight.tensor_notes import TensorNotes
+from blindsight.runtime.tensor_notes import TensorNotes
 from models import Image, full_position_ids, make_inputs, split_turns, tiny_model, without_vision
 
 CATEGORIES = [[3, 1, 2, 0], [2, 3, 1, 0]]
@@ -141,7 +141,7 @@ def test_a_forward_that_may_have_failed_is_a_warning(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no hook tells its end, half of the layers may have run, and then an error."""
-    monkeypatch.setattr("blindsight.runtime._limit_hits", lambda: 0)
+    monkeypatch.setattr("blindsight.runtime.forwards._limit_hits", lambda: 0)
     runtime = backend_of(model).state.runtime
     runtime.met.update(runtime.layers)
     first, second = (inputs_of(*PROMPT, seed=seed)["input_ids"] for seed in (0, 1))

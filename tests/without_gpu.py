@@ -549,8 +549,9 @@ def inductor_for_gpu() -> Iterator[LargestTensor]:
     from torch._inductor import compile_fx as inductor
     from torch.fx.node import map_aggregate
 
-    from blindsight import any_length, chunks
+    from blindsight.attention import chunks
     from blindsight.passes import replace_attention
+    from blindsight.runtime import any_length
 
     compile_fx = inductor.compile_fx
     is_inside = False

@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from blindsight.calibration.selection import select_categories
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
+from blindsight.data.processors import model_inputs
+from blindsight.data.rows import Sample
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import divergence
 from blindsight.evaluation.prefill import Decoder
 from blindsight.modules import in_eval_mode
-from blindsight.processors import model_inputs
 from blindsight.profile import Profile
-from blindsight.rows import Sample
 
 CRITERION = "next_token"  # its evidence is called "effect"
 UNITS = ("head", "layer")

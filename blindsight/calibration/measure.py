@@ -23,18 +23,18 @@ from tqdm import tqdm
 
 from blindsight.calibration.measurements import Checkpoint, Measurements, model_digest
 from blindsight.calibration.probe import Call, Losses, empty_losses, measure_losses
+from blindsight.data.processors import inputs_on, model_inputs
+from blindsight.data.samples import Samples
 from blindsight.families import config_of, fingerprint, shares_keys, text_config, with_attention
-from blindsight.layers import LayerMap, compact, layer_of_path
 from blindsight.modules import in_eval_mode, plain_name
 from blindsight.passes.find_attention import Attention, find_attention, has_attention
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.probe_attention import probe_attention_pass
 from blindsight.passes.recompute_layers import recompute_layers_pass
-from blindsight.processors import inputs_on, model_inputs
 from blindsight.ranks import Ranks, current_ranks
-from blindsight.samples import Samples
-from blindsight.shards import check_is_whole
+from blindsight.runtime.layers import LayerMap, compact, layer_of_path
+from blindsight.runtime.shards import check_is_whole
 from blindsight.template import Template, TemplateRule
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def measure(
         model: A transformers model that reads images, with ``attn_implementation="sdpa"``. It
             stays as it is, and its outputs too.
         processor: Its processor.
-        samples: From :func:`~blindsight.samples.load_samples`.
+        samples: From :func:`~blindsight.data.samples.load_samples`.
         rule: How the images of a prompt are found, and which tokens are sinks.
         next_token: Whether to measure the effect on the next token too. That takes gradients, for
             which every layer is computed once more, and the memory of what attention reads and

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from blindsight.base_mask import (
+from blindsight.attention.base_mask import (
     Expression,
     Fact,
     Form,
@@ -22,9 +22,9 @@ from blindsight.base_mask import (
     evaluate_expression,
     facts_hold,
 )
-from blindsight.intervals import groups_of_keys
-from blindsight.masks import BaseMask
-from blindsight.packing import first_span_of, is_packed
+from blindsight.attention.interval_masks import BaseMask
+from blindsight.attention.intervals import groups_of_keys
+from blindsight.attention.packing import first_span_of, is_packed
 
 
 class Visibility(Protocol):

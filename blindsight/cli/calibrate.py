@@ -71,11 +71,11 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
 
     from blindsight.calibrate import calibrate
     from blindsight.cli.models import load_model
+    from blindsight.data.processors import load_processor
+    from blindsight.data.samples import load_samples
     from blindsight.files import check_target
-    from blindsight.processors import load_processor
     from blindsight.progress import quiet
     from blindsight.ranks import shared_run
-    from blindsight.samples import load_samples
 
     output: Path = arguments.output
     check_target(output, "output")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from blindsight.cli.models import add_arguments
 
 if TYPE_CHECKING:
+    from blindsight.data.rows import Sample
     from blindsight.profile import Profile
-    from blindsight.rows import Sample
 
 
 def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
@@ -209,9 +209,9 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, list[Sample] | Any, 
     import transformers
 
     from blindsight.cli.models import load_model
-    from blindsight.processors import load_processor
+    from blindsight.data.processors import load_processor
+    from blindsight.data.samples import load_samples
     from blindsight.profile import Profile
-    from blindsight.samples import load_samples
 
     profile = Profile.load(arguments.profile)
     samples = load_samples(

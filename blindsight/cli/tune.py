@@ -32,8 +32,8 @@ def _run_tune(arguments: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from blindsight.cost_model import check_cache_file, device_name, save_costs
     from blindsight.ranks import local_device
+    from blindsight.runtime.cost_model import check_cache_file, device_name, save_costs
     from blindsight.tune import measure_costs
 
     device = torch.device(local_device(arguments.device))

@@ -19,14 +19,14 @@ from torch import Tensor
 from blindsight.backend import blindsight_backend
 from blindsight.categories import summarize_categories
 from blindsight.cost import AttentionFlops, attention_flops
+from blindsight.data.processors import inputs_on, load_processor, model_inputs
+from blindsight.data.rows import Sample
+from blindsight.data.samples import load_samples
 from blindsight.modules import find_decoder
-from blindsight.processors import inputs_on, load_processor, model_inputs
 from blindsight.profile import Profile
 from blindsight.progress import Progress
 from blindsight.reference import reference_logits
-from blindsight.rows import Sample
-from blindsight.runtime import disabled
-from blindsight.samples import load_samples
+from blindsight.runtime.forwards import disabled
 
 _ROOT = Path(__file__).resolve().parents[2]
 MODEL = _ROOT / "bench" / "testbed" / "model"

@@ -25,9 +25,9 @@ from blindsight.profile import Profile
 from blindsight.progress import Progress
 from blindsight.reference import reference_logits
 from blindsight.report import Report
-from blindsight.runtime import disabled
+from blindsight.runtime.forwards import disabled
+from blindsight.runtime.warmup import append_text
 from blindsight.template import Template, TemplateRule
-from blindsight.warmup import append_text
 
 
 @dataclass(frozen=True, kw_only=True)

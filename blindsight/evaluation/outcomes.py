@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from blindsight.data.processors import model_inputs
+from blindsight.data.rows import Sample
+from blindsight.data.samples import Samples
 from blindsight.evaluation.masked_model import Masking, Masks, Prompt
 from blindsight.evaluation.prefill import Batch, Decoder, Output
 from blindsight.files import write_whole
-from blindsight.processors import model_inputs
 from blindsight.ranks import current_ranks
-from blindsight.rows import Sample
-from blindsight.samples import Samples
 
 FORMAT, VERSION = "blindsight-outcomes", 1
 NO_TASK = "all"

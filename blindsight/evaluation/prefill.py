@@ -16,8 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from blindsight.attention.interval_masks import BaseMask
+from blindsight.attention.intervals import groups_of_keys
 from blindsight.backend import blindsight_backend
 from blindsight.cost import count_visible
+from blindsight.data.processors import inputs_on
 from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks, Prompt, masked
 from blindsight.families import (
     CACHE_ARGUMENTS,
@@ -29,14 +32,11 @@ from blindsight.families import (
     widths_of,
     with_attention,
 )
-from blindsight.given_mask import intervals_or_groups
-from blindsight.intervals import groups_of_keys
-from blindsight.masks import BaseMask
 from blindsight.modules import find_decoder
-from blindsight.processors import inputs_on
 from blindsight.profile import Profile
 from blindsight.reference import attention_layers
-from blindsight.runtime import disabled, use_template
+from blindsight.runtime.forwards import disabled, use_template
+from blindsight.runtime.given_mask import intervals_or_groups
 from blindsight.template import IMAGE, Template, TemplateRule
 
 # Config attributes that say to how many experts a token goes.

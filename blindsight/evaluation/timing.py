@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from blindsight.data.processors import model_inputs
+from blindsight.data.rows import Sample
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import Outcome
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
-from blindsight.processors import model_inputs
 from blindsight.profile import Profile
-from blindsight.rows import Sample
 
 
 @dataclass(frozen=True)

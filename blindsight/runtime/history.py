@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from blindsight.runtime.tensor_notes import version_of
 from blindsight.template import IMAGE, Template, TemplateRule, is_all_text
-from blindsight.tensor_notes import version_of
 from blindsight.videos import (
     FRAME,
     VIDEO,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_op
 from torch.nn.attention.flex_attention import BlockMask
 
-from blindsight.block_tables import BlockTables
+from blindsight.attention.block_tables import BlockTables
 
 # What torch.nn.attention.flex_attention passes for inference without auxiliary outputs.
 _KERNEL_OPTIONS: dict[str, Any] = {

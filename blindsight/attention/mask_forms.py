@@ -23,8 +23,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from blindsight.base_mask import Expression, Form, base_mask_of, evaluate_expression
-from blindsight.block_tables import (
+from blindsight.attention.base_mask import Expression, Form, base_mask_of, evaluate_expression
+from blindsight.attention.block_tables import (
     BlockTables,
     block_size_of,
     ceil_div,
@@ -32,21 +32,21 @@ from blindsight.block_tables import (
     tables_of_prompt_order,
     tables_of_sorted,
 )
-from blindsight.chunks import num_chunks_of
-from blindsight.flex import Rule, realize
-from blindsight.intervals import (
+from blindsight.attention.chunks import num_chunks_of
+from blindsight.attention.flex import Rule, realize
+from blindsight.attention.interval_masks import BaseMask, Keep, keep_intervals
+from blindsight.attention.intervals import (
     TokenOrder,
     allowed_sorted,
     groups_of_keys,
     sorted_bounds,
     stretched,
 )
-from blindsight.masks import BaseMask, Keep, keep_intervals
-from blindsight.packing import first_span_of
+from blindsight.attention.packing import first_span_of
 
 
 class Mask(Protocol):
-    """What :func:`blindsight.attention.attend` asks of a mask."""
+    """What :func:`blindsight.attention.attend.attend` asks of a mask."""
 
     @property
     def order(self) -> TokenOrder | None:
@@ -58,7 +58,7 @@ class Mask(Protocol):
 
     @property
     def num_chunks(self) -> int:
-        """Into how many chunks the queries are cut, see :mod:`blindsight.chunks`."""
+        """Into how many chunks the queries are cut, see :mod:`blindsight.attention.chunks`."""
 
     def tables_of(self, heads: Tensor, categories: Tensor) -> BlockTables:
         """Return the blocks to visit.
@@ -132,7 +132,7 @@ class ExpressedMask(NamedTuple):
 
     Attributes:
         keep: What the categories keep.
-        base: See :mod:`blindsight.base_mask`.
+        base: See :mod:`blindsight.attention.base_mask`.
         tables: Blocks per category.
         block_size: Theirs.
     """
@@ -231,7 +231,7 @@ def sorted_mask(
     """Intersect a base mask in interval form with what each category keeps, tokens sorted.
 
     Args:
-        form: The model's own mask, see :mod:`blindsight.base_mask`.
+        form: The model's own mask, see :mod:`blindsight.attention.base_mask`.
         span_id, is_sink: ``[B, T]``, the template.
         batch, num_queries, num_keys: B, Q, K.
         query_capacity, key_capacity: If given, of so many sorted positions the mask is, whatever
@@ -297,7 +297,7 @@ def expressed_mask(
     tensor of queries x keys.
 
     Args:
-        expression: The model's own mask, see :mod:`blindsight.base_mask`.
+        expression: The model's own mask, see :mod:`blindsight.attention.base_mask`.
         span_id, is_sink: ``[B, T]``, the template.
         batch, num_queries, num_keys: B, Q, K.
     """

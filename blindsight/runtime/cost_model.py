@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from blindsight.attention import Group
+from blindsight.attention.attend import Group
 
 HEAD_DIM = 128  # that times are given for; attention takes time in proportion
 
@@ -194,7 +194,7 @@ def time_of_groups(
     Args:
         costs: Of the device.
         size: Of the call.
-        groups: See :mod:`blindsight.attention`.
+        groups: See :mod:`blindsight.attention.attend`.
         categories: Codes of the heads, group by group.
         listed_pairs: Pairs in the blocks that a head of each category visits, batch included.
         is_sorted: Whether tokens are sorted.

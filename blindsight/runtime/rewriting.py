@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from blindsight.any_length import capacity_of, is_symbol, takes_any_number
-from blindsight.block_tables import block_size_of
-from blindsight.choose import Choice, ChoosableCall, best_form, choose_layouts
-from blindsight.cost_model import CallSize, costs_of
-from blindsight.data_check import DataCheck
-from blindsight.given_mask import GivenMasks, add_given_inputs, lifted_of_given
-from blindsight.history import History
-from blindsight.lowering import Layout, causal_layout
-from blindsight.masks import BaseMask
+from blindsight.attention.block_tables import block_size_of
+from blindsight.attention.interval_masks import BaseMask
 from blindsight.passes.find_attention import find_attention
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.replace_attention import Capacity, MaskForm, replace_attention_pass
-from blindsight.plan import Plan, PlannedCall
 from blindsight.profile import Profile
-from blindsight.state import BackendState
+from blindsight.runtime.any_length import capacity_of, is_symbol, takes_any_number
+from blindsight.runtime.choose import Choice, ChoosableCall, best_form, choose_layouts
+from blindsight.runtime.cost_model import CallSize, costs_of
+from blindsight.runtime.data_check import DataCheck
+from blindsight.runtime.given_mask import GivenMasks, add_given_inputs, lifted_of_given
+from blindsight.runtime.history import History
+from blindsight.runtime.lowering import Layout, causal_layout
+from blindsight.runtime.plan import Plan, PlannedCall
+from blindsight.runtime.state import BackendState
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from blindsight.any_length import CompiledForLengths, SymbolicSizes
-from blindsight.given_mask import given_inputs
-from blindsight.history import History
-from blindsight.inner import Inner
-from blindsight.lowering import Layout
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.replace_attention import TOKEN_INPUTS
 from blindsight.passes.share_layers import share_layers_pass
-from blindsight.plan import DENSE_HEADS, plan_graph
-from blindsight.rewriting import Rewriter, Rewriting, tier_of
-from blindsight.runtime import is_disabled
-from blindsight.sequences import Sequences
-from blindsight.state import BackendState
+from blindsight.runtime.any_length import CompiledForLengths, SymbolicSizes
+from blindsight.runtime.forwards import is_disabled
+from blindsight.runtime.given_mask import given_inputs
+from blindsight.runtime.history import History
+from blindsight.runtime.inner import Inner
+from blindsight.runtime.lowering import Layout
+from blindsight.runtime.plan import DENSE_HEADS, plan_graph
+from blindsight.runtime.rewriting import Rewriter, Rewriting, tier_of
+from blindsight.runtime.sequences import Sequences
+from blindsight.runtime.state import BackendState
 
 _MAX_VARIANTS = 64  # compiled forms of one graph; the least recently used are dropped
 

@@ -30,8 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blindsight.data.media import Video, identity_of, open_image, open_video
 from blindsight.error_text import shortened
-from blindsight.media import Video, identity_of, open_image, open_video
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blindsight.block_tables import BlockTables
-from blindsight.flex import Rule, flex_attention, realize
-from blindsight.intervals import TokenOrder
+from blindsight.attention.block_tables import BlockTables
+from blindsight.attention.flex import Rule, flex_attention, realize
+from blindsight.attention.intervals import TokenOrder
 
 _MAX_CHUNKS = 8  # more gain nothing: text is a tenth of a prompt of images, or less
 _MIN_BLOCKS = 8  # of a chunk, where a last one that is not full would cost something
@@ -27,7 +27,8 @@ _MIN_BLOCKS = 8  # of a chunk, where a last one that is not full would cost some
 def num_chunks_of(device: torch.device, num_queries: int | torch.SymInt, block_size: int) -> int:
     """Return N, into how many chunks so many queries are cut on a device.
 
-    On a CPU 1: its threads get runs of neighbours, see :func:`blindsight.lowering.fused_layout`.
+    On a CPU 1: its threads get runs of neighbours, see
+    :func:`blindsight.runtime.lowering.fused_layout`.
     """
     if device.type == "cpu":
         return 1
@@ -57,7 +58,7 @@ def flex_attention_by_chunks(
         tables: ``[B, H, ...]``, or ``[1, 1, ...]`` where every head has keys of its own.
         block_size: Of those, in tokens.
         rule: Of sorted tokens, without a ``score_mod``.
-        scale: See :func:`blindsight.flex.flex_attention`.
+        scale: See :func:`blindsight.attention.flex.flex_attention`.
         num_chunks: N.
 
     Returns:

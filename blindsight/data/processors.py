@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from blindsight.data.media import video_arguments
 from blindsight.error_text import on_one_line, shortened
-from blindsight.media import video_arguments
 
 if TYPE_CHECKING:
-    from blindsight.rows import Sample
+    from blindsight.data.rows import Sample
 
 
 def model_inputs(

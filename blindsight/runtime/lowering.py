@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from blindsight.attention import Group
+from blindsight.attention.attend import Group
 from blindsight.categories import HeadCategory
 
 
@@ -21,7 +21,8 @@ class Lowering(Enum):
     plain causal, the fastest dense kernel there is; the others to one call of FlexAttention, or
     to one per category where block tables per head would be too large.
     ``AUTO``: whichever is estimated to be the fastest for a prompt, or all heads dense where this
-    is faster, in the model's own graph or without its mask: see :mod:`blindsight.cost_model`.
+    is faster, in the model's own graph or without its mask: see
+    :mod:`blindsight.runtime.cost_model`.
     """
 
     FUSED = "fused"

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 
-from blindsight.base_mask import Form
-from blindsight.block_tables import BlockTables, block_size_of, ceil_div
+from blindsight.attention.base_mask import Form
+from blindsight.attention.block_tables import BlockTables, block_size_of, ceil_div
+from blindsight.attention.interval_masks import BaseMask, Keep
+from blindsight.attention.intervals import NUM_PARTS, TokenOrder
+from blindsight.attention.mask_forms import OrderedMask, SortedMask, ordered_mask, sorted_mask
 from blindsight.categories import NUM_CATEGORIES
-from blindsight.intervals import NUM_PARTS, TokenOrder
-from blindsight.mask_forms import OrderedMask, SortedMask, ordered_mask, sorted_mask
-from blindsight.masks import BaseMask, Keep
 
 _TENSOR, _NUMBER = "tensor", "number"  # stand for one in a form that is written as text
 
@@ -40,7 +40,7 @@ def sorted_mask_by_operator(
     key_capacity: int | None = None,
     by_group: bool = False,
 ) -> SortedMask:
-    """As :func:`~blindsight.mask_forms.sorted_mask`."""
+    """As :func:`~blindsight.attention.mask_forms.sorted_mask`."""
     if (written := _write(form)) is None:
         return sorted_mask(
             form,
@@ -71,7 +71,7 @@ def ordered_mask_by_operator(
     num_queries: int,
     num_keys: int,
 ) -> OrderedMask:
-    """As :func:`~blindsight.mask_forms.ordered_mask`."""
+    """As :func:`~blindsight.attention.mask_forms.ordered_mask`."""
     if (written := _write(form)) is None:
         return ordered_mask(
             form, span_id, is_sink, batch=batch, num_queries=num_queries, num_keys=num_keys

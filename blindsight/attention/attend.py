@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from blindsight.chunks import flex_attention_by_chunks
-from blindsight.flex import flex_attention
-from blindsight.mask_forms import Mask
-from blindsight.region import call_in_region
+from blindsight.attention.chunks import flex_attention_by_chunks
+from blindsight.attention.flex import flex_attention
+from blindsight.attention.mask_forms import Mask
+from blindsight.attention.region import call_in_region
 
 # How the heads of a group are computed, and how many there are.
 #   "all": one call of FlexAttention, block tables per head, all heads in their own order
@@ -43,7 +43,7 @@ def attend(
     Args:
         query: ``[B, H, Q, D]``.
         key, value: ``[B, G, K, D]``, H a multiple of G.
-        mask: Of every category, see :mod:`blindsight.mask_forms`.
+        mask: Of every category, see :mod:`blindsight.attention.mask_forms`.
         heads: ``[H]`` int64, the heads group by group.
         categories: ``[H]`` int32 codes of :class:`~blindsight.HeadCategory`, in that order.
         groups: Of which the sizes sum up to H. Key heads stay shared by their query heads in a

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from blindsight.base_mask import Expression, Form, base_mask_of, conjuncts
+from blindsight.attention.base_mask import Expression, Form, base_mask_of, conjuncts
 from blindsight.template import span_edges
 
 
@@ -17,7 +17,7 @@ def first_span_of(form: Form, span_id: Tensor, num_queries: int, num_keys: int) 
     """Return which queries are in the first span of their packed sequence, ``[B, Q]`` bool.
 
     Args:
-        form: The model's own mask, see :mod:`blindsight.base_mask`.
+        form: The model's own mask, see :mod:`blindsight.attention.base_mask`.
         span_id: ``[B, T]``.
         num_queries, num_keys: Q and K.
 

@@ -13,19 +13,19 @@ from math import gcd, inf
 import torch
 from torch import Tensor
 
-from blindsight.block_tables import (
+from blindsight.attention.block_tables import (
     ceil_div,
     prompt_order_lists_less,
     runs_of_sorted,
     tables_of_prompt_order,
 )
+from blindsight.attention.interval_masks import BaseMask, Keep, causal_base, keep_intervals
+from blindsight.attention.intervals import sorted_bounds
 from blindsight.categories import NUM_CATEGORIES
-from blindsight.cost_model import CallSize, Costs, time_of_groups, time_of_own
-from blindsight.history import History
-from blindsight.intervals import sorted_bounds
-from blindsight.lowering import Layout, Lowering, fused_layout, split_layout
-from blindsight.masks import BaseMask, Keep, causal_base, keep_intervals
 from blindsight.passes.replace_attention import MaskForm
+from blindsight.runtime.cost_model import CallSize, Costs, time_of_groups, time_of_own
+from blindsight.runtime.history import History
+from blindsight.runtime.lowering import Layout, Lowering, fused_layout, split_layout
 
 # Estimates are rough: sparse attention must promise at least this to be worth its compile time.
 _MIN_GAIN = 1.03

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from blindsight.base_mask import base_mask_of, facts_hold, is_plain_causal
-from blindsight.history import History
-from blindsight.intervals import groups_of_keys
-from blindsight.masks import BaseMask
-from blindsight.packing import is_packed
+from blindsight.attention.base_mask import base_mask_of, facts_hold, is_plain_causal
+from blindsight.attention.interval_masks import BaseMask
+from blindsight.attention.intervals import groups_of_keys
+from blindsight.attention.packing import is_packed
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import ancestors, fake_tensor, placeholders
 from blindsight.passes.memory import MemoryGroups, overwritten
-from blindsight.plan import Plan, PlannedCall
+from blindsight.runtime.history import History
+from blindsight.runtime.plan import Plan, PlannedCall
 
 
 class DataCheck:

@@ -11,8 +11,8 @@ For a query in an image other than the first of its sequence
 
 and every other query sees everything. A row depends on nothing that comes after it, so a prompt
 prefilled whole, in chunks or turn by turn gives the same numbers. What the model's own mask
-allows is an interval per query too, see :class:`BaseMask`; :mod:`blindsight.intervals` joins both
-in an order of tokens where nothing is left but intervals.
+allows is an interval per query too, see :class:`BaseMask`; ``intervals`` joins both in an order of
+tokens where nothing is left but intervals.
 """
 
 from __future__ import annotations

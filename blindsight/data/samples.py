@@ -1,6 +1,6 @@
 """Datasets of prompts with images or videos, read from anywhere.
 
-Their rows: :mod:`blindsight.rows`. Nothing is opened before it is asked for.
+Their rows: :mod:`blindsight.data.rows`. Nothing is opened before it is asked for.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
+from blindsight.data.rows import ROW, Sample, check_columns, identity_of_row, sample_of_row
 from blindsight.error_text import on_one_line
-from blindsight.rows import ROW, Sample, check_columns, identity_of_row, sample_of_row
 
 
 class Samples(Sequence[Sample]):
@@ -101,7 +101,7 @@ def load_samples(
 
     Raises:
         ValueError: There is no such dataset, it is empty, or its rows are of another kind than
-            :mod:`blindsight.rows` says.
+            :mod:`blindsight.data.rows` says.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 sample, got {limit}.")

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from blindsight.masks import BaseMask
+from blindsight.attention.interval_masks import BaseMask
 
 Expression = Any  # a number, a tensor (in a graph its node), or a tuple as above
 Form = tuple[Any, ...]

@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from blindsight.history import History
-from blindsight.intervals import NUM_PARTS, groups_of_keys
-from blindsight.masks import BaseMask
+from blindsight.attention.interval_masks import BaseMask
+from blindsight.attention.intervals import NUM_PARTS, groups_of_keys
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import add_placeholder, fake_tensor, placeholders, same_size
 from blindsight.passes.lift_mask import Lifted
-from blindsight.plan import Plan
+from blindsight.runtime.history import History
+from blindsight.runtime.plan import Plan
+from blindsight.runtime.tensor_notes import TensorNotes, version_of
 from blindsight.template import Template
-from blindsight.tensor_notes import TensorNotes, version_of
 
 # Elements that are looked at together: what is derived of them should stay in a core's cache, and a
 # GPU has better things to do than to launch kernels for few.

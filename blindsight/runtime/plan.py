@@ -16,7 +16,6 @@ from torch import Tensor, fx
 
 from blindsight.categories import summarize_categories
 from blindsight.families import DECODER_ATTENTION_CLASSES, forgets
-from blindsight.layers import compact, layer_of_path
 from blindsight.passes.find_attention import (
     Attention,
     find_attention,
@@ -38,9 +37,10 @@ from blindsight.passes.graph import (
 from blindsight.passes.lift_mask import Lifted, lift_mask
 from blindsight.profile import Profile
 from blindsight.report import Verdict
-from blindsight.shards import is_distributed_tensor, shard_of_call, sharded_weights
-from blindsight.sizes import compiled_sizes, expression_of
-from blindsight.state import BackendState
+from blindsight.runtime.layers import compact, layer_of_path
+from blindsight.runtime.shards import is_distributed_tensor, shard_of_call, sharded_weights
+from blindsight.runtime.sizes import compiled_sizes, expression_of
+from blindsight.runtime.state import BackendState
 
 DENSE_HEADS = "all its heads are dense"
 

@@ -1,7 +1,7 @@
 """The mask of every category as intervals of keys per query row, in an order of tokens for it.
 
 Shapes: B batch, C categories, Q and K lengths of queries and keys in tokens, T tokens of the
-whole sequence, L any of them. Rows and columns are numbered as in :mod:`blindsight.masks`.
+whole sequence, L any of them. Rows and columns are numbered as in ``interval_masks``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from blindsight.attention.interval_masks import BaseMask, is_unrestricted, key_offset, to_columns
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
-from blindsight.masks import BaseMask, is_unrestricted, key_offset, to_columns
 from blindsight.template import span_edges
 
 NUM_PARTS = 3  # of a row: text, sinks, other tokens of spans

@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from blindsight.history import module_calls
-from blindsight.layers import LayerMap, compact
 from blindsight.profile import Profile
-from blindsight.runtime import Runtime
-from blindsight.watch import observe_call, watch_forward
+from blindsight.runtime.forwards import Runtime
+from blindsight.runtime.history import module_calls
+from blindsight.runtime.layers import LayerMap, compact
+from blindsight.runtime.watch import observe_call, watch_forward
 
 
 class AttachedModels:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from blindsight.families import forgets
-from blindsight.history import CacheNote, History, Pending, Witness
-from blindsight.plan import DENSE_HEADS, Plan
-from blindsight.runtime import is_disabled
-from blindsight.state import BackendState
+from blindsight.runtime.forwards import is_disabled
+from blindsight.runtime.history import CacheNote, History, Pending, Witness
+from blindsight.runtime.plan import DENSE_HEADS, Plan
+from blindsight.runtime.state import BackendState
 
 _NO_IMAGE_QUERY = "no query in a second image"
 

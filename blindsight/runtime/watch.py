@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from blindsight.history import inner_calls
 from blindsight.modules import plain_name
 from blindsight.passes.find_attention import is_axis_positions, is_token_ids, is_video_grid
-from blindsight.runtime import Runtime
+from blindsight.runtime.forwards import Runtime
+from blindsight.runtime.history import inner_calls
 
 
 class _Hook:
@@ -85,7 +85,7 @@ def observe_call(runtime: Runtime, call: FrameType) -> None:
 
     Args:
         runtime: What takes note.
-        call: As :func:`~blindsight.history.module_calls` returns it.
+        call: As :func:`~blindsight.runtime.history.module_calls` returns it.
     """
     args, kwargs = call.f_locals["args"], call.f_locals["kwargs"]
     if (input_ids := _input_ids(args, kwargs)) is not None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from blindsight.intervals import NUM_PARTS, SortedBounds
-from blindsight.masks import BaseMask, Keep
+from blindsight.attention.interval_masks import BaseMask, Keep
+from blindsight.attention.intervals import NUM_PARTS, SortedBounds
 
 BlockSize = int | tuple[int, int]  # queries, keys
 Number = TypeVar("Number", int, Tensor)

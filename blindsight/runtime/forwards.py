@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blindsight.history import CacheNote, History, Pending, has_returned, module_calls
-from blindsight.layers import compact
 from blindsight.modules import plain_name
+from blindsight.runtime.history import CacheNote, History, Pending, has_returned, module_calls
+from blindsight.runtime.layers import compact
+from blindsight.runtime.tensor_notes import TensorNotes, version_of
 from blindsight.template import Template, TemplateRule, find_order_problem
-from blindsight.tensor_notes import TensorNotes, version_of
 
 RAISE_LIMIT = (
     "Raise the limit: torch.compile(model, backend=backend, recompile_limit=64)."
@@ -148,7 +148,7 @@ class Runtime:
         self.strict = strict
         self.met: set[int] = set()
         self.caches: TensorNotes[CacheNote] = TensorNotes()  # by the tensor of a cache's keys
-        self.masks: TensorNotes[Any] = TensorNotes()  # what blindsight.given_mask found out
+        self.masks: TensorNotes[Any] = TensorNotes()  # what blindsight.runtime.given_mask found out
         self._thread = _Thread()
         self._models: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._warned: set[str] = set()
