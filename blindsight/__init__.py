@@ -23,16 +23,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BlindsightWarning": "blindsight.runtime.forwards",
+    "BlindsightWarning": "blindsight.runtime.context",
     "HeadCategory": "blindsight.categories",
     "Profile": "blindsight.profile",
     "Report": "blindsight.report",
     "TemplateRule": "blindsight.template",
     "blindsight_backend": "blindsight.backend",
-    "disabled": "blindsight.runtime.forwards",
+    "disabled": "blindsight.runtime.context",
     "explain": "blindsight.explanation",
     "export": "blindsight.exported",
-    "use_template": "blindsight.runtime.forwards",
+    "use_template": "blindsight.runtime.context",
 }
 
 if TYPE_CHECKING:
@@ -42,16 +42,26 @@ if TYPE_CHECKING:
     from blindsight.exported import export
     from blindsight.profile import Profile
     from blindsight.report import Report
-    from blindsight.runtime.forwards import BlindsightWarning, disabled, use_template
+    from blindsight.runtime.context import BlindsightWarning, disabled, use_template
     from blindsight.template import TemplateRule
+
+
+# Modules that the documentation speaks of.
+_MODULES = ("cache_keys", "exported", "passes", "ranks", "reference")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: `import blindsight` alone does not wait for torch.
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(f"blindsight.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

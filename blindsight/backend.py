@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from blindsight.passes.contract import PassList
 from blindsight.profile import Profile
-from blindsight.report import Report
+from blindsight.report import Report, Verdict
 from blindsight.runtime.attached import AttachedModels
 from blindsight.runtime.compiled_graph import CompiledGraph
 from blindsight.runtime.forwards import Runtime
@@ -77,7 +77,7 @@ class BlindsightBackend:
         """Return what became of every attention call that was compiled so far."""
         state = self.state
         missing = sorted(state.runtime.layers - state.runtime.met)
-        return Report(tuple(state.verdicts), tuple(missing))
+        return Report(tuple(map(Verdict.copy, state.verdicts)), tuple(missing))
 
     def warmup(
         self, model: Callable[..., Any], inputs: Mapping[str, Any], lengths: Sequence[int]

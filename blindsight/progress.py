@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from blindsight.runtime.forwards import BlindsightWarning
+from blindsight.runtime.context import BlindsightWarning
 
 
 class Progress:

@@ -29,7 +29,7 @@ from blindsight.families import (
 )
 from blindsight.modules import plain_name
 from blindsight.profile import Profile
-from blindsight.runtime.forwards import disabled
+from blindsight.runtime.context import disabled
 from blindsight.runtime.layers import compact
 from blindsight.template import Template
 

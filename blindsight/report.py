@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from blindsight.attention.base_mask import Tier
 from blindsight.runtime.layers import compact
 
 
@@ -17,10 +18,10 @@ class Verdict:
         graph: Number of the graph, in the order in which Dynamo compiled them.
         path: Dotted path of the module, seen from the compiled frame.
         layer: Layer of the profile, or None (not the decoder's, or one graph serves several).
-        tier: How the model's own mask is known: 1 as intervals, 2 as an expression, 3 not at all.
-            A mask of tier 2 is evaluated, one of tier 3 read element by element, unless it is an
-            input of the graph whose elements turn out to be intervals.
-        mask: Why the tier is not 1.
+        tier: How much is known of the model's own mask. An expression is evaluated and an opaque
+            mask read, element by element, unless it is an input of the graph whose elements turn
+            out to be intervals.
+        mask: Why it is not known as intervals.
         categories: For example ``"2 DENSE, 6 SINK"``.
         rewritten: Whether prompts with several images run the rewritten call.
         reason: Why the call is, or is not, rewritten.
@@ -31,7 +32,7 @@ class Verdict:
     graph: int
     path: str
     layer: int | None
-    tier: int
+    tier: Tier
     mask: str
     categories: str
     rewritten: bool
@@ -48,6 +49,12 @@ class Verdict:
         :class:`~blindsight.runtime.lowering.Lowering`. A dense run says why.
         """
         return self.own_runs + self.runs_of_graph
+
+    def copy(self) -> Verdict:
+        """Return a copy, in which nothing is counted any more."""
+        return replace(
+            self, own_runs=Counter(self.own_runs), runs_of_graph=Counter(self.runs_of_graph)
+        )
 
 
 def _cells(row: Verdict) -> tuple[str, ...]:

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, cast
 
 from torch import fx
 
-from blindsight.attention.base_mask import CAUSAL, Expression, Fact, Form
+from blindsight.attention.base_mask import CAUSAL, Expression, Fact, Form, Tier
 from blindsight.passes.expressions import (
     ARITHMETIC,
     FLIPPED,
@@ -53,25 +53,25 @@ class Lifted:
     """What is known of the mask of one attention call.
 
     Attributes:
-        tier: 1 if the mask is an interval of keys per row, 2 if it is a scalar expression, 3 if
-            it is opaque.
-        reason: Why the tier is not 1, else "".
-        form: Tier 1: the intervals, see :mod:`blindsight.attention.base_mask`, with nodes for
-            tensors.
-        facts: Tier 1: what must hold of the data for the form to be the mask, and be checked.
-        expression: Tiers 1 and 2: whether (b, q, k) is allowed, with nodes for tensors.
+        tier: How much that is.
         before: A node before which form, facts and expression may be evaluated; later in the
             graph a tensor that they read may have been overwritten, such as a cache's length.
-        given: Tier 3: the graph's input that is the mask, ``[B or 1, 1, >= Q, >= K]``, if it is
+        reason: Why the mask is not known as intervals, else "".
+        form: The intervals, see :mod:`blindsight.attention.base_mask`, with nodes for tensors.
+        facts: What must hold of the data for the form to be the mask, and be checked.
+        expression: Whether (b, q, k) is allowed, with nodes for tensors; None of an opaque mask,
+            and where only groups of keys tell it.
+        given: The graph's input that an opaque mask is, ``[B or 1, 1, >= Q, >= K]``, if it is
             one: its elements can be looked at before the graph runs.
     """
 
-    tier: int
-    reason: str
-    form: Form | None
-    facts: tuple[Fact, ...]
-    expression: Expression
+    tier: Tier
     before: fx.Node
+    _: KW_ONLY
+    reason: str = ""
+    form: Form | None = None
+    facts: tuple[Fact, ...] = ()
+    expression: Expression = None
     given: fx.Node | None = None
 
 
@@ -105,19 +105,21 @@ def lift_mask(gm: fx.GraphModule, call: Attention) -> Lifted:
     try:
         form = matcher.form(expression)
     except _NotIntervalsError as problem:
-        return Lifted(2, str(problem), None, (), expression, before)
-    return Lifted(1, "", form, tuple(matcher.facts), expression, before)
+        return Lifted(Tier.EXPRESSION, before, reason=str(problem), expression=expression)
+    facts = tuple(matcher.facts)
+    return Lifted(Tier.INTERVALS, before, form=form, facts=facts, expression=expression)
 
 
 def _lift_flag(call: Attention) -> Lifted:
     """Return what a call without a mask says; ``is_causal`` is aligned at the top left."""
     if not call.is_causal:
-        return Lifted(1, "", ("nothing",), (), True, call.node)
-    return Lifted(1, "", CAUSAL, (), ("le", ("index", "k"), ("index", "q")), call.node)
+        return Lifted(Tier.INTERVALS, call.node, form=("nothing",), expression=True)
+    is_seen = ("le", ("index", "k"), ("index", "q"))
+    return Lifted(Tier.INTERVALS, call.node, form=CAUSAL, expression=is_seen)
 
 
 def _opaque(before: fx.Node, reason: str, given: fx.Node | None = None) -> Lifted:
-    return Lifted(3, reason, None, (), None, before, given)
+    return Lifted(Tier.OPAQUE, before, reason=reason, given=given)
 
 
 def _given(value: Value) -> fx.Node | None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from enum import Enum
 
 import torch
 from torch import fx
 
 from blindsight.attention.attend import Group, attend, attend_in_region
+from blindsight.attention.base_mask import Tier
 from blindsight.attention.flex import constant_rows
 from blindsight.attention.mask_forms import (
+    MaskForm,
     expressed_mask,
     materialised_mask,
     ordered_mask,
@@ -32,27 +33,6 @@ HEAD_INPUTS = ("blindsight_heads", "blindsight_categories")
 # Up to how many queries and keys attention is compiled for, the sizes being symbolic; None: for
 # any number of them, or for that of the graph, which is fixed.
 Capacity = tuple[int | None, int | None]
-
-
-class MaskForm(Enum):
-    """How a replaced call is masked; see :mod:`blindsight.attention.mask_forms`."""
-
-    SORTED = "sorted"
-    GROUPED = "grouped"
-    ORDERED = "ordered"
-    EXPRESSED = "expressed"
-    MATERIALISED = "materialised"
-
-    @property
-    def is_sorted(self) -> bool:
-        """Whether tokens are put in another order."""
-        return self in (MaskForm.SORTED, MaskForm.GROUPED)
-
-    def of(self, tier: int) -> MaskForm:
-        """Return the form of a mask of this tier, where intervals shall take this one."""
-        if tier == 1:
-            return self
-        return MaskForm.EXPRESSED if tier == 2 else MaskForm.MATERIALISED
 
 
 _MAKE_MASK: dict[MaskForm, Callable[..., object]] = {
@@ -132,7 +112,7 @@ def replace_attention_pass(
     make_mask = {**_MAKE_MASK, **_BY_OPERATOR} if by_operator else _MAKE_MASK
     for row, call in enumerate(attention):
         proof = None if lifted is None else lifted[row]
-        its_form = form.of(3 if proof is None else proof.tier)
+        its_form = form.for_tier(Tier.OPAQUE if proof is None else proof.tier)
         sizes = call.sizes(size_of)
         num_queries, num_keys = call.lengths
         # Layers with the same base mask and number of keys share one mask and its tables.

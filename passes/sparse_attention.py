@@ -20,7 +20,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from blindsight.attention.base_mask import is_plain_causal
+from blindsight.attention.base_mask import Tier, is_plain_causal
 from blindsight.attention.flex import constant_rows
 from blindsight.cache_keys import source_digest
 from blindsight.families import DECODER_ATTENTION_CLASSES
@@ -150,7 +150,7 @@ def rewrite(
         gm,
         attention=chosen,
         # Nobody checks facts here: what rests on them is evaluated.
-        lifted=[replace(proof, tier=2) if proof.facts else proof for proof in proofs],
+        lifted=[replace(proof, tier=Tier.EXPRESSION) if proof.facts else proof for proof in proofs],
         groups=[layout.groups for layout in layouts],
         inputs=(*template, *constants),
     )

@@ -22,7 +22,7 @@ from blindsight.cli import main as command_line
 from blindsight.evaluation.prefill import Decoder
 from blindsight.passes import sparse_attention_pass
 from blindsight.passes.graph import copy_graph_module
-from blindsight.runtime.choose import choose_layouts
+from blindsight.runtime.choose import Fastest, choose_layouts
 from models import (
     END_ID,
     IMAGE_ID,
@@ -175,7 +175,8 @@ def estimates(gains_from: float) -> Iterator[None]:
     def choose(calls: Any, *args: Any, **options: Any) -> Any:
         is_sparse = [code > 0 for call in calls for code in call.categories]
         slower = sum(is_sparse) < gains_from * len(is_sparse)
-        return replace(choose_layouts(calls, *args, **options), dense_is_faster=slower)
+        fastest = Fastest.OWN_GRAPH if slower else Fastest.SPARSE
+        return replace(choose_layouts(calls, *args, **options), fastest=fastest)
 
     with mock.patch.object(rewriting, "choose_layouts", choose):
         yield

@@ -13,6 +13,7 @@ import blindsight
 from blindsight import BlindsightWarning, Profile, TemplateRule, blindsight_backend, use_template
 from blindsight.backend import blindsight as by_name
 from blindsight.runtime.compiled_graph import CompiledGraph
+from blindsight.template import Template
 from models import (
     END_ID,
     IMAGE_ID,
@@ -511,6 +512,12 @@ def test_template_of_the_wrong_length(qwen: Any, inputs: Any) -> None:
         (torch.zeros(1, 4, dtype=torch.int), torch.zeros(1, 4), r"is_sink must be bool"),
         (torch.tensor([[1, 2, 1, 0]]), torch.zeros(1, 4).bool(), r"got 1 at row 0, token 2"),
         (torch.tensor([[2, 2, 0, 0]]), torch.zeros(1, 4).bool(), r"got 2 at row 0, token 0"),
+        (torch.zeros(1, 4, dtype=torch.int), None, r"is_sink must be a tensor \[B, T\], got NoneT"),
+        (
+            Template(torch.zeros(1, 4, dtype=torch.int), torch.zeros(1, 4).bool()),
+            torch.zeros(1, 4).bool(),
+            "is_sink must be left out with a template",
+        ),
     ],
 )
 def test_template_that_describes_no_spans(span_id: Any, is_sink: Any, message: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import QuantizedCache
 
 from blindsight import Profile, blindsight_backend, use_template
-from blindsight.runtime.forwards import BlindsightWarning
+from blindsight.runtime.context import BlindsightWarning
 from models import (
     END_ID,
     IMAGE_ID,

@@ -19,7 +19,7 @@ from transformers import DynamicCache, StaticCache
 import blindsight
 from blindsight import Profile, blindsight_backend, use_template
 from blindsight.attention.attend import attend
-from blindsight.passes.replace_attention import MaskForm
+from blindsight.attention.mask_forms import MaskForm
 from blindsight.reference import reference_logits
 from models import (
     END_ID,

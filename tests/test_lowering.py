@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from blindsight import Profile, TemplateRule, blindsight_backend, tune
 from blindsight.attention.attend import attend
 from blindsight.attention.interval_masks import BaseMask, causal_base
-from blindsight.attention.mask_forms import sorted_mask
-from blindsight.passes.replace_attention import MaskForm
-from blindsight.runtime.choose import ChoosableCall, choose_layouts
+from blindsight.attention.mask_forms import MaskForm, sorted_mask
+from blindsight.runtime.choose import ChoosableCall, Fastest, choose_layouts
 from blindsight.runtime.cost_model import (
     CallSize,
     Costs,
@@ -183,9 +182,8 @@ def choose(history: History, categories: list[int], lowering: str, **options: An
         block_size=128,
         num_threads=2,
     )
-    if not choice.dense_is_faster:
-        return choice.layouts
-    return None if choice.own_is_faster else (causal_layout(len(categories)),)
+    of_dense = {Fastest.CAUSAL: (causal_layout(len(categories)),), Fastest.OWN_GRAPH: None}
+    return of_dense.get(choice.fastest, choice.layouts)
 
 
 def test_a_lowering_that_is_asked_for_is_taken() -> None:
@@ -218,21 +216,23 @@ def test_dense_prompts_need_no_mask_where_it_is_plain_causal() -> None:
     call = call_of(history, [0, 0, 1, 1, 2, 2, 3, 3])
     slow = replace(COSTS, flex=1000.0, call=10.0)
     choice = choose_layouts([call], history, costs=slow, **options)
-    assert choice.dense_is_faster and not choice.own_is_faster
+    assert choice.fastest is Fastest.CAUSAL
     assert "ms with is_causal" in choice.reasons[0]
     # Of a call that has no mask, or another one, and where it would save too little.
     unmasked = replace(call, size=replace(call.size, is_masked=False))
     other = replace(call, is_causal=False)
     for own in ([unmasked], [other], [call, other]):
         choice = choose_layouts(own, history, costs=slow, **options)
-        assert choice.dense_is_faster and choice.own_is_faster
+        assert choice.fastest is Fastest.OWN_GRAPH
     large = replace(slow, call=1e9)
-    assert choose_layouts([call], history, costs=large, **options).own_is_faster
+    assert choose_layouts([call], history, costs=large, **options).fastest is Fastest.OWN_GRAPH
     # Sparse must beat the better of both.
     between = replace(COSTS, call=10.0, flex=1.1 * COSTS.causal, move=0.0)
-    assert choose_layouts([unmasked], history, costs=between, **options).dense_is_faster
-    assert choose_layouts([call], history, costs=between, **options).dense_is_faster
-    assert not choose_layouts([other], history, costs=between, **options).dense_is_faster
+    found = [
+        choose_layouts([each], history, costs=between, **options).fastest
+        for each in (unmasked, call, other)
+    ]
+    assert found == [Fastest.OWN_GRAPH, Fastest.CAUSAL, Fastest.SPARSE]
 
 
 def test_tables_per_head_do_not_grow_beyond_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from transformers import StaticCache
 
 import without_gpu
 from blindsight import blindsight_backend
-from blindsight.passes.replace_attention import MaskForm
+from blindsight.attention.mask_forms import MaskForm
 from blindsight.runtime import rewriting
 from family_models import make_inputs, tiny_model, why_not_here
 from models import Image, split_turns

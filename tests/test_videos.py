@@ -15,7 +15,8 @@ from blindsight.calibration.measure import Prober
 from blindsight.evaluation.prefill import Decoder
 from blindsight.families import FAMILIES
 from blindsight.reference import reference_logits
-from blindsight.runtime.forwards import BlindsightWarning, Runtime, disabled
+from blindsight.runtime.context import BlindsightWarning, disabled
+from blindsight.runtime.forwards import Runtime
 from blindsight.runtime.history import History
 from models import END_ID, FIRST_TEXT_ID, IMAGE_ID, PAD_ID, START_ID, VIDEO_ID, VOCAB_SIZE
 from oracles import (

@@ -87,7 +87,7 @@ def test_what_dynamo_drops_for_good_is_an_error_each_time(model: Any, part: str)
         inputs, _ = dropped[-1]
         template = profile_of(model).rule.template(inputs["input_ids"])
         told = pytest.raises(ValueError, match="did not run through this backend under the temp")
-        with told, use_template(*template.tensors()):
+        with told, use_template(template):
             run(**inputs)
         run(**inputs_of(1, 2))  # nothing was to be sparse
         with blindsight.disabled():

@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from enum import IntEnum
 from typing import Any, cast
 
 import torch
@@ -48,6 +49,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from blindsight.attention.interval_masks import BaseMask
+
+
+class Tier(IntEnum):
+    """How much is known of a model's own mask."""
+
+    INTERVALS = 1
+    """It is a form: intervals of keys, of all or of each group."""
+    EXPRESSION = 2
+    """It is an expression that can be evaluated for each element."""
+    OPAQUE = 3
+    """It is a tensor whose elements have to be read."""
+
 
 Expression = Any  # a number, a tensor (in a graph its node), or a tuple as above
 Form = tuple[Any, ...]

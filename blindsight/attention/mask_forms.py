@@ -18,12 +18,13 @@ sequence.
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from blindsight.attention.base_mask import Expression, Form, base_mask_of, evaluate_expression
+from blindsight.attention.base_mask import Expression, Form, Tier, base_mask_of, evaluate_expression
 from blindsight.attention.block_tables import (
     BlockTables,
     block_size_of,
@@ -43,6 +44,27 @@ from blindsight.attention.intervals import (
     stretched,
 )
 from blindsight.attention.packing import first_span_of
+
+
+class MaskForm(Enum):
+    """In which form a call is masked, as above."""
+
+    SORTED = "sorted"
+    GROUPED = "grouped"
+    ORDERED = "ordered"
+    EXPRESSED = "expressed"
+    MATERIALISED = "materialised"
+
+    @property
+    def is_sorted(self) -> bool:
+        """Whether tokens are put in another order."""
+        return self in (MaskForm.SORTED, MaskForm.GROUPED)
+
+    def for_tier(self, tier: Tier) -> MaskForm:
+        """Return the form of a mask of which so much is known, if intervals take this one."""
+        if tier is Tier.INTERVALS:
+            return self
+        return MaskForm.EXPRESSED if tier is Tier.EXPRESSION else MaskForm.MATERIALISED
 
 
 class Mask(Protocol):

@@ -26,7 +26,7 @@ from blindsight.modules import find_decoder
 from blindsight.profile import Profile
 from blindsight.progress import Progress
 from blindsight.reference import reference_logits
-from blindsight.runtime.forwards import disabled
+from blindsight.runtime.context import disabled
 
 _ROOT = Path(__file__).resolve().parents[2]
 MODEL = _ROOT / "bench" / "testbed" / "model"

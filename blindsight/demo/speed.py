@@ -25,7 +25,7 @@ from blindsight.profile import Profile
 from blindsight.progress import Progress
 from blindsight.reference import reference_logits
 from blindsight.report import Report
-from blindsight.runtime.forwards import disabled
+from blindsight.runtime.context import disabled
 from blindsight.runtime.warmup import append_text
 from blindsight.template import Template, TemplateRule
 

@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.cost import Counter
 from blindsight.reference import check_is_plain, kept_pairs, replaced_attention
-from blindsight.runtime.forwards import disabled
+from blindsight.runtime.context import disabled
 from blindsight.template import Template
 
 NAME = "blindsight_masked"

@@ -35,7 +35,7 @@ from blindsight.families import (
 from blindsight.modules import find_decoder
 from blindsight.profile import Profile
 from blindsight.reference import attention_layers
-from blindsight.runtime.forwards import disabled, use_template
+from blindsight.runtime.context import disabled, use_template
 from blindsight.runtime.given_mask import intervals_or_groups
 from blindsight.template import IMAGE, Template, TemplateRule
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import lru_cache
 from math import gcd, inf
 
@@ -21,8 +22,8 @@ from blindsight.attention.block_tables import (
 )
 from blindsight.attention.interval_masks import BaseMask, Keep, causal_base, keep_intervals
 from blindsight.attention.intervals import sorted_bounds
+from blindsight.attention.mask_forms import MaskForm
 from blindsight.categories import NUM_CATEGORIES
-from blindsight.passes.replace_attention import MaskForm
 from blindsight.runtime.cost_model import CallSize, Costs, time_of_groups, time_of_own
 from blindsight.runtime.history import History
 from blindsight.runtime.lowering import Layout, Lowering, fused_layout, split_layout
@@ -61,22 +62,59 @@ class ChoosableCall:
     size: CallSize
 
 
+class Fastest(Enum):
+    """How a graph is estimated to run the fastest."""
+
+    SPARSE = "sparse"
+    CAUSAL = "is_causal"
+    """All heads dense, without the mask that the model builds."""
+    OWN_GRAPH = "the model's own graph"
+
+
 @dataclass(frozen=True)
 class Choice:
     """How to compute the calls of a graph.
 
     Attributes:
-        layouts: One per call.
+        layouts: One per call, if it runs sparse.
         reasons: What was estimated of each call, for the report; "" where nothing was.
-        dense_is_faster: Whether dense heads alone are estimated to be.
-        own_is_faster: Whether the model's own graph is the fastest way to compute those, and not
-            ``is_causal`` without the mask that the model builds.
+        fastest: How to run the graph.
     """
 
     layouts: tuple[Layout, ...]
     reasons: tuple[str, ...]
-    dense_is_faster: bool
-    own_is_faster: bool
+    fastest: Fastest
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """What a call takes, in ns.
+
+    Attributes:
+        layouts: Ways to run it sparse.
+        sparse: Times of these.
+        own: In the model's own graph.
+        causal: Dense on ``is_causal``; infinite where the mask is another.
+        note: What was not among the ways, and why.
+    """
+
+    layouts: tuple[Layout, ...]
+    sparse: tuple[float, ...]
+    own: float
+    causal: float
+    note: str
+
+    @property
+    def fastest(self) -> Layout:
+        return self.layouts[self.sparse.index(min(self.sparse))]
+
+    def __str__(self) -> str:
+        pairs = zip(self.layouts, self.sparse, strict=True)
+        told = ", ".join(f"{ns / 1e6:.3g} ms {layout.name}" for layout, ns in pairs)
+        told += f"{self.note}, {self.own / 1e6:.3g} ms dense"
+        if self.causal not in (self.own, inf):
+            told += f", {self.causal / 1e6:.3g} ms with is_causal"
+        return told
 
 
 def best_form(
@@ -125,60 +163,79 @@ def choose_layouts(
         costs, block_size: Of the device.
         num_threads: Among how many threads a CPU's kernels deal out their work, else 1.
     """
-    layouts: list[Layout] = []
-    reasons: list[str] = []
-    time, own, causal = _CALLS_OF_MASKS * costs.call, 0.0, 0.0
-    for call in calls:
-        parts = num_threads // gcd(num_threads, call.size.batch)
-        split = _split_layout(call.categories, parts, is_causal=call.is_causal)
-        if _table_bytes(split, call.size, block_size) > MAX_TABLE_BYTES:
-            split = _split_layout(call.categories, is_causal=call.is_causal, per_category=True)
-        # A layer of dense heads alone needs no FlexAttention, where is_causal says it all.
-        is_plain = call.is_causal and not any(call.categories)
-        splits = lowering is Lowering.SPLIT or is_plain
-        asked = split if splits else _fused_layout(call.categories, parts)
-        if lowering is not Lowering.AUTO:
-            layouts.append(asked)
-            reasons.append("")
-            continue
-        table_bytes = _table_bytes(asked, call.size, block_size)
-        too_large = table_bytes > MAX_TABLE_BYTES
-        options = [split] if too_large or split == asked else [asked, split]
-        listed = _listed_pairs(history, call.size.num_queries, call.form, block_size)
-        times = [
-            time_of_groups(
-                costs,
-                call.size,
-                layout.groups,
-                [call.categories[head] for head in layout.heads],
-                listed,
-                is_sorted=call.form.is_sorted,
-            )
-            for layout in options
-        ]
-        fastest, dense = min(times), time_of_own(costs, call.size)
-        unmasked = time_of_own(costs, replace(call.size, is_masked=False))
-        layouts.append(options[times.index(fastest)])
-        time += fastest
-        own += dense
-        causal += unmasked if call.is_causal else inf
-        estimates = dict(zip((layout.name for layout in options), times, strict=True))
-        told = ", ".join(f"{ns / 1e6:.3g} ms {name}" for name, ns in estimates.items())
-        if too_large:
-            told += f" (tables of fused: {table_bytes / 2**30:.2g} GiB, too large)"
-        told_dense = f"{dense / 1e6:.3g} ms dense"
-        if call.is_causal and call.size.is_masked:
-            told_dense += f", {unmasked / 1e6:.3g} ms with is_causal"
-        reasons.append(f"{told}, {told_dense}")
-    too_little = _MIN_CALLS_SAVED * costs.call * len(calls)
+    ways = [_ways(call, lowering, block_size, num_threads) for call in calls]
+    if lowering is not Lowering.AUTO:
+        layouts = tuple(of_call[0] for of_call, _ in ways)
+        return Choice(layouts, ("",) * len(calls), Fastest.SPARSE)
+    estimates = [
+        _estimate(call, of_call, note, history, costs, block_size)
+        for call, (of_call, note) in zip(calls, ways, strict=True)
+    ]
+    return Choice(
+        layouts=tuple(each.fastest for each in estimates),
+        reasons=tuple(map(str, estimates)),
+        fastest=_fastest(estimates, costs),
+    )
+
+
+def _ways(
+    call: ChoosableCall, lowering: Lowering, block_size: int, num_threads: int
+) -> tuple[tuple[Layout, ...], str]:
+    """Return the layouts that a call may have, what was asked for first, and what is left out."""
+    parts = num_threads // gcd(num_threads, call.size.batch)
+    split = _split_layout(call.categories, parts, is_causal=call.is_causal)
+    if _table_bytes(split, call.size, block_size) > MAX_TABLE_BYTES:
+        split = _split_layout(call.categories, is_causal=call.is_causal, per_category=True)
+    # A layer of dense heads alone needs no FlexAttention, where is_causal says it all.
+    is_plain = call.is_causal and not any(call.categories)
+    if lowering is Lowering.SPLIT or is_plain:
+        return (split,), ""
+    fused = _fused_layout(call.categories, parts)
+    if lowering is Lowering.FUSED or split == fused:
+        return (fused,), ""
+    table_bytes = _table_bytes(fused, call.size, block_size)
+    if table_bytes > MAX_TABLE_BYTES:
+        return (split,), f" (tables of fused: {table_bytes / 2**30:.2g} GiB, too large)"
+    return (fused, split), ""
+
+
+def _estimate(
+    call: ChoosableCall,
+    layouts: tuple[Layout, ...],
+    note: str,
+    history: History,
+    costs: Costs,
+    block_size: int,
+) -> _Estimate:
+    listed = _listed_pairs(history, call.size.num_queries, call.form, block_size)
+    sparse = tuple(
+        time_of_groups(
+            costs,
+            call.size,
+            layout.groups,
+            [call.categories[head] for head in layout.heads],
+            listed,
+            is_sorted=call.form.is_sorted,
+        )
+        for layout in layouts
+    )
+    unmasked = time_of_own(costs, replace(call.size, is_masked=False))
+    causal = unmasked if call.is_causal else inf
+    return _Estimate(layouts, sparse, time_of_own(costs, call.size), causal, note)
+
+
+def _fastest(estimates: Sequence[_Estimate], costs: Costs) -> Fastest:
+    """Return how to run a graph: as the model does, unless there is enough to be gained."""
+    sparse = _CALLS_OF_MASKS * costs.call + sum(min(each.sparse) for each in estimates)
+    own = sum(each.own for each in estimates)
+    causal = sum(each.causal for each in estimates)
+    too_little = _MIN_CALLS_SAVED * costs.call * len(estimates)
 
     def is_worth(time: float, other: float) -> bool:
         return max(time * _MIN_GAIN, time + too_little) <= other
 
-    is_auto = lowering is Lowering.AUTO
-    own_is_faster = not is_worth(causal, own)
-    dense_is_faster = is_auto and not is_worth(time, own if own_is_faster else causal)
-    return Choice(tuple(layouts), tuple(reasons), dense_is_faster, own_is_faster)
+    dense, time = (Fastest.CAUSAL, causal) if is_worth(causal, own) else (Fastest.OWN_GRAPH, own)
+    return Fastest.SPARSE if is_worth(sparse, time) else dense
 
 
 def _table_bytes(layout: Layout, size: CallSize, block_size: int) -> int:

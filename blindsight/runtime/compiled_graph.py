@@ -17,7 +17,7 @@ from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.replace_attention import TOKEN_INPUTS
 from blindsight.passes.share_layers import share_layers_pass
 from blindsight.runtime.any_length import CompiledForLengths, SymbolicSizes
-from blindsight.runtime.forwards import is_disabled
+from blindsight.runtime.context import is_disabled
 from blindsight.runtime.given_mask import given_inputs
 from blindsight.runtime.history import History
 from blindsight.runtime.inner import Inner
@@ -201,7 +201,7 @@ class CompiledGraph:
             return variant.run(*inputs), runs
         for at, layout in zip(rewriting.calls, rewriting.layouts, strict=True):
             if self._profile.categories[layers[at]].any():
-                its_form = rewriting.form.of(tier_of(self._calls[at], rewriting.given))
+                its_form = rewriting.form.for_tier(tier_of(self._calls[at], rewriting.given))
                 runs[at] = f"sparse, {its_form.value}, {layout.name}"
         return variant.run(*inputs), runs
 

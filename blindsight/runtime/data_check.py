@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from blindsight.attention.base_mask import base_mask_of, facts_hold, is_plain_causal
+from blindsight.attention.base_mask import Tier, base_mask_of, facts_hold, is_plain_causal
 from blindsight.attention.interval_masks import BaseMask
 from blindsight.attention.intervals import groups_of_keys
 from blindsight.attention.packing import is_packed
@@ -38,7 +38,7 @@ class DataCheck:
         # Calls with the same mask are looked at once.
         self._calls: dict[object, PlannedCall] = {}
         for key, call in zip(self._keys, plan.calls, strict=True):
-            if call.lifted.tier == 1:
+            if call.lifted.tier is Tier.INTERVALS:
                 self._calls.setdefault(key, call)
         self._of_facts = _Extract(plan.gm, [call.lifted.facts for call in self._calls.values()])
         self._of_forms = _Extract(plan.gm, [call.lifted.form for call in self._calls.values()])

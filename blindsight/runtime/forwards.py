@@ -15,10 +15,8 @@ import re
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -26,94 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from blindsight.modules import plain_name
+from blindsight.runtime.context import BlindsightWarning, ForwardUnder, given_template, is_disabled
 from blindsight.runtime.history import CacheNote, History, Pending, has_returned, module_calls
 from blindsight.runtime.layers import compact
 from blindsight.runtime.tensor_notes import TensorNotes, version_of
-from blindsight.template import Template, TemplateRule, find_order_problem
+from blindsight.template import TemplateRule
 
 RAISE_LIMIT = (
     "Raise the limit: torch.compile(model, backend=backend, recompile_limit=64)."
     if "recompile_limit" in inspect.signature(torch.compile).parameters
     else "Raise the limit: torch._dynamo.config.recompile_limit = 64, in every thread that runs it."
 )
-
-_given: ContextVar[_Given | None] = ContextVar("blindsight_template", default=None)
-_disabled: ContextVar[bool] = ContextVar("blindsight_disabled", default=False)
-
-
-class BlindsightWarning(UserWarning):
-    """Something ran dense, or was left alone, that the profile would have made sparse."""
-
-
-@contextmanager
-def use_template(span_id: Tensor, is_sink: Tensor) -> Iterator[None]:
-    """Say where the images are, for models that never show ``input_ids`` to a compiled graph.
-
-    Args:
-        span_id: ``[B, T]`` ints over past and present tokens: 1..n for the tokens of each image
-            in prompt order, 0 for text and padding.
-        is_sink: ``[B, T]`` bool, the tokens kept visible across images.
-
-    Raises:
-        ValueError: The tensors do not describe spans; the message says where. Or, at the end, a
-            strict backend has run some layers of its profile under this template, and not all.
-    """
-    given = _Given(_checked_template(span_id, is_sink))
-    token = _given.set(given)
-    try:
-        yield
-    finally:
-        _given.reset(token)
-    for runtime, forward in given.forwards.items():
-        runtime.check_explicit(forward)
-
-
-@contextmanager
-def disabled() -> Iterator[None]:
-    """Run the model's own graphs inside this context, for comparison."""
-    token = _disabled.set(True)
-    try:
-        yield
-    finally:
-        _disabled.reset(token)
-
-
-def _checked_template(span_id: Tensor, is_sink: Tensor) -> Template:
-    for name, tensor in (("span_id", span_id), ("is_sink", is_sink)):
-        if not isinstance(tensor, Tensor) or tensor.dim() != 2:
-            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name} must be a tensor [B, T], got {found}.")
-    if span_id.shape != is_sink.shape:
-        raise ValueError(
-            "span_id and is_sink must have the same shape, got "
-            f"{tuple(span_id.shape)} and {tuple(is_sink.shape)}."
-        )
-    if span_id.dtype.is_floating_point or span_id.dtype == torch.bool:
-        raise ValueError(f"span_id must hold ints, got {span_id.dtype}.")
-    if is_sink.dtype != torch.bool:
-        raise ValueError(f"is_sink must be bool, got {is_sink.dtype}.")
-    span_id = span_id.detach().to("cpu", torch.int32).contiguous()
-    problem = find_order_problem(span_id)
-    if problem:
-        raise ValueError(f"span_id must number spans 1..n in prompt order, {problem}.")
-    return Template(span_id, is_sink.detach().cpu().contiguous())
-
-
-@dataclass
-class _Forward:
-    """What a backend did under a template given by hand."""
-
-    history: History
-    served: set[int] = field(default_factory=set)
-    is_sparse: bool = False  # whether any graph was to restrict a query
-
-
-@dataclass
-class _Given:
-    """A template given by hand."""
-
-    template: Template
-    forwards: dict[Runtime, _Forward] = field(default_factory=dict)
 
 
 @dataclass
@@ -277,7 +198,7 @@ class Runtime:
                 self.warn_once(
                     "the frames of a video are not told apart, and count as one image: its "
                     "video_grid_thw was not seen, or does not fit its tokens. Say where they are: "
-                    "blindsight.use_template(*rule.template(input_ids, video_grid_thw).tensors())."
+                    "blindsight.use_template(rule.template(input_ids, video_grid_thw))."
                 )
             if past is None:
                 joined: History | None = History(
@@ -290,19 +211,19 @@ class Runtime:
 
     def explicit_history(self) -> History | None:
         """Return the history of the template given by hand, one for all graphs; None: none is."""
-        given = _given.get()
+        given = given_template()
         if given is None:
             return None
         if self not in given.forwards:
-            given.forwards[self] = _Forward(History(self.rule, template=given.template))
+            given.forwards[self] = ForwardUnder(History(self.rule, template=given.template))
         return given.forwards[self].history
 
     def expect_all_layers(self) -> None:
         """Take note that the forward under a template given by hand is to be sparse."""
-        if (given := _given.get()) is not None and self in given.forwards:
+        if (given := given_template()) is not None and self in given.forwards:
             given.forwards[self].is_sparse = True
 
-    def check_explicit(self, forward: _Forward) -> None:
+    def check_explicit(self, forward: ForwardUnder) -> None:
         """Complain of sparse layers that did not run here under a template given by hand."""
         missing = sorted(self.sparse_layers - forward.served)
         if not missing or not forward.is_sparse:
@@ -320,7 +241,7 @@ class Runtime:
 
     def serve(self, layers: Sequence[int]) -> None:
         """Take note that these layers of the forward under way have run."""
-        pending, given = self._thread.pending, _given.get()
+        pending, given = self._thread.pending, given_template()
         self._thread.decoder_ran = True
         if given is not None and self in given.forwards:
             given.forwards[self].served.update(layers)
@@ -398,7 +319,3 @@ def _limit_hits() -> int:
     """Return how often Dynamo has reached its recompile limit; it then runs a frame as it is."""
     reasons = torch._dynamo.utils.counters["unimplemented"]
     return sum(reasons[text] for text in reasons if "recompile limit exceeded" in text)
-
-
-def is_disabled() -> bool:
-    return _disabled.get()

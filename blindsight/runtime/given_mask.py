@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from blindsight.attention.base_mask import Form, Tier
 from blindsight.attention.interval_masks import BaseMask
 from blindsight.attention.intervals import NUM_PARTS, groups_of_keys
 from blindsight.passes.find_attention import Attention
@@ -193,11 +194,12 @@ def lifted_of_given(
             for at in range(NUM_PARTS)
         ]
         # As an expression only the groups would tell it.
-        return Lifted(1, "", ("and", ("by group", *each), ("valid", is_valid)), (), None, before)
+        form: Form = ("and", ("by group", *each), ("valid", is_valid))
+        return Lifted(Tier.INTERVALS, before, form=form)
     first, last = ("load", lower, (b, q)), ("load", upper, (b, q))
     form = ("and", ("lower", first), ("upper", last), ("valid", is_valid))
     expression = ("and", is_valid, ("and", ("le", first, k), ("le", k, last)))
-    return Lifted(1, "", form, (), expression, before)
+    return Lifted(Tier.INTERVALS, before, form=form, expression=expression)
 
 
 def _same_sizes(calls: Sequence[Attention]) -> bool:

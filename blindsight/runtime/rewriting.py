@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from blindsight.attention.base_mask import Tier
 from blindsight.attention.block_tables import block_size_of
 from blindsight.attention.interval_masks import BaseMask
+from blindsight.attention.mask_forms import MaskForm
 from blindsight.passes.find_attention import find_attention
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_mask
-from blindsight.passes.replace_attention import Capacity, MaskForm, replace_attention_pass
+from blindsight.passes.replace_attention import Capacity, replace_attention_pass
 from blindsight.profile import Profile
 from blindsight.runtime.any_length import capacity_of, is_symbol, takes_any_number
-from blindsight.runtime.choose import Choice, ChoosableCall, best_form, choose_layouts
+from blindsight.runtime.choose import Choice, ChoosableCall, Fastest, best_form, choose_layouts
 from blindsight.runtime.cost_model import CallSize, costs_of
 from blindsight.runtime.data_check import DataCheck
 from blindsight.runtime.given_mask import GivenMasks, add_given_inputs, lifted_of_given
@@ -85,35 +87,28 @@ class Rewriter:
         of_whole = self._replaced(whole, layers, given)
         categories = whole.categories[[layers[at] for at in of_whole]]
         form = self._form(args, history, categories, given, any_length)
-        capacities: dict[int, Capacity] = {}
-        longer: dict[int, Capacity] = {}
-        if any_length and form.is_sorted:
-            capacities = {at: self._capacity(at, args) for at in replaced}
-            longer = {at: self._longer(at, capacities[at]) for at in replaced}
+        capacities = longer = None
+        if replaced and any_length and form.is_sorted:
+            capacities = tuple(self._capacity(at, args) for at in replaced)
+            longer = tuple(map(self._longer, replaced, capacities))
         # Only dense heads can do with less than FlexAttention.
         is_causal = [False] * len(self._calls)
         if form is not MaskForm.GROUPED and bool((categories == 0).any()):
             is_causal = self._data.plain_causal(args, given)
+        # Work is that of the kernel that will run, which may be one for longer prompts.
+        rows = {} if longer is None else dict(zip(replaced, longer, strict=True))
 
         def choose(profile: Profile, replaced: Sequence[int]) -> Choice:
             calls = [
                 ChoosableCall(
                     categories=tuple(profile.categories[layers[at]].tolist()),
-                    form=form.of(tier_of(self._calls[at], given)),
+                    form=form.for_tier(tier_of(self._calls[at], given)),
                     is_causal=is_causal[at],
-                    size=self._call_size(profile, at, args, longer.get(at, (None, None))),
+                    size=self._call_size(profile, at, args, rows.get(at, (None, None))),
                 )
                 for at in replaced
             ]
-            device = self._plan.device
-            return choose_layouts(
-                calls,
-                history,
-                lowering=self._state.lowering,
-                costs=costs_of(device, self._plan.dtype),
-                block_size=block_size_of(device),
-                num_threads=torch.get_num_threads() if device.type == "cpu" else 1,
-            )
+            return self._choose_layouts(calls, history)
 
         choice = choose(own, replaced)
         # The ranks of a tensor-parallel model decide alike, as one process with all heads would:
@@ -121,22 +116,28 @@ class Rewriter:
         decided = choice if own is whole else choose(whole, of_whole)
         for at, reason in zip(of_whole, decided.reasons, strict=True):
             self._calls[at].verdict.estimate = reason
-        layouts = choice.layouts
-        if decided.dense_is_faster:
-            if decided.own_is_faster:
-                return None
-            layouts = (causal_layout(own.num_heads),) * len(replaced)
-        own_capacities, of_longer = (
-            tuple(each[at] for at in replaced) if each else None for each in (capacities, longer)
-        )
+        if decided.fastest is Fastest.OWN_GRAPH:
+            return None
+        is_dense = decided.fastest is Fastest.CAUSAL
         return Rewriting(
             calls=replaced,
-            layouts=layouts,
+            layouts=(causal_layout(own.num_heads),) * len(replaced) if is_dense else choice.layouts,
             form=form,
             given=given,
-            capacities=own_capacities,
-            longer=of_longer,
-            is_dense=decided.dense_is_faster,
+            capacities=capacities,
+            longer=longer,
+            is_dense=is_dense,
+        )
+
+    def _choose_layouts(self, calls: Sequence[ChoosableCall], history: History) -> Choice:
+        device = self._plan.device
+        return choose_layouts(
+            calls,
+            history,
+            lowering=self._state.lowering,
+            costs=costs_of(device, self._plan.dtype),
+            block_size=block_size_of(device),
+            num_threads=torch.get_num_threads() if device.type == "cpu" else 1,
         )
 
     def rewrite(
@@ -217,7 +218,7 @@ class Rewriter:
             at
             for at, call in enumerate(self._calls)
             if call.layer is None
-            or tier_of(call, given) == 1
+            or tier_of(call, given) is Tier.INTERVALS
             or not profile.layer_is_dense(layers[at])
         )
 
@@ -230,7 +231,7 @@ class Rewriter:
         fixed = [size for size in sizes if isinstance(size, int)]
         # Of chunks on a static cache queries and keys are as many as ever, and tokens are not.
         varies = len(fixed) < len(sizes) or num_tokens not in fixed
-        return varies and all(tier_of(call, given) == 1 for call in calls)
+        return varies and all(tier_of(call, given) is Tier.INTERVALS for call in calls)
 
     def _form(
         self,
@@ -245,8 +246,8 @@ class Rewriter:
         ``categories [N, H]`` are those of the calls that are replaced.
         """
         for call in self._calls:
-            if (tier := tier_of(call, given)) != 1:
-                how = "evaluated" if tier == 2 else "read"
+            if (tier := tier_of(call, given)) is not Tier.INTERVALS:
+                how = "evaluated" if tier is Tier.EXPRESSION else "read"
                 self._state.runtime.warn_once(
                     f"a mask is {how} element by element, which is slower: {call.lifted.reason}. "
                     "The report says whose."
@@ -306,7 +307,7 @@ class Rewriter:
         )
 
 
-def tier_of(call: PlannedCall, given: Mapping[str, BaseMask]) -> int:
-    """Return how the mask of a call is known, with what was found in the graph's inputs."""
+def tier_of(call: PlannedCall, given: Mapping[str, BaseMask]) -> Tier:
+    """Return how much is known of a call's mask, with what was found in the graph's inputs."""
     node = call.lifted.given
-    return 1 if node is not None and node.name in given else call.lifted.tier
+    return Tier.INTERVALS if node is not None and node.name in given else call.lifted.tier

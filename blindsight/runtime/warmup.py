@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from blindsight.runtime.forwards import disabled
+from blindsight.runtime.context import disabled
 from blindsight.template import TemplateRule
 
 # Inputs with an entry per token, and what that of a text token is.

@@ -1,0 +1,112 @@
+"""What a caller says around a call: where the images are, or that it shall run dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from blindsight.runtime.history import History
+from blindsight.template import Template, find_order_problem
+
+if TYPE_CHECKING:
+    from blindsight.runtime.forwards import Runtime
+
+
+class BlindsightWarning(UserWarning):
+    """Something ran dense, or was left alone, that the profile would have made sparse."""
+
+
+@dataclass
+class ForwardUnder:
+    """What a backend did under a template given by hand."""
+
+    history: History
+    served: set[int] = field(default_factory=set)
+    is_sparse: bool = False  # whether any graph was to restrict a query
+
+
+@dataclass
+class GivenTemplate:
+    """A template given by hand, and what each backend did under it."""
+
+    template: Template
+    forwards: dict[Runtime, ForwardUnder] = field(default_factory=dict)
+
+
+_given: ContextVar[GivenTemplate | None] = ContextVar("blindsight_template", default=None)
+_disabled: ContextVar[bool] = ContextVar("blindsight_disabled", default=False)
+
+
+@contextmanager
+def use_template(span_id: Tensor | Template, is_sink: Tensor | None = None) -> Iterator[None]:
+    """Say where the images are, for models that never show ``input_ids`` to a compiled graph.
+
+    Args:
+        span_id: ``[B, T]`` ints over past and present tokens: 1..n for the tokens of each image
+            in prompt order, 0 for text and padding. Or a template that a rule made, alone:
+            ``use_template(profile.rule.template(input_ids))``.
+        is_sink: ``[B, T]`` bool, the tokens kept visible across images.
+
+    Raises:
+        ValueError: The tensors do not describe spans; the message says where. Or, at the end, a
+            strict backend has run some layers of its profile under this template, and not all.
+    """
+    if isinstance(span_id, Template):
+        if is_sink is not None:
+            raise ValueError("is_sink must be left out with a template, which has it, got one.")
+        span_id, is_sink = span_id.tensors()
+    given = GivenTemplate(_checked(span_id, is_sink))
+    token = _given.set(given)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+    for runtime, forward in given.forwards.items():
+        runtime.check_explicit(forward)
+
+
+def given_template() -> GivenTemplate | None:
+    """Return the template given by hand that holds here, if any does."""
+    return _given.get()
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Run the model's own graphs inside this context, for comparison."""
+    token = _disabled.set(True)
+    try:
+        yield
+    finally:
+        _disabled.reset(token)
+
+
+def is_disabled() -> bool:
+    return _disabled.get()
+
+
+def _checked(span_id: Tensor, is_sink: Tensor | None) -> Template:
+    for name, tensor in (("span_id", span_id), ("is_sink", is_sink)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 2:
+            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} must be a tensor [B, T], got {found}.")
+    assert is_sink is not None
+    if span_id.shape != is_sink.shape:
+        raise ValueError(
+            "span_id and is_sink must have the same shape, got "
+            f"{tuple(span_id.shape)} and {tuple(is_sink.shape)}."
+        )
+    if span_id.dtype.is_floating_point or span_id.dtype == torch.bool:
+        raise ValueError(f"span_id must hold ints, got {span_id.dtype}.")
+    if is_sink.dtype != torch.bool:
+        raise ValueError(f"is_sink must be bool, got {is_sink.dtype}.")
+    span_id = span_id.detach().to("cpu", torch.int32).contiguous()
+    problem = find_order_problem(span_id)
+    if problem:
+        raise ValueError(f"span_id must number spans 1..n in prompt order, {problem}.")
+    return Template(span_id, is_sink.detach().cpu().contiguous())
