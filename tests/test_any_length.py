@@ -136,7 +136,7 @@ def test_where_any_number_will_do_short_prompts_share_the_graph_of_long_ones(
     """As on a GPU, where few tokens have a graph of their own only if they come first."""
     for module in ("any_length", "rewriting"):
         monkeypatch.setattr(
-            f"blindsight.{module}.takes_any_number", lambda device, size: is_symbol(size)
+            f"blindsight.runtime.{module}.takes_any_number", lambda device, size: is_symbol(size)
         )
     monkeypatch.setattr("blindsight.runtime.any_length._MIN_CAPACITY", 100)
     model = without_vision(tiny_model("qwen2_5_vl", num_layers=2))
