@@ -16,12 +16,13 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import all_reduce
 from transformers.distributed import DistributedConfig
 
-from blindsight import Profile, blindsight_backend, rewriting, use_template
+from blindsight import Profile, blindsight_backend, use_template
 from blindsight.calibration.measure import Prober
 from blindsight.cli import main as command_line
 from blindsight.evaluation.prefill import Decoder
 from blindsight.passes import sparse_attention_pass
 from blindsight.passes.graph import copy_graph_module
+from blindsight.runtime import rewriting
 from blindsight.runtime.choose import Fastest, choose_layouts
 from models import (
     END_ID,
