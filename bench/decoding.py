@@ -34,8 +34,9 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from blindsight import Profile, blindsight_backend, watch
+from blindsight import Profile, blindsight_backend
 from blindsight.ranks import local_device
+from blindsight.runtime import watch
 from blindsight.runtime.compiled_graph import CompiledGraph
 from blindsight.timer import Timer
 
