@@ -1,4 +1,10 @@
-"""The tokens of a sequence: those of the forward under way, and with those of its cache before."""
+"""The tokens of a sequence, and where they are kept.
+
+- ``Pending``: the tokens of the forward under way, until all of its layers have run.
+- ``History``: those of a whole sequence, the ones in a cache and after them a forward's own.
+- ``CacheNote``: a history, kept with the tensor of the cache's keys that a forward left.
+- ``Witness``: what shows at a later call that the tensor still holds these keys.
+"""
 
 from __future__ import annotations
 

@@ -27,6 +27,9 @@ class Past(NamedTuple):
     decodes: bool = False  # one token of text follows
 
 
+_EMPTY, _UNKNOWN = Past(None, True), Past(None, False)
+
+
 class Known(NamedTuple):
     """What is known before a call.
 
@@ -127,40 +130,43 @@ class Sequences:
     ) -> Past:
         """Return what is known of the tokens in the cache before the call."""
         _, num_queries, num_keys = sizes
-        cache = self._plan.cache
+        cache, notes = self._plan.cache, self._runtime.caches
+        is_alone = num_keys == num_queries  # no keys but the call's own
         # Reading a counter on a device waits for it: not for a decoded token.
         decodes = pending is not None and pending.is_text and num_queries == 1
-        note = None if cache.before is None else self._runtime.caches.get(args[cache.before])
         matters = explicit is not None or not decodes
+        note = None if cache.before is None else notes.get(args[cache.before])
         length = None
         if cache.length is not None and (matters or note is None):
             length = int(args[cache.length])
         if length == 0:
-            return Past(None, True)
+            return _EMPTY
         if cache.before is None:
-            return Past(None, length is None and num_keys == num_queries)
+            return _EMPTY if length is None and is_alone else _UNKNOWN
         keys: Tensor = args[cache.before]
-        if not cache.is_read and length is None and num_keys == num_queries:
-            return Past(None, True)  # what it holds is overwritten
+        if not cache.is_read and length is None and is_alone:
+            return _EMPTY  # what it holds is overwritten
         if note is not None and cache.has_new:
-            # An earlier layer may have left it in this very forward, which shares its keys.
+            # An earlier layer, whose keys this one shares, may have left it in this very forward.
             if note.history is explicit:
-                return Past(None, False)
-            joined = () if pending is None else pending.joined.values()
-            for past, whole in joined:
+                return _UNKNOWN
+            for past, whole in () if pending is None else pending.joined.values():
                 if note.history is whole:
                     return Past(past, True, decodes)
         if note is None and not decodes:
-            # as in a copy of the cache
-            note = self._runtime.caches.find_equal(keys, layers[cache.call])
-            if note is not None and note.history.num_tokens > keys.shape[2]:
-                note = None  # it slid: other sequences may end alike
-        if note is not None:
-            is_as_noted = length is None or length == note.history.num_tokens
-            if is_as_noted and not (matters and note.witness and not note.witness.holds(keys)):
+            note = self._note_of_a_copy(keys, layers[cache.call])
+        if note is not None and length in (None, note.history.num_tokens):
+            witness = note.witness if matters else None
+            if witness is None or witness.holds(keys):
                 return Past(note.history, True, decodes)
-        alone = cache.has_new and num_keys == num_queries
-        return Past(None, alone or keys.numel() == 0)
+        return _EMPTY if (cache.has_new and is_alone) or keys.numel() == 0 else _UNKNOWN
+
+    def _note_of_a_copy(self, keys: Tensor, layer: int) -> CacheNote | None:
+        """Return what is known of a cache that holds the very same keys, if there is one."""
+        note = self._runtime.caches.find_equal(keys, layer)
+        if note is None or note.history.num_tokens > keys.shape[2]:
+            return None  # it slid: other sequences may end alike
+        return note
 
     def _check(
         self, explicit: History, args: Sequence[Any], sizes: tuple[int, int, int], past: Past
