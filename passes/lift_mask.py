@@ -36,14 +36,9 @@ from blindsight.passes.expressions import (
 )
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import fake_tensor, same_size
-from blindsight.passes.read_mask import (
-    MaskReader,
-    NotUnderstoodError,
-    Value,
-    is_natural,
-    opaque_part,
-    over_named_axes,
-)
+from blindsight.passes.mask_values import NotUnderstoodError, Value
+from blindsight.passes.read_mask import MaskReader, opaque_part, over_named_axes
+from blindsight.passes.read_views import is_natural
 
 _MAX_BOUND = 2**60  # beyond any column, and safe to add to
 

@@ -1,0 +1,203 @@
+"""Operations of a mask's graph that compute element by element, or from nothing: numbers, ranges,
+comparisons, conditions.
+
+Each function returns the expression of a node's dimensions, or raises that it cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from blindsight.attention.base_mask import Expression
+from blindsight.passes.expressions import (
+    FLIPPED,
+    FOLD,
+    MAX_LEAVES,
+    and_,
+    arithmetic,
+    bare_axes_of,
+    choose,
+    choose_on_leaves,
+    is_constant,
+    leaves_of,
+    loads_of,
+    not_,
+    on_leaves,
+    or_,
+    where,
+)
+from blindsight.passes.mask_values import (
+    CannotReadError,
+    Operand,
+    Reader,
+    Shape,
+    Value,
+    aligned,
+    cast_to,
+    kind_of,
+    number,
+)
+from blindsight.passes.names import FILLS
+
+FULLS = ("full", "new_full", "full_like", "tensor", "scalar_tensor")
+
+
+def read_fill(
+    reader: Reader, node: fx.Node, name: str, shape: Shape, dtype: torch.dtype
+) -> Expression:
+    """Read zeros, ones and the like, or a tensor of one given number."""
+    if name in FILLS:
+        return number(FILLS[name], dtype)
+    at = {"tensor": 0, "scalar_tensor": 0, "new_full": 2}.get(name, 1)
+    fill = node.kwargs.get("fill_value", node.args[at] if len(node.args) > at else None)
+    if not is_constant(fill):
+        raise CannotReadError
+    return number(fill, dtype)
+
+
+def read_arange(
+    reader: Reader, node: fx.Node, name: str, shape: Shape, dtype: torch.dtype
+) -> Expression:
+    """Read a range of whole numbers."""
+    args, kwargs = list(node.args), node.kwargs
+    if len(args) == 1 and "end" not in kwargs:
+        args.insert(0, 0)
+    start = reader.operand(kwargs.get("start", args[0] if args else 0))
+    step = reader.operand(kwargs.get("step", args[2] if len(args) > 2 else 1))
+    whole = type(step) is int and (type(start) is int or isinstance(start, fx.Node))
+    if not whole or dtype not in (torch.int32, torch.int64):
+        raise CannotReadError
+    return arithmetic("add", arithmetic("mul", ("index", 0), step), start)
+
+
+def read_triangle(
+    reader: Reader, node: fx.Node, name: str, shape: Shape, dtype: torch.dtype
+) -> Expression:
+    """Read ``tril`` and ``triu``."""
+    value = reader.operand(node.args[0])
+    diagonal = node.kwargs.get("diagonal", node.args[1] if len(node.args) > 1 else 0)
+    if not isinstance(value, Value) or not isinstance(diagonal, int) or len(shape) < 2:
+        raise CannotReadError
+    row, column = ("index", len(shape) - 2), ("index", len(shape) - 1)
+    edge = arithmetic("add", row, diagonal)
+    inside = ("le" if name == "tril" else "ge", column, edge)
+    if value.kind == "bool":
+        return and_(inside, value.expression)
+    if leaves_of(value.expression) is None:
+        raise CannotReadError
+    return where(inside, value.expression, number(0, dtype))
+
+
+def read_select(
+    reader: Reader, node: fx.Node, name: str, shape: Shape, dtype: torch.dtype
+) -> Expression:
+    """Read ``where`` and ``masked_fill``."""
+    if len(node.args) != 3 or node.kwargs:
+        raise CannotReadError
+    condition, a, b = (reader.operand(arg) for arg in node.args)
+    if name == "masked_fill":
+        condition, a, b = a, b, condition
+    elif node.op == "call_method" or node.target is torch.Tensor.where:
+        condition, a = a, condition
+    if not isinstance(condition, Value) or condition.kind != "bool":
+        raise CannotReadError
+    chosen = [cast_to(aligned(x, shape), kind_of(x), dtype) for x in (a, b)]
+    select = choose if dtype == torch.bool else where
+    return select(aligned(condition, shape), chosen[0], chosen[1])
+
+
+def read_pointwise(
+    reader: Reader, node: fx.Node, name: str, shape: Shape, dtype: torch.dtype
+) -> Expression:
+    """Read arithmetic, comparisons and logic."""
+    operands = [reader.operand(arg) for arg in node.args]
+    if name == "div" and node.kwargs == {"rounding_mode": "floor"}:
+        name = "floordiv"
+    elif node.kwargs or name == "div":
+        raise CannotReadError
+    if name == "rsub":
+        name, operands = "sub", operands[::-1]
+    kinds = {kind_of(operand) for operand in operands}
+    parts = [aligned(operand, shape) for operand in operands]
+    if name in ("and", "or", "xor", "not"):
+        if name == "not" and kinds == {"bool"}:
+            return not_(parts[0])
+        # logical_and of numbers asks whether they are zero; bitwise_and does not.
+        if len(parts) != 2 or kinds != {"bool"}:
+            raise CannotReadError
+        if name == "xor":
+            return choose(parts[0], not_(parts[1]), parts[1])
+        return (and_ if name == "and" else or_)(parts[0], parts[1])
+    if name in ("abs", "neg"):
+        if kinds != {"int"} or not _is_safe(dtype, parts):
+            raise CannotReadError
+        return (name, parts[0])
+    if len(parts) != 2:
+        raise CannotReadError
+    constants = [leaves_of(part) for part in parts]
+    if constants[0] is not None and constants[1] is not None:
+        if len(constants[0]) * len(constants[1]) > MAX_LEAVES:
+            raise CannotReadError
+        return _fold(name, operands, parts, dtype)
+    if name in FLIPPED:
+        return _comparison(name, kinds, parts)
+    if kinds == {"bool"} and dtype == torch.bool and name == "mul":
+        return and_(parts[0], parts[1])
+    if kinds != {"int"} or not _is_safe(dtype, parts):
+        raise CannotReadError
+    if name in ("floordiv", "mod") and not (type(parts[1]) is int and parts[1] > 0):
+        raise CannotReadError
+    return arithmetic(name, parts[0], parts[1])
+
+
+def _fold(
+    name: str, operands: Sequence[Operand], parts: Sequence[Any], dtype: torch.dtype
+) -> Expression:
+    """Compute with numbers that conditions choose, in the precision of the graph."""
+    kinds = {kind_of(operand) for operand in operands}
+    if "complex" in kinds:
+        raise CannotReadError
+    function = FOLD[name]
+
+    def compute(a: Any, b: Any) -> Any:
+        if a != a or b != b or (name in ("floordiv", "mod") and b == 0):
+            raise CannotReadError
+        return number(function(a, b), dtype)
+
+    if name not in FLIPPED:
+        return on_leaves(parts[0], lambda a: on_leaves(parts[1], lambda b: compute(a, b)))
+    narrow = [
+        operand.dtype
+        for operand in operands
+        if isinstance(operand, Value) and operand.kind == "float"
+    ]
+
+    def compare(a: Any, b: Any) -> bool:
+        # A number may be rounded before it is compared; it must not matter.
+        found = {bool(function(number(a, d), number(b, d))) for d in narrow}
+        if a != a or b != b or found - {function(a, b)}:
+            raise CannotReadError
+        return bool(function(a, b))
+
+    return choose_on_leaves(parts[0], lambda a: choose_on_leaves(parts[1], lambda b: compare(a, b)))
+
+
+def _comparison(name: str, kinds: set[str], parts: list[Expression]) -> Expression:
+    if kinds == {"bool"} and name in ("eq", "ne"):
+        same = choose(parts[0], parts[1], not_(parts[1]))
+        return same if name == "eq" else not_(same)
+    # Mixed with floats, integers are rounded before they are compared.
+    if kinds != {"int"} and any(bare_axes_of(part) for part in parts):
+        raise CannotReadError
+    return (name, parts[0], parts[1])
+
+
+def _is_safe(dtype: torch.dtype, parts: Sequence[Expression]) -> bool:
+    """Whether integers of a dtype may be computed with as if they had no limits."""
+    return dtype == torch.int64 or (
+        dtype == torch.int32 and not any(loads_of(part) for part in parts)
+    )
