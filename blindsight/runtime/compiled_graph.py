@@ -22,7 +22,8 @@ from blindsight.runtime.given_mask import given_inputs
 from blindsight.runtime.history import History
 from blindsight.runtime.inner import Inner
 from blindsight.runtime.lowering import Layout
-from blindsight.runtime.plan import DENSE_HEADS, plan_graph
+from blindsight.runtime.plan import DENSE_HEADS
+from blindsight.runtime.planner import plan_graph
 from blindsight.runtime.rewriting import Rewriter, Rewriting, tier_of
 from blindsight.runtime.sequences import Sequences
 from blindsight.runtime.state import BackendState

@@ -1,0 +1,260 @@
+"""What to rewrite of a graph, decided once, when Dynamo hands it over.
+
+Shapes: B batch, H query heads, Q and K lengths in tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from blindsight.categories import summarize_categories
+from blindsight.families import DECODER_ATTENTION_CLASSES, forgets
+from blindsight.passes.find_attention import (
+    Attention,
+    find_attention,
+    find_axis_positions,
+    find_eager_attention,
+    find_input_ids,
+    find_key_cache,
+    find_video_grid,
+    has_attention,
+)
+from blindsight.passes.graph import (
+    copy_graph_module,
+    fake_tensor,
+    has_regions,
+    inline_regions,
+    placeholders,
+    source_name,
+)
+from blindsight.passes.lift_mask import lift_mask
+from blindsight.report import Verdict
+from blindsight.runtime.layers import compact, layer_of_path
+from blindsight.runtime.plan import DENSE_HEADS, CacheInputs, Plan, PlannedCall
+from blindsight.runtime.shards import is_distributed_tensor, shard_of_call, sharded_weights
+from blindsight.runtime.state import BackendState
+
+
+def plan_graph(state: BackendState, gm: fx.GraphModule, number: int) -> Plan:
+    """Decide what to rewrite of a graph, and add its attention to the verdicts."""
+    return _Planner(state, gm, number).plan
+
+
+class _Planner:
+    def __init__(self, state: BackendState, gm: fx.GraphModule, number: int) -> None:
+        self._state = state
+        self._profile = state.profile
+        self._inputs = placeholders(gm)
+        self._number = number
+        self._head_dims = {state.profile.head_dim(layer) for layer in state.profile.layers}
+        self._shards: list[tuple[int, int] | None] = []
+        # Without attention the graph goes on as it is.
+        copied = copy_graph_module(gm) if has_attention(gm) else gm
+        if copied is not gm and has_regions(copied):
+            copied = inline_regions(copied)
+        self.plan = Plan(copied, state.profile, input_ids=find_input_ids(gm), symbols=_symbols(gm))
+        if self._profile.rule.video_token_ids:
+            self.plan.video_grid = find_video_grid(gm)
+            self.plan.positions = find_axis_positions(gm)
+        self.plan.numbers = _numbers(gm)
+        self.plan.runs_head = any(source_name(x).endswith("lm_head.weight") for x in self._inputs)
+        pattern = self._profile.rule.layer_pattern
+        for attention in find_attention(copied, layer_pattern=pattern):
+            self._add(attention)
+        written_out = find_eager_attention(
+            copied, layer_pattern=pattern, module_classes=DECODER_ATTENTION_CLASSES
+        )
+        if written_out:
+            self._refuse(
+                f"attention of {written_out[0]} must be one call of scaled_dot_product_attention, "
+                "got one that is written out. Load the model with attn_implementation='sdpa'"
+            )
+        if self.plan.calls:
+            self.plan.caches = self._find_caches()
+
+    def _add(self, attention: Attention) -> None:
+        layer, reason = self._place(attention)
+        lifted = lift_mask(self.plan.gm, attention)
+        verdict = Verdict(
+            graph=self._number,
+            path=attention.path,
+            layer=layer,
+            tier=lifted.tier,
+            mask=lifted.reason,
+            categories="",
+            rewritten=False,
+            reason=reason or "its heads keep what their categories keep",
+            runs_of_graph=self.plan.runs,
+        )
+        self._state.verdicts.append(verdict)
+        if reason is not None:
+            return
+        verdict.rewritten = True
+        if layer is None:
+            verdict.categories = "as the layer's"
+        else:
+            heads = self.plan.profile.categories[layer].tolist()
+            verdict.categories = summarize_categories(heads)
+            if not any(heads):
+                verdict.rewritten, verdict.reason = False, DENSE_HEADS
+        self.plan.calls.append(PlannedCall(attention, layer, lifted, verdict))
+
+    def _place(self, attention: Attention) -> tuple[int | None, str | None]:
+        """Return the layer of a call, if it is the graph that tells it, or why it is not ours."""
+        where = attention.path or "a frame of its own"
+        layer = layer_of_path(attention)
+        layer_map = self._state.models.layer_map
+        known_class = attention.module_class in DECODER_ATTENTION_CLASSES
+        if layer is None and layer_map.models:
+            examples = [_example(self._inputs[at]) for at in attention.parameters]
+            if not known_class and layer_map.layer_of(examples) is None:
+                if not self._resembles_decoder(attention) or layer_map.has_any(examples):
+                    return None, "not the decoder's"
+                return None, self._refuse(
+                    f"the weights of attention at {where} must be parameters of the model, whose "
+                    "layers they tell, and are other tensors. Where accelerate offloads weights "
+                    "to a CPU or disk, give the model less memory to be spread over, or more GPUs"
+                )
+        elif layer is None:
+            if not known_class and not self._resembles_decoder(attention):
+                return None, "not the decoder's"
+            return None, self._refuse(
+                f"the layer of attention at {where} must be known, but its compiled frame "
+                "begins inside the decoder and may serve several layers. Give the model: "
+                "blindsight_backend(profile, model=model)"
+            )
+        if layer is not None and layer not in self._profile.layers:
+            return None, self._refuse(
+                f"attention at {where} is layer {layer}, but the profile is of layers "
+                f"{compact(self._profile.layers)}. Use the profile of this model, or of this stage "
+                "of a pipeline: profile.stage(first, stop, keeps_numbers=...)"
+            )
+        head_dims = self._head_dims if layer is None else {self._profile.head_dim(layer)}
+        if attention.head_dim is not None and attention.head_dim not in head_dims:
+            return None, self._refuse(
+                f"head dim of attention at {where} must be "
+                f"{' or '.join(map(str, sorted(head_dims)))} as in the profile, got "
+                f"{attention.head_dim}. Use the profile of this model"
+            )
+        query = fake_tensor(attention.query)
+        if self.plan.calls and query is not None and query.device != self.plan.device:
+            return None, self._refuse(
+                f"attention at {where} must be on one device with the others of its graph, "
+                f"{self.plan.device}, got {query.device}. Compile the layers one by one, or load "
+                "the model with device_map, whose hooks end a graph at each layer"
+            )
+        if problem := self._take_shard(attention):
+            return None, self._refuse(problem)
+        if attention.dropout_p:
+            return None, self._refuse(
+                f"dropout of attention at {where} must be 0, got {attention.dropout_p}. "
+                "FlexAttention has none: call model.eval()"
+            )
+        return layer, None
+
+    def _take_shard(self, attention: Attention) -> str | None:
+        """Take the rows of the heads that this process computes; return what is wrong, if any."""
+        if is_distributed_tensor(fake_tensor(attention.query)):
+            return (
+                f"attention at {attention.path or 'a frame of its own'} must be of local tensors, "
+                "got DTensors. Give each process whole sequences (context parallelism is not "
+                "supported), and the modules around attention local outputs (to_local)"
+            )
+        models = self._state.models.layer_map.models
+        weights = sharded_weights(models, self._profile.rule.layer_pattern)
+        try:
+            shard = shard_of_call(self._profile, attention, placeholders(self.plan.gm), weights)
+            if self._shards and shard not in self._shards:
+                raise ValueError(
+                    f"the layers of a graph must be sharded alike, got heads of {self._shards[0]} "
+                    f"and of {shard} (rank, ranks). Shard all of them, or none"
+                )
+        except ValueError as error:
+            return str(error)
+        if shard is not None and not self._shards:
+            self.plan.profile = self._profile.shard(*shard)
+        self._shards.append(shard)
+        return None
+
+    def _resembles_decoder(self, attention: Attention) -> bool:
+        """Whether a call in a frame of unknown origin could be the decoder's."""
+        masked = attention.is_causal or attention.attn_mask is not None
+        ours, found = self._profile.num_heads, attention.num_heads
+        # A tensor-parallel rank has a part of the heads.
+        is_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        fits = found == ours or bool(is_parallel and found and ours % found == 0)
+        same_dim = attention.head_dim in self._head_dims
+        inside_another_stack = any(part.isdigit() for part in attention.path.split("."))
+        return masked and fits and same_dim and not inside_another_stack
+
+    def _find_caches(self) -> tuple[CacheInputs, ...]:
+        gm, inputs = self.plan.gm, placeholders(self.plan.gm)
+        outputs = gm.graph.output_node().args[0]
+        types = self._profile.layer_types
+        # A cache that slides forgets its first tokens, so any other says more.
+        by_use = sorted(
+            enumerate(self.plan.calls),
+            key=lambda each: each[1].layer is not None and forgets(types[each[1].layer]),
+        )
+        caches: dict[CacheInputs, None] = {}  # layers may share one
+        for number, call in by_use:
+            found = find_key_cache(gm, call.attention)
+            after = tuple(at for at, node in enumerate(outputs) if node in found.after)  # type: ignore[arg-type]
+            if found.before is None and not after:
+                continue
+            if call.layer is None:
+                self._check_recompile_limit()
+            cache = CacheInputs(
+                before=None if found.before is None else inputs.index(found.before),
+                has_new=found.has_new,
+                after=after,
+                length=None if found.length is None else inputs.index(found.length),
+                in_place=found.in_place,
+                is_read=found.is_read,
+                call=number,
+            )
+            caches.setdefault(cache)
+        return tuple(caches)
+
+    def _check_recompile_limit(self) -> None:
+        limit, num_layers = torch._dynamo.config.recompile_limit, len(self._profile.layers)
+        if num_layers > limit:
+            self._refuse(
+                "torch._dynamo.config.recompile_limit must be at least the number of layers, "
+                f"{num_layers}, for a decoder that is compiled layer by layer with "
+                f"a cache, got {limit}: the layers beyond it would run uncompiled, and dense. "
+                f"Set it to {4 * num_layers}"
+            )
+
+    def _refuse(self, problem: str) -> str:
+        """Make a problem an error of every call (strict), or warn of it; return it."""
+        if self._state.strict:
+            sentence = problem[0].upper() + problem[1:]
+            self.plan.problem = f"{sentence}, or leave such attention dense with strict=False."
+        else:
+            self._state.runtime.warn_once(f"left dense: {problem}.")
+        return problem
+
+
+def _symbols(gm: fx.GraphModule) -> dict[object, int]:
+    return {
+        node.meta["example_value"].node.expr: position
+        for position, node in enumerate(placeholders(gm))
+        if isinstance(node.meta.get("example_value"), torch.SymInt)
+    }
+
+
+def _numbers(gm: fx.GraphModule) -> dict[str, int]:
+    inputs = placeholders(gm)
+    return {
+        node.name: inputs.index(node.args[0])
+        for node in gm.graph.nodes
+        if node.op == "call_method" and node.target == "item" and node.args[0] in inputs
+    }
+
+
+def _example(placeholder: fx.Node) -> Tensor | None:
+    """Return the real tensor that an input was traced with, where Dynamo still has it."""
+    example = getattr(placeholder.meta.get("grapharg"), "example", None)
+    return example if isinstance(example, Tensor) else None
