@@ -1,6 +1,6 @@
 """The curve: accuracy over cost, from nothing sparse to everything, and what it is compared with.
 
-The knob is the error budget of calibration. Every point answers the same questions, and no point is
+The knob is the budget of calibration. Every point answers the same questions, and no point is
 ever calibrated on them: what a budget selects follows from the evidence in the profile.
 
 Shapes: L layers, H query heads, C categories.

@@ -35,7 +35,7 @@ class GraphPass:
         when: ``"before"`` the attention is found and rewritten, or ``"after"``. A pass of either
             kind sees every graph of the model. One that runs before sees it once; one that runs
             after sees each form that is compiled: the model's own and the rewritten ones, whose
-            last four inputs are ours.
+            last inputs are ours: four, and three for each mask that the graph is handed.
         requires: Properties that must hold of the graph.
         ensures: Properties that hold of the graph that it leaves.
         breaks: Properties that no longer hold of it.

@@ -1,10 +1,8 @@
-"""What a head's category does to the answer: the other evidence that a budget can be spent by.
+"""Refine a profile by trying it: each category of a head or of a layer, one at a time.
 
-Calibration measures how much of a head's own output a category changes. Whether anybody reads that
-output is another matter: what image tokens attend to in the last layer cannot change the answer at
-all, and a small error in the first may be amplified by all that follow. So here categories are
-tried, one head or one layer at a time, and what is measured is the KL divergence of the next token
-after the prompt, dense against tried.
+Calibration estimates, to first order, how far a category moves the next token after the prompt.
+Here that is measured instead, as the KL divergence of the next token, dense against tried: exact
+for one head or layer, and as many forwards of the decoder as there are trials.
 
 Shapes: L layers, H query heads, C categories.
 """

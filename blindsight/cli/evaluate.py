@@ -71,12 +71,12 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         "sweep",
         parents=[everywhere],
         help="accuracy over cost, from nothing sparse to everything",
-        description="Answer a dataset at many budgets of error, beside baselines. Writes "
+        description="Answer a dataset at many budgets, beside baselines. Writes "
         "sweep.json, sweep.md and sweep.png. An interrupted run goes on where it was.",
     )
     _add_arguments(sweep, "sweep")
     sweep.add_argument("--points", type=int, default=12, help="of the curve (%(default)s)")
-    sweep.add_argument("--budgets", type=float, nargs="+", help="of error, instead of --points")
+    sweep.add_argument("--budgets", type=float, nargs="+", help="of calibration, instead of --points")
     sweep.add_argument("--no-baselines", action="store_true", help="only the curve itself")
     sweep.add_argument("--seeds", type=int, default=3, help="random points a budget (%(default)s)")
     sweep.add_argument("--no-plot", action="store_true", help="no picture (needs no matplotlib)")
