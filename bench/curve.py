@@ -18,7 +18,7 @@ import torch
 from common import conditions
 from transfer import Bench
 
-from blindsight.calibration.effect import UNITS, reselect
+from blindsight.calibration.refine import UNITS, reselect
 from blindsight.plots import plot_profile
 from blindsight.progress import quiet
 from blindsight.sweep import sweep

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from blindsight.attention.interval_masks import BaseMask
 from blindsight.calibrate import profile_of, rule_of
-from blindsight.calibration.effect import UNITS, refine, reselect
 from blindsight.calibration.measure import measurements_of
 from blindsight.calibration.measurements import Measurements
 from blindsight.calibration.probe import Losses, measure_losses
+from blindsight.calibration.refine import UNITS, refine, reselect
 from blindsight.calibration.visibility import IntervalVisibility
 from blindsight.cli.models import load_model
 from blindsight.data.processors import load_processor, model_inputs

@@ -40,8 +40,7 @@ def select_categories(
             heads may lose: spent where it saves the most pairs for what it costs.
         criterion: What counts as lost: ``"output_error"``, the change of a head's output relative
             to its norm; ``"attention_mass"``, the attention weight that is hidden; or
-            ``"next_token"``, the change of what follows the prompt, see
-            :mod:`blindsight.calibration.effect`.
+            ``"next_token"``, the change of the token that follows the prompt.
         allocation: ``"per_head"`` or ``"global"``.
 
     Raises:

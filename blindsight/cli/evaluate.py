@@ -76,7 +76,9 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     )
     _add_arguments(sweep, "sweep")
     sweep.add_argument("--points", type=int, default=12, help="of the curve (%(default)s)")
-    sweep.add_argument("--budgets", type=float, nargs="+", help="of calibration, instead of --points")
+    sweep.add_argument(
+        "--budgets", type=float, nargs="+", help="of calibration, instead of --points"
+    )
     sweep.add_argument("--no-baselines", action="store_true", help="only the curve itself")
     sweep.add_argument("--seeds", type=int, default=3, help="random points a budget (%(default)s)")
     sweep.add_argument("--no-plot", action="store_true", help="no picture (needs no matplotlib)")
@@ -143,7 +145,7 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _run_refine(arguments: argparse.Namespace) -> None:
-    from blindsight.calibration.effect import refine
+    from blindsight.calibration.refine import refine
     from blindsight.files import check_target
     from blindsight.progress import quiet
     from blindsight.ranks import check_is_alone

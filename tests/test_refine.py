@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from blindsight.calibration.effect import mean_divergence, refine, reselect
+from blindsight.calibration.refine import mean_divergence, refine, reselect
 from blindsight.cli import main
 from blindsight.data.processors import model_inputs
 from blindsight.evaluation.masked_model import ProfileMasking
@@ -41,7 +41,7 @@ def run(**options: Any) -> Profile:
     return refine(model, tiny_processor(), samples(5), profile, **options)
 
 
-def test_effects_are_those_of_the_reference() -> None:
+def test_refines_are_those_of_the_reference() -> None:
     model, _ = model_and_profile()
     effect = run().evidence["effect"]
     for head, code in ((1, 1), (2, 3)):
