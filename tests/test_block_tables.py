@@ -153,31 +153,11 @@ def test_listed_blocks_include_those_of_create_block_mask(case, block_size):
 
 
 @given(base_masks(), block_sizes())
-def test_narrow_tables_list_the_same_blocks(case, block_size):
+def test_runs_count_what_tables_list(case, block_size):
     bounds, _ = call(sorted_bounds, case)
-    runs = runs_of_sorted(bounds, block_size)
-    longest = int(runs.num_listed().max())
-    wide = tables_of_sorted(bounds, case.num_keys, block_size)
-    narrow = tables_of_sorted(bounds, case.num_keys, block_size, max_listed=longest)
-    assert torch.equal(wide.num_partial + wide.num_full, runs.num_listed())
-    keep = keep_of(case)
-    base = case.interval_form()
-    wide_prompt = tables_of_prompt_order(base, keep, case.num_keys, block_size)
-    longest_prompt = int((wide_prompt.num_partial + wide_prompt.num_full).max())
-    narrow_prompt = tables_of_prompt_order(
-        base, keep, case.num_keys, block_size, max_listed=longest_prompt
-    )
-    num_key_blocks = num_blocks(case.num_keys, block_size[1])
-    for one, other, width in (
-        (wide, narrow, longest),
-        (wide_prompt, narrow_prompt, longest_prompt),
-    ):
-        assert other.partial.shape[-1] == other.full.shape[-1] == max(width, 1)
-        for i in (0, 2):
-            assert torch.equal(
-                dense_blocks(one[i], one[i + 1], num_key_blocks),
-                dense_blocks(other[i], other[i + 1], num_key_blocks),
-            )
+    tables = tables_of_sorted(bounds, case.num_keys, block_size)
+    listed = runs_of_sorted(bounds, block_size).num_listed()
+    assert torch.equal(tables.num_partial + tables.num_full, listed)
 
 
 def test_tables_of_rows_that_see_nothing():
@@ -185,11 +165,11 @@ def test_tables_of_rows_that_see_nothing():
     base = base._replace(valid=torch.zeros_like(base.valid))
     bounds = SortedBounds(bounds.lower, bounds.lower)
     for tables in (
-        tables_of_sorted(bounds, 32, 16, max_listed=0),
-        tables_of_prompt_order(base, keep, 32, 16, max_listed=0),
+        tables_of_sorted(bounds, 32, 16),
+        tables_of_prompt_order(base, keep, 32, 16),
     ):
         assert not tables.num_partial.any() and not tables.num_full.any()
-        assert tables.partial.shape == tables.full.shape == (1, 4, 2, 1)
+        assert tables.partial.shape == tables.full.shape == (1, 4, 2, 2)
 
 
 @given(base_masks(), block_sizes(), st.lists(st.integers(0, 3), min_size=1, max_size=5))
@@ -199,9 +179,7 @@ def test_heads_take_the_tables_of_their_categories(case, block_size, heads):
     tables = tables_of_sorted(bounds, case.num_keys, block_size).of_heads(categories)
     of_heads = SortedBounds(bounds.lower[:, categories], bounds.upper[:, categories])
     expected = tables_of_sorted(of_heads, case.num_keys, block_size)
-    runs = runs_of_sorted(bounds, block_size).of_heads(categories)
-    for other in (expected, runs.tables(num_blocks(case.num_keys, block_size[1]))):
-        assert all(torch.equal(x, y) for x, y in zip(tables, other, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(tables, expected, strict=True))
 
 
 @given(base_masks(max_batch=1), block_sizes())

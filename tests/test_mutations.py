@@ -188,7 +188,7 @@ def _edit(tables: BlockTables, num_keys: int, block_size, edit) -> BlockTables:
     partial = dense_blocks(tables.num_partial, tables.partial, num_key_blocks)
     full = dense_blocks(tables.num_full, tables.full, num_key_blocks)
     partial, full = edit(partial, full)
-    return BlockTables(*_list_blocks(partial, num_key_blocks), *_list_blocks(full, num_key_blocks))
+    return BlockTables(*_list_blocks(partial), *_list_blocks(full))
 
 
 def partial_as_full(partial, full):

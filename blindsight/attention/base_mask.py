@@ -407,3 +407,12 @@ def _are_consecutive(positions: Tensor | tuple[Tensor | int, ...], ids: Tensor |
     ids = ids.reshape(-1, ids.shape[-1])
     step = ids[:, 1:] - ids[:, :-1]
     return ((step > 0) | ((step == 0) & grows)).all()
+
+
+def map_tensors(expression: Expression, function: Callable[[Tensor], Tensor]) -> Expression:
+    """Return an expression, or a form, with ``function`` applied to its tensors."""
+    if isinstance(expression, Tensor):
+        return function(expression)
+    if not isinstance(expression, tuple):
+        return expression
+    return tuple(map_tensors(part, function) for part in expression)

@@ -72,34 +72,19 @@ class BlockRuns(NamedTuple):
     listed: tuple[Tensor, Tensor]
     full: tuple[Tensor, Tensor]
 
-    def of_heads(self, categories: Tensor) -> BlockRuns:
-        """Return the runs of heads ``[B, H, ...]`` with the given category codes ``[H]``."""
-        listed, full = (
-            (begin.index_select(1, categories), end.index_select(1, categories))
-            for begin, end in self
-        )
-        return BlockRuns(listed, full)
-
     def num_listed(self) -> Tensor:
         """Return how many key blocks each query block visits, ``[B, C, N]`` int32."""
         begin, end = self.listed
         return (end - begin).sum(-1, dtype=torch.int32)
 
-    def tables(self, num_blocks: int, max_listed: int | None = None) -> BlockTables:
-        """Write the runs out as tables.
-
-        Args:
-            num_blocks: M, of keys.
-            max_listed: Number of blocks that no row lists more than: the width of the tables, by
-                default M. Blocks beyond it would be lost.
-        """
-        width = _width(num_blocks, max_listed)
+    def tables(self, num_blocks: int) -> BlockTables:
+        """Write the runs out as tables of ``num_blocks`` columns, M."""
         (begin, end), (full_begin, full_end) = self
         # What is partial lies on either side of what is full.
         partial = torch.stack([begin, full_end], -1), torch.stack([full_begin, end], -1)
         return BlockTables(
-            *_write_segments(partial[0].flatten(-2), partial[1].flatten(-2), width, num_blocks),
-            *_write_segments(full_begin, full_end, width, num_blocks),
+            *_write_segments(partial[0].flatten(-2), partial[1].flatten(-2), num_blocks),
+            *_write_segments(full_begin, full_end, num_blocks),
         )
 
 
@@ -144,8 +129,6 @@ def tables_of_sorted(
     bounds: SortedBounds,
     num_keys: int,
     block_size: BlockSize,
-    *,
-    max_listed: int | None = None,
 ) -> BlockTables:
     """Return the tables of a mask in sorted order.
 
@@ -153,10 +136,9 @@ def tables_of_sorted(
         bounds: The mask.
         num_keys: K.
         block_size: Of queries and keys alike, or of each.
-        max_listed: As for :meth:`BlockRuns.tables`.
     """
     num_blocks = ceil_div(num_keys, _sizes(block_size)[1])
-    return runs_of_sorted(bounds, block_size).tables(num_blocks, max_listed)
+    return runs_of_sorted(bounds, block_size).tables(num_blocks)
 
 
 def tables_of_prompt_order(
@@ -164,8 +146,6 @@ def tables_of_prompt_order(
     keep: Keep,
     num_keys: int,
     block_size: BlockSize,
-    *,
-    max_listed: int | None = None,
 ) -> BlockTables:
     """Return the tables of a mask in prompt order.
 
@@ -174,13 +154,11 @@ def tables_of_prompt_order(
         keep: What the categories keep.
         num_keys: K.
         block_size: Of queries and keys alike, or of each.
-        max_listed: As for :meth:`BlockRuns.tables`.
     """
     ranges = _Ranges(base, keep, num_keys, block_size)
     listed = ranges.listed()
     full = listed & ranges.full()
-    width = _width(listed.shape[-1], max_listed)
-    return BlockTables(*_list_blocks(listed & ~full, width), *_list_blocks(full, width))
+    return BlockTables(*_list_blocks(listed & ~full), *_list_blocks(full))
 
 
 def tables_of_mask(mask: Tensor, block_size: BlockSize) -> BlockTables:
@@ -192,8 +170,7 @@ def tables_of_mask(mask: Tensor, block_size: BlockSize) -> BlockTables:
     blocks = padded.reshape(*mask.shape[:2], num_blocks[0], query_size, num_blocks[1], key_size)
     counts = blocks.sum(dim=(3, 5), dtype=torch.int32)
     is_full = counts == query_size * key_size
-    width = num_blocks[1]
-    return BlockTables(*_list_blocks((counts > 0) & ~is_full, width), *_list_blocks(is_full, width))
+    return BlockTables(*_list_blocks((counts > 0) & ~is_full), *_list_blocks(is_full))
 
 
 def listed_share(
@@ -319,11 +296,6 @@ def _sizes(block_size: BlockSize) -> tuple[int, int]:
     return (block_size, block_size) if isinstance(block_size, int) else block_size
 
 
-def _width(num_blocks: int, max_listed: int | None) -> int:
-    """Return the width of tables; kernels read ahead, so there is an entry even if none counts."""
-    return num_blocks if max_listed is None else max(1, min(max_listed, num_blocks))
-
-
 def _reduce(
     x: Tensor, block_size: int, fill: int, reduction: Callable[[Tensor, int], Tensor]
 ) -> Tensor:
@@ -349,10 +321,8 @@ def _at_block_edges(values: Tensor, block_size: int) -> Tensor:
     return torch.cat([inner, values[..., -1:]], dim=-1)
 
 
-def _write_segments(
-    begin: Tensor, end: Tensor, width: int, num_blocks: int
-) -> tuple[Tensor, Tensor]:
-    """Return the lengths of rows of segments ``[..., N, S]``, and their blocks ``[..., N, width]``.
+def _write_segments(begin: Tensor, end: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Return the lengths of rows of segments ``[..., N, S]``, and their blocks ``[..., N, M]``.
 
     Along a row of the table the index goes up by one, and at the start of each segment by what
     lies between it and the one before: so the table is one running sum.
@@ -362,21 +332,21 @@ def _write_segments(
     start = stop - length
     shift = begin - start  # from the position in the row to the block
     jump = shift.diff(dim=-1, prepend=torch.zeros_like(shift[..., :1]))
-    jump = torch.where(start < width, jump, 0)
-    blocks = torch.ones(*length.shape[:-1], width, dtype=torch.int32, device=begin.device)
+    jump = torch.where(start < num_blocks, jump, 0)
+    blocks = torch.ones(*length.shape[:-1], num_blocks, dtype=torch.int32, device=begin.device)
     blocks[..., 0] = 0
     # In place: at 300,000 tokens every copy of a table is 90 MB.
-    blocks.scatter_add_(-1, start.clamp(max=width - 1).long(), jump)
+    blocks.scatter_add_(-1, start.clamp(max=num_blocks - 1).long(), jump)
     blocks.cumsum_(-1)
     # Kernels read ahead: the entries that no one visits must be blocks, too.
     return stop[..., -1].contiguous(), blocks.clamp_(0, num_blocks - 1)
 
 
-def _list_blocks(listed: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _list_blocks(listed: Tensor) -> tuple[Tensor, Tensor]:
     """Return how many blocks ``[..., N, M]`` each row lists, and all blocks, those first."""
     rank = listed.cumsum(-1, dtype=torch.int32)
     num_listed = rank[..., -1:]
     block = torch.arange(listed.shape[-1], dtype=torch.int32, device=listed.device)
     position = torch.where(listed, rank - 1, num_listed + block - rank).long()
     blocks = torch.empty_like(rank).scatter_(-1, position, block.expand_as(rank))
-    return num_listed[..., 0].contiguous(), blocks[..., :width].contiguous()
+    return num_listed[..., 0].contiguous(), blocks.contiguous()

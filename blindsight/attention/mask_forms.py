@@ -17,14 +17,20 @@ sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from blindsight.attention.base_mask import Expression, Form, Tier, base_mask_of, evaluate_expression
+from blindsight.attention.base_mask import (
+    Expression,
+    Form,
+    Tier,
+    base_mask_of,
+    evaluate_expression,
+    map_tensors,
+)
 from blindsight.attention.block_tables import (
     BlockTables,
     block_size_of,
@@ -171,7 +177,7 @@ class ExpressedMask(NamedTuple):
 
     def rule_of(self, heads: Tensor, categories: Tensor) -> Rule:
         tensors: dict[int, Tensor] = {}
-        _map_tensors(self.base, lambda x: tensors.setdefault(id(x), x))
+        map_tensors(self.base, lambda x: tensors.setdefault(id(x), x))
 
         def allowed_by_expression(
             b: Tensor,
@@ -185,7 +191,7 @@ class ExpressedMask(NamedTuple):
             *captured: Tensor,
         ) -> Tensor:
             given = dict(zip(tensors, captured, strict=True))
-            base = _map_tensors(self.base, lambda x: given[id(x)])
+            base = map_tensors(self.base, lambda x: given[id(x)])
             kept = _is_kept(b, h, q, k, categories, lower, upper, visible)
             allowed: Tensor = kept & evaluate_expression(base, b, q, k)
             return allowed
@@ -330,7 +336,7 @@ def expressed_mask(
     tables = tables_of_mask(_keep_elements(keep, num_keys) & allowed, block_size)
     return ExpressedMask(
         Keep(*(realize(part, span_id) for part in keep)),
-        _map_tensors(expression, lambda x: realize(x, span_id)),
+        map_tensors(expression, lambda x: realize(x, span_id)),
         tables,
         block_size,
     )
@@ -439,12 +445,3 @@ def _split_mask(
         return attn_mask, None
     # Models write "not allowed" as -inf or as the smallest finite number.
     return attn_mask > torch.finfo(attn_mask.dtype).min, attn_mask
-
-
-def _map_tensors(expression: Expression, function: Callable[[Tensor], Tensor]) -> Expression:
-    """Return an expression with ``function`` applied to its tensors."""
-    if isinstance(expression, Tensor):
-        return function(expression)
-    if not isinstance(expression, tuple):
-        return expression
-    return tuple(_map_tensors(part, function) for part in expression)

@@ -21,6 +21,7 @@ from blindsight.attention.base_mask import (
     base_mask_of,
     evaluate_expression,
     facts_hold,
+    map_tensors,
 )
 from blindsight.attention.interval_masks import BaseMask
 from blindsight.attention.intervals import groups_of_keys
@@ -164,7 +165,7 @@ def visibility_of_form(
 
 def visibility_of_expression(expression: Expression, span_id: Tensor) -> Visibility:
     """Return a mask that was proven to be an expression; what it reads may change afterwards."""
-    kept = _copy_tensors(expression)
+    kept = map_tensors(expression, Tensor.clone)
 
     def elements(b: int, rows: Tensor, columns: Tensor) -> Tensor:
         number = torch.full((), b, device=columns.device)
@@ -197,11 +198,3 @@ def visibility_or_given(
         return known
     assert attn_mask is not None, "a call without a mask rests on no facts"
     return visibility_of_tensor(attn_mask, span_id)
-
-
-def _copy_tensors(expression: Expression) -> Expression:
-    if isinstance(expression, Tensor):
-        return expression.clone()
-    if isinstance(expression, tuple):
-        return tuple(_copy_tensors(part) for part in expression)
-    return expression

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from blindsight.attention.base_mask import Tier, base_mask_of, facts_hold, is_plain_causal
 from blindsight.attention.interval_masks import BaseMask
@@ -122,7 +123,7 @@ class _Extract:
     def __init__(self, gm: fx.GraphModule, values: Sequence[Any]) -> None:
         self._values = values
         self._nodes: list[fx.Node] = []
-        _map_nodes(values, self._nodes.append)
+        map_arg(tuple(values), self._nodes.append)
         self._module = _extract(gm, self._nodes) if self._nodes else None
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
@@ -130,16 +131,7 @@ class _Extract:
         if self._module is None:
             return list(self._values)
         tensors: dict[fx.Node, Tensor] = dict(zip(self._nodes, self._module(*args), strict=True))
-        return [_map_nodes(value, tensors.__getitem__) for value in self._values]
-
-
-def _map_nodes(value: Any, function: Any) -> Any:
-    """Return nested tuples with ``function`` applied to their nodes."""
-    if isinstance(value, fx.Node):
-        return function(value)
-    if not isinstance(value, (tuple, list)):
-        return value
-    return tuple(_map_nodes(item, function) for item in value)
+        return [map_arg(value, tensors.__getitem__) for value in self._values]
 
 
 def _extract(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
