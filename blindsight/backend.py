@@ -156,16 +156,12 @@ def blindsight_backend(
             lowering does not exist, an option for a backend by name looks like a misspelt one of
             these, or a pass requires what no pass before it ensures.
     """
-    if not isinstance(profile, Profile):
-        if not isinstance(profile, (str, os.PathLike)):
-            raise ValueError(
-                f"profile must be a Profile or the path of one, got {type(profile).__name__}."
-            )
-        profile = Profile.load(profile)
     if isinstance(inner, str):
         _check_options(inner_options)
+    if not isinstance(strict, bool):
+        raise ValueError(f"strict must be True or False, got {strict!r}.")
     return BlindsightBackend(
-        profile,
+        Profile.of(profile),
         inner=inner,
         model=model,
         strict=strict,

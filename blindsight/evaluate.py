@@ -25,6 +25,7 @@ from torch import nn
 
 import blindsight
 from blindsight.data.rows import Sample
+from blindsight.data.samples import as_samples
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import (
     Checkpoint,
@@ -169,8 +170,8 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     processor: Any,
-    samples: Sequence[Sample],
-    profile: Profile,
+    samples: Any,
+    profile: Profile | str | os.PathLike[str],
     *,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
@@ -187,8 +188,9 @@ def evaluate(
     Args:
         model: A transformers model that reads images.
         processor: Its processor, see :func:`blindsight.data.processors.load_processor`.
-        samples: Questions with answers, see :func:`blindsight.data.samples.load_samples`.
-        profile: What to judge.
+        samples: Questions with answers: what :func:`~blindsight.data.samples.load_samples` takes
+            or returns.
+        profile: What to judge, or its file.
         batch_size: Prompts at once.
         max_new_tokens: Of an answer; by default as many tokens as the expected one has.
         engine: ``"reference"`` or ``"compiled"``, see the top of this module.
@@ -206,6 +208,9 @@ def evaluate(
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
+    if repeats < 0:
+        raise ValueError(f"repeats must be at least 0, got {repeats}.")
+    profile, samples = Profile.of(profile), as_samples(samples)
     decoder = decoder_of(model, profile)
     known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
     zeros = torch.zeros_like(profile.categories)

@@ -49,8 +49,7 @@ def export(
         ValueError: ``torch.export`` cannot trace the model, the profile does not fit it, or some
             of the profile's layers are not in the program.
     """
-    if not isinstance(profile, Profile):
-        profile = Profile.load(profile)
+    profile = Profile.of(profile)
     profile.validate(model)
     kind = Lowering.of(lowering)
     if kind is Lowering.AUTO:

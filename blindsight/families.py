@@ -182,7 +182,8 @@ def family_of(model_or_config: Any) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(
             f"model type must be one of {', '.join(FAMILIES)}, got {model_type!r}. For another "
-            "family give rule=TemplateRule(image_token_ids=..., layer_pattern=...) explicitly."
+            "family give rule=TemplateRule(image_token_ids=..., layer_pattern=...) explicitly "
+            "(blindsight calibrate: --rule, a file of its to_json())."
         )
     return FAMILIES[model_type]
 

@@ -114,6 +114,21 @@ class Profile:
             model={name: str(value) for name, value in identity.items() if value},
         )
 
+    @classmethod
+    def of(cls, profile: Profile | str | os.PathLike[str]) -> Profile:
+        """Return a profile as it is, or the one of a file.
+
+        Raises:
+            ValueError: It is neither, or the file is damaged.
+        """
+        if isinstance(profile, Profile):
+            return profile
+        if not isinstance(profile, (str, os.PathLike)):
+            raise ValueError(
+                f"profile must be a Profile or the path of one, got {type(profile).__name__}."
+            )
+        return cls.load(profile)
+
     @property
     def num_layers(self) -> int:
         """L, layers without attention included."""

@@ -9,6 +9,7 @@ prefill), D head dim, V vocabulary.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ _run: ContextVar[_Run | None] = ContextVar("blindsight_reference_run", default=N
 def reference_logits(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    profile: Profile,
+    profile: Profile | str | os.PathLike[str],
     template: Template | None = None,
 ) -> Tensor:
     """Run one prefill eagerly with the masks of a profile, and return its logits.
@@ -65,7 +66,7 @@ def reference_logits(
     Args:
         model: A transformers model, compiled or not.
         inputs: Keyword arguments of its forward, without a cache.
-        profile: The category of every head.
+        profile: The category of every head, or its file.
         template: Where the images are, ``[B, T]``; by default found in ``input_ids``.
 
     Returns:
@@ -76,6 +77,7 @@ def reference_logits(
             the inputs are not a prefill's.
     """
     model = getattr(model, "_orig_mod", model)
+    profile = Profile.of(profile)
     profile.validate(model)
     for name in CACHE_ARGUMENTS:
         if inputs.get(name) is not None:

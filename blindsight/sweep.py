@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from blindsight.categories import HeadCategory
-from blindsight.data.rows import Sample
+from blindsight.data.samples import as_samples
 from blindsight.evaluate import conditions, decoder_of, run_header
 from blindsight.evaluation.masked_model import Masking, ProfileMasking
 from blindsight.evaluation.outcomes import Checkpoint, Outcome, Point, answer_samples, write_text
@@ -206,8 +206,8 @@ class Sweep:
 def sweep(
     model: nn.Module,
     processor: Any,
-    samples: Sequence[Sample],
-    profile: Profile,
+    samples: Any,
+    profile: Profile | str | os.PathLike[str],
     *,
     budgets: Sequence[float] | None = None,
     num_points: int = 12,
@@ -248,6 +248,7 @@ def sweep(
         ValueError: The profile has no evidence or is another model's, the model has no vision
             part, a sample has no image or no answer, or the checkpoint is of another run.
     """
+    profile, samples = Profile.of(profile), as_samples(samples)
     decoder = decoder_of(model, profile)
     select = selection_of(profile) if select is None else select
     if budgets is None:

@@ -128,6 +128,8 @@ def rewrite(
         chosen.append(call)
         layers.append(layer)
     if not chosen:
+        if not any(_layer_of(call, profile) is not None for call in calls):
+            _check_tells_layers(gm, calls, profile)
         return []
     proofs = [lift_mask(gm, call) for call in chosen]
     layouts = [
@@ -155,6 +157,22 @@ def rewrite(
         inputs=(*template, *constants),
     )
     return layers
+
+
+def _check_tells_layers(gm: fx.GraphModule, calls: Sequence[Attention], profile: Profile) -> None:
+    """Check that a graph without a call of the decoder's is not one in which none can be told."""
+    targets = (str(node.target) for node in gm.graph.nodes if node.op == "call_function")
+    if decomposed := [name for name in targets if name.startswith("aten._scaled_dot_product")]:
+        raise ValueError(
+            f"attention must be calls of scaled_dot_product_attention, got {decomposed[0]}. Run "
+            "the pass before operators are decomposed: on a graph of Dynamo's or torch.export's."
+        )
+    told = any(node.meta.get("nn_module_stack") for node in gm.graph.nodes)
+    if not told and any(call.num_heads == profile.num_heads for call in calls):
+        raise ValueError(
+            "the graph must say which module each node is of (nn_module_stack), got none. Trace "
+            "with torch.export or Dynamo; make_fx does not note it."
+        )
 
 
 def _rows_of_rank(gm: fx.GraphModule, calls: Sequence[Attention], profile: Profile) -> Profile:

@@ -1,8 +1,10 @@
 """What the backend does around the attention: names, options, errors, reports, regions."""
 
+import copy
 import pickle
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -459,13 +461,64 @@ def test_profile_of_another_model(qwen: Any) -> None:
         blindsight_backend(profile_of(qwen), inner="eager", lowering="fused", model=other)
 
 
-def test_profile_with_fewer_layers_than_the_compiled_model(qwen: Any, inputs: Any) -> None:
-    other = without_vision(tiny_model("qwen2_5_vl", num_layers=3))
-    model = torch.compile(
-        other, backend=blindsight_backend(profile_of(qwen), inner="eager", lowering="fused")
-    )
-    with pytest.raises(ValueError, match=r"is layer 2, but the profile is of layers 0-1"):
-        model(**inputs, use_cache=False)
+def of_another_family(model: Any) -> Profile:
+    return Profile.for_model(tiny_model("qwen2_vl"), "sink")
+
+
+def of_fewer_layers(model: Any) -> Profile:
+    return profile_of(tiny_model("qwen2_5_vl", num_layers=1))
+
+
+def of_a_wrong_pattern(model: Any) -> Profile:
+    rule = replace(profile_of(model).rule, layer_pattern=r"decoder\.layers\.(\d+)\.attn")
+    return Profile.for_model(model, "sink", rule=rule)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (of_another_family, "profile has architecture=qwen2_vl, model has architecture=qwen2_5_vl"),
+        (of_fewer_layers, "profile has num_layers=1, model has num_layers=2"),
+        (of_a_wrong_pattern, r"layers 0-1 at 'decoder.*', found none\. Give the whole model, or"),
+    ],
+)
+@pytest.mark.parametrize("part", ["whole", "decoder", "layers"])
+def test_a_profile_that_does_not_fit_is_told_without_the_model(
+    qwen: Any, inputs: Any, other: Any, message: str, part: str
+) -> None:
+    model = copy.deepcopy(qwen)
+    backend = blindsight_backend(other(qwen), inner="eager", lowering="fused")
+    decoder = model.model.language_model
+    for module in {"whole": [model], "decoder": [decoder], "layers": decoder.layers}[part]:
+        module.compile(backend=backend)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            model(**inputs, use_cache=False)
+
+
+def test_a_profile_that_does_not_fit_leaves_a_model_dense_on_request(
+    qwen: Any, inputs: Any
+) -> None:
+    expected = qwen(**inputs, use_cache=False).logits
+    options = {"inner": "eager", "lowering": "fused", "strict": False}
+    model = torch.compile(qwen, backend=blindsight_backend(of_another_family(qwen), **options))
+    with pytest.warns(BlindsightWarning) as warned:
+        assert torch.equal(model(**inputs, use_cache=False).logits, expected)
+    assert "left dense: profile must be made for this model" in str(warned[0].message)
+
+
+def test_a_profile_of_the_text_model_alone_fits_the_whole(qwen: Any, inputs: Any) -> None:
+    rule, text = profile_of(qwen).rule, qwen.model.language_model
+    profile = Profile.for_model(text, profile_of(qwen).categories, rule=rule)
+    assert profile.fingerprint["architecture"] != profile_of(qwen).fingerprint["architecture"]
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
+    logits = torch.compile(qwen, backend=backend)(**inputs, use_cache=False).logits
+    check(qwen, profile_of(qwen), inputs, logits)
+
+
+def test_strict_is_a_flag(qwen: Any) -> None:
+    with pytest.raises(ValueError, match="strict must be True or False, got 'no'"):
+        blindsight_backend(profile_of(qwen), strict="no")  # type: ignore[arg-type]
 
 
 def test_profile_with_other_heads(qwen: Any, inputs: Any) -> None:
@@ -476,7 +529,7 @@ def test_profile_with_other_heads(qwen: Any, inputs: Any) -> None:
     model = torch.compile(
         qwen, backend=blindsight_backend(profile, inner="eager", lowering="fused")
     )
-    with pytest.raises(ValueError, match=r"Heads of attention .* must be 8 .* got 4"):
+    with pytest.raises(ValueError, match="profile has num_heads=8, model has num_heads=4"):
         model(**inputs, use_cache=False)
 
 

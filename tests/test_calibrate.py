@@ -1,6 +1,7 @@
 """Calibration: what a budget chooses, resuming, and what is said of bad input."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,15 @@ def saved(tmp_path: Path) -> Path:
         lines.append(json.dumps({"images": names, "messages": row["messages"]}))
     (tmp_path / "data/data.jsonl").write_text("\n".join(lines))
     return tmp_path
+
+
+def test_the_command_takes_a_rule(saved: Path) -> None:
+    rule = replace(TemplateRule.from_config(tiny_model("gemma3").config), sink_offsets=(1,))
+    (saved / "rule.json").write_text(rule.to_json())
+    arguments = ["calibrate", "--model", str(saved / "model"), "--data", str(saved / "data")]
+    output = saved / "profile.safetensors"
+    assert main([*arguments, "-o", str(output), "--rule", str(saved / "rule.json")]) == 0
+    assert Profile.load(output).rule == rule
 
 
 def test_the_command_writes_a_profile(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

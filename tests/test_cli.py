@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import blindsight
 from blindsight.cli import main
 from blindsight.cli.models import load_model
 from blindsight.demo import DemoOptions, run_demo
@@ -102,6 +103,12 @@ def test_a_file_that_is_no_image_is_one_line(
 ) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     assert "broken.png" in error_of(capsys, "demo", "--images", str(tmp_path))
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == blindsight.__version__
 
 
 def test_the_demo_asks_the_testbed_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -199,6 +199,17 @@ def test_a_decoder_that_is_compiled_is_found() -> None:
     assert found.sparse == plain.sparse and found.sparse.kl_mean > 0
 
 
+def test_rows_and_a_file_will_do(tmp_path: Path) -> None:
+    model, profile = model_and_profile()
+    profile.save(tmp_path / "profile.safetensors")
+    options: dict[str, Any] = {"repeats": 0, "batch_size": 2}
+    found = evaluate(model, tiny_processor(), rows(2), tmp_path / "profile.safetensors", **options)
+    assert found.sparse == evaluate(model, tiny_processor(), samples(2), profile, **options).sparse
+    inputs = make_inputs("qwen2_5_vl", PROMPTS[:1])
+    expected = reference_logits(model, inputs, profile)
+    assert torch.equal(reference_logits(model, inputs, tmp_path / "profile.safetensors"), expected)
+
+
 def test_each_part_gets_its_mode_back() -> None:
     model, profile = model_and_profile()
     model.train()
@@ -563,6 +574,8 @@ def test_questions_without_images_are_named() -> None:
     [
         ({"given": []}, "samples must be at least one, got none"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"repeats": -2}, "repeats must be at least 0, got -2"),
         ({"engine": "fast"}, "engine must be one of reference, compiled, got 'fast'"),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -127,6 +128,18 @@ def test_a_pass_before_ours_may_change_the_graph(qwen: Any, inputs: Any) -> None
 
 def nothing(gm: fx.GraphModule) -> None:
     pass
+
+
+@pytest.mark.parametrize(
+    ("pre_dispatch", "message"),
+    [(True, "which module each node is of .*, got none"), (False, "got aten._scaled_dot_product_")],
+)
+def test_a_graph_that_tells_no_layer(pre_dispatch: bool, message: str, qwen: Any) -> None:
+    heads = torch.randn(1, profile_of(qwen).num_heads, 8, 16)
+    attend = lambda x: scaled_dot_product_attention(x, x, x, is_causal=True)  # noqa: E731
+    gm = make_fx(attend, pre_dispatch=pre_dispatch)(heads)
+    with pytest.raises(ValueError, match=message):
+        sparse_attention_pass(gm, profile=profile_of(qwen))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from blindsight.calibrate import calibrate
 from blindsight.data.processors import load_processor, model_inputs
-from blindsight.data.samples import Samples, load_samples
+from blindsight.data.samples import Samples, as_samples, load_samples
 from family_processors import HAS_TORCHVISION
 from models import IMAGE_ID, tiny_model
 from processors import tiny_processor
@@ -207,6 +207,23 @@ def test_what_is_no_file(image: str, message: str) -> None:
     assert len(samples.digest()) == 64
     with pytest.raises(ValueError, match=message):
         samples[0]
+
+
+def test_a_tokenizer_is_no_processor() -> None:
+    tokenizer = tiny_processor("qwen2_5_vl").tokenizer
+    with pytest.raises(ValueError, match="must take images, got a tokenizer, "):
+        model_inputs(tokenizer, list(load_samples(memory_rows(1))))
+
+
+def test_samples_may_be_given_again() -> None:
+    samples = load_samples(memory_rows())
+    listed = load_samples([samples[3], samples[1]])
+    assert texts(listed) == ["question 3", "question 1"]
+    assert listed[1].images[0].getpixel((0, 0)) == (10, 245, 7)
+    assert (listed[0].answer, listed[0].task, listed[0].videos) == ("answer 3", "some", [])
+    assert listed.digest() == load_samples([samples[3], samples[1]]).digest() != samples.digest()
+    assert as_samples(samples) is samples
+    assert texts(as_samples(memory_rows(2))) == texts(samples[:2])
 
 
 def test_an_image_that_the_processor_does_not_take_has_a_number() -> None:

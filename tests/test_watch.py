@@ -19,6 +19,7 @@ from transformers import DynamicCache, StaticCache
 import blindsight
 from blindsight import BlindsightWarning, Profile, blindsight_backend, use_template
 from blindsight.reference import reference_logits
+from blindsight.runtime.history import History, Witness
 from blindsight.runtime.tensor_notes import TensorNotes
 from models import Image, full_position_ids, make_inputs, split_turns, tiny_model, without_vision
 
@@ -56,6 +57,21 @@ def inputs_of(*row: Any, seed: int = 0) -> dict[str, torch.Tensor]:
 def assert_right(run: Any, inputs: dict[str, torch.Tensor], model: Any) -> None:
     expected = reference_logits(model, inputs, profile_of(model))
     torch.testing.assert_close(run(**inputs).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_a_witness_sees_what_changed_places(model: Any) -> None:
+    """In inference mode nothing counts what is written: the keys themselves have to tell."""
+    history = History(profile_of(model).rule, kinds=torch.zeros(3, 8, dtype=torch.uint8))
+    with torch.inference_mode():
+        keys = torch.randn(3, 2, 10, 4)
+        witness = Witness.of(keys, history, before=None)
+        assert witness is not None and witness.holds(keys)
+        keys[:, :, 8:] += 1  # beyond what is known
+        assert witness.holds(keys)
+        for dim in range(3):
+            order = torch.arange(keys.shape[dim])
+            order[:2] = torch.tensor([1, 0])
+            assert not witness.holds(keys.index_select(dim, order))
 
 
 @pytest.mark.parametrize(

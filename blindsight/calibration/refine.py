@@ -21,6 +21,7 @@ from blindsight.calibration.selection import select_categories
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.data.processors import model_inputs
 from blindsight.data.rows import Sample
+from blindsight.data.samples import as_samples
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import divergence
 from blindsight.evaluation.prefill import Decoder
@@ -62,6 +63,7 @@ def refine(
     Raises:
         ValueError: The profile has no evidence or is another model's, or an argument is malformed.
     """
+    profile, samples = Profile.of(profile), as_samples(samples)
     if by not in UNITS:
         raise ValueError(f"by must be one of {', '.join(UNITS)}, got {by!r}.")
     if missing := [name for name in ("error", "pairs") if name not in profile.evidence]:

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import blindsight
 from blindsight.cli import calibrate, demo, evaluate, show, tune
 from blindsight.error_text import on_one_line
 
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="blindsight", description="Per-head sparse attention for vision-language models."
     )
+    parser.add_argument("--version", action="version", version=blindsight.__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     everywhere = argparse.ArgumentParser(add_help=False)
     everywhere.add_argument("--traceback", action="store_true", help="show where an error is from")

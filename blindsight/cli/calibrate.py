@@ -39,6 +39,13 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         type=_not_negative,
         help="how far one head may move the next token, root of nats; 0 is dense (default: 0.005)",
     )
+    parser.add_argument(
+        "--rule",
+        type=Path,
+        metavar="FILE",
+        help="how images are found, for a family that is not known: what "
+        "blindsight.TemplateRule(...).to_json() returns",
+    )
     parser.add_argument("--limit", type=int, default=64, help="at most so many (%(default)s)")
     parser.add_argument("--split", help="of the dataset, where it has several")
     parser.add_argument("--sample-seed", type=int, help="draw the prompts; else the first")
@@ -76,12 +83,15 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     from blindsight.files import check_target
     from blindsight.progress import quiet
     from blindsight.ranks import shared_run
+    from blindsight.template import TemplateRule
 
     output: Path = arguments.output
     check_target(output, "output")
     names = ("budget", "criterion", "aggregate", "quantile", "allocation")
     options = {name: getattr(arguments, name) for name in names}
     options = {name: value for name, value in options.items() if value is not None}
+    if arguments.rule is not None:
+        options["rule"] = TemplateRule.from_json(arguments.rule.read_text())
     if arguments.sink_offsets is not None:
         options["sink_offsets"] = _sink_offsets(arguments.sink_offsets)
     checkpoint = arguments.checkpoint or output.with_name(f"{output.name}.partial")

@@ -123,6 +123,8 @@ def open_video(video: Any, what: str, folder: Path | None) -> Video:
     Raises:
         ValueError: It is none of these, its frames are not of one size, or there is no such file.
     """
+    if isinstance(video, Video):
+        return video
     given: dict[str, Any] = {"path": video}
     if isinstance(video, (list, tuple)):
         given = {"frames": video}
@@ -194,6 +196,8 @@ def identity_of(media: Any, folder: Path | None) -> object:
             return name, _in(folder, media).stat().st_size
         except OSError:  # also of names that no file can have
             return name, -1
+    if isinstance(media, Video):
+        return media.identity()
     if media is None or isinstance(media, (int, float)):
         return media
     pixels = media if isinstance(media, bytes) else getattr(media, "tobytes", lambda: b"")()

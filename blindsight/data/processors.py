@@ -46,6 +46,11 @@ def model_inputs(
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}.")
     if not samples:
         raise ValueError("samples must be at least one, got none.")
+    if hasattr(processor, "convert_tokens_to_ids"):
+        raise ValueError(
+            f"processor must take images, got a tokenizer, {type(processor).__name__}. Give the "
+            "model's processor: blindsight.data.processors.load_processor(path)."
+        )
     answered = [not prompt_only and len(sample.prompt) < len(sample.messages) for sample in samples]
     texts = [
         processor.apply_chat_template(

@@ -111,6 +111,13 @@ def sample_of_row(
     )
 
 
+def row_of_sample(sample: Sample) -> dict[str, Any]:
+    """Return the row that a sample would be made of."""
+    row = {name: getattr(sample, name) for name in ("messages", "task", "answer")}
+    media = {"images": sample.images, "videos": sample.videos}
+    return {**row, **{name: held for name, held in media.items() if held}}
+
+
 def identity_of_row(row: Mapping[str, Any], folder: Path | None) -> object:
     """Return what tells a row from others, without opening files."""
 

@@ -15,7 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
-from blindsight.data.rows import ROW, Sample, check_columns, identity_of_row, sample_of_row
+from blindsight.data.rows import (
+    ROW,
+    Sample,
+    check_columns,
+    identity_of_row,
+    row_of_sample,
+    sample_of_row,
+)
 from blindsight.error_text import on_one_line
 
 
@@ -85,6 +92,13 @@ class Samples(Sequence[Sample]):
         return digest.hexdigest()
 
 
+def as_samples(samples: Any) -> Any:
+    """Return samples as they are, or those of what :func:`load_samples` takes."""
+    is_listed = isinstance(samples, Sequence) and not isinstance(samples, str)
+    are_rows = isinstance(samples, (list, tuple)) and samples and isinstance(samples[0], Mapping)
+    return samples if is_listed and not are_rows else load_samples(samples)
+
+
 def load_samples(
     source: Any, *, split: str | None = None, limit: int | None = None, seed: int | None = None
 ) -> Samples:
@@ -94,7 +108,7 @@ def load_samples(
         source: A JSON-lines file, a ``.json`` file with a list of rows, a ``.parquet`` file, a
             folder with a ``data.jsonl`` (or a ``<split>.jsonl``), a folder that ``datasets``
             reads, the id of a dataset on the hub, a dataset of ``datasets``, or any sequence of
-            rows.
+            rows, or list of samples.
         split: Which part, where there are several.
         limit: At most so many samples.
         seed: Of the choice and order of samples; by default they are taken as they come.
@@ -105,6 +119,8 @@ def load_samples(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 sample, got {limit}.")
+    if isinstance(source, (list, tuple)) and source and isinstance(source[0], Sample):
+        source = [row_of_sample(sample) for sample in source]
     rows, name, folder = _open(source, split)
     if isinstance(rows, Samples):
         chosen, rows, folder = rows._indices, rows._rows, rows._folder

@@ -233,6 +233,8 @@ def answer_samples(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     if not len(samples):
         raise ValueError("samples must be at least one, got none.")
     if isinstance(samples, Samples):

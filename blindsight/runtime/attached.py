@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from blindsight.families import text_config
 from blindsight.profile import Profile
 from blindsight.runtime.forwards import Runtime
 from blindsight.runtime.history import module_calls
@@ -27,6 +28,8 @@ class AttachedModels:
 
     Attributes:
         layer_map: Tells their layers by parameters.
+        problem: Why the profile is not of a model that was called, if it looks like one that it
+            was meant for, or None.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class AttachedModels:
         self._is_backend = is_backend
         self._parts: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of the models, and they
         self._others: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.problem: str | None = None
         self._hooks: list[RemovableHandle] = []
         self._lock = threading.Lock()  # several threads may call a model first
 
@@ -73,11 +77,37 @@ class AttachedModels:
                     continue
                 try:
                     self.attach(model)
-                except ValueError:
+                except ValueError as error:
                     self._others.add(model)
+                    if self.problem is None and self._is_meant(model):
+                        self.problem = str(error).removesuffix(".")
                     continue
             observe_call(self._runtime, call)
             return
+
+    def _is_meant(self, model: nn.Module) -> bool:
+        """Whether a model that the profile does not fit looks like one that it was meant for.
+
+        A whole vision-language model, unless the profile is of its text model; or one of the very
+        shape, in which no layers are found.
+        """
+        config = getattr(model, "config", None)
+        if config is None:
+            return False
+        try:
+            self._profile.validate(config, part_is_fine=True)
+        except ValueError:
+            return getattr(config, "vision_config", None) is not None and not self._is_of_text(
+                config
+            )
+        return not LayerMap(self._profile.rule.layer_pattern, model).layers
+
+    def _is_of_text(self, config: Any) -> bool:
+        try:
+            self._profile.validate(text_config(config), part_is_fine=True)
+        except ValueError:
+            return False
+        return True
 
     def look_for_prompt(self) -> None:
         """Take note of what the model is given whose decoder runs, if no hook has told it."""

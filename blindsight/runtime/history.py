@@ -172,7 +172,7 @@ class Witness(NamedTuple):
     """
 
     num_rows: int
-    total: Tensor  # of the bits of those rows, as ints: whatever order they are added in
+    totals: Tensor  # of the bits of those rows, as ints: whatever order they are added in
 
     @classmethod
     def of(cls, keys: Tensor, history: History, before: Witness | None) -> Witness | None:
@@ -188,17 +188,20 @@ class Witness(NamedTuple):
             return None
         if num_rows > keys.shape[2]:  # it slid: its first rows are gone, the others elsewhere
             return None
-        return before or cls(num_rows, _total(keys, num_rows))
+        return before or cls(num_rows, _totals(keys, num_rows))
 
     def holds(self, keys: Tensor) -> bool:
-        return torch.equal(self.total, _total(keys, self.num_rows))
+        return torch.equal(self.totals, _totals(keys, self.num_rows))
 
 
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _total(keys: Tensor, num_rows: int) -> Tensor:
-    return keys[:, :, :num_rows].view(_INTS[keys.itemsize]).sum(dtype=torch.int64)
+def _totals(keys: Tensor, num_rows: int) -> Tensor:
+    """Return one number for each sequence and head, ``[B, G]``: tokens may have changed places."""
+    of_tokens = keys[:, :, :num_rows].view(_INTS[keys.itemsize]).sum(-1, dtype=torch.int64)
+    weights = torch.arange(1, 2 * num_rows, 2, device=keys.device)  # odd: none loses a bit
+    return (of_tokens * weights).sum(-1)
 
 
 class CacheNote(NamedTuple):

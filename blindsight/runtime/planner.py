@@ -106,6 +106,9 @@ class _Planner:
         layer = layer_of_path(attention)
         layer_map = self._state.models.layer_map
         known_class = attention.module_class in DECODER_ATTENTION_CLASSES
+        problem = None if layer_map.models else self._state.models.problem
+        if problem and (layer is not None or known_class or self._has_its_shape(attention)):
+            return None, self._refuse(problem)
         if layer is None and layer_map.models:
             examples = [_example(self._inputs[at]) for at in attention.parameters]
             if not known_class and layer_map.layer_of(examples) is None:
@@ -179,14 +182,17 @@ class _Planner:
 
     def _resembles_decoder(self, attention: Attention) -> bool:
         """Whether a call in a frame of unknown origin could be the decoder's."""
+        inside_another_stack = any(part.isdigit() for part in attention.path.split("."))
+        return self._has_its_shape(attention) and not inside_another_stack
+
+    def _has_its_shape(self, attention: Attention) -> bool:
+        """Whether a call has a mask, and heads like the decoder's."""
         masked = attention.is_causal or attention.attn_mask is not None
         ours, found = self._profile.num_heads, attention.num_heads
         # A tensor-parallel rank has a part of the heads.
         is_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
         fits = found == ours or bool(is_parallel and found and ours % found == 0)
-        same_dim = attention.head_dim in self._head_dims
-        inside_another_stack = any(part.isdigit() for part in attention.path.split("."))
-        return masked and fits and same_dim and not inside_another_stack
+        return masked and fits and attention.head_dim in self._head_dims
 
     def _find_caches(self) -> tuple[CacheInputs, ...]:
         gm, inputs = self.plan.gm, placeholders(self.plan.gm)

@@ -178,7 +178,8 @@ class Sequences:
             raise ValueError(
                 f"template must be [B, T] = [{batch}, {expected}] for {expected - num_queries} "
                 f"past and {num_queries} new tokens, got [{explicit.batch}, "
-                f"{explicit.num_tokens}]. Give use_template the whole sequence."
+                f"{explicit.num_tokens}]. Give use_template the whole sequence"
+                + (", or leave it before decoding." if num_queries == 1 else ".")
             )
 
     def _whole(
