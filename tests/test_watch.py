@@ -9,6 +9,7 @@ import pickle
 import re
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -508,15 +509,19 @@ def test_a_delimiter_at_the_end_of_a_chunk_after_a_template_by_hand(model: Any) 
     starts = (ids[0] == rule.start_token_ids[0]).nonzero().flatten().tolist()
     cuts = [0, starts[2] - 3, starts[2] + 1, ids.shape[1]]
     positions = full_position_ids(model, inputs)
-    model.model.language_model.compile(backend=backend_of(model))
     outputs = {}
+    warned = []
     for by_hand in (False, True):
+        torch._dynamo.reset()
+        model.model.language_model.compile(backend=backend_of(model))
         cache = DynamicCache(config=model.config.get_text_config())
         parts = []
         for begin, end in itertools.pairwise(cuts):
             template = rule.template(ids[:, :end]).tensors()
             is_first = begin == 0 and by_hand
-            with use_template(*template) if is_first else contextlib.nullcontext():
+            told = use_template(*template) if is_first else contextlib.nullcontext()
+            with told, warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
                 output = model(
                     input_ids=ids[:, begin:end],
                     position_ids=positions[..., begin:end],
@@ -524,6 +529,8 @@ def test_a_delimiter_at_the_end_of_a_chunk_after_a_template_by_hand(model: Any) 
                     past_key_values=cache,
                     use_cache=True,
                 )
+            warned += [by_hand for each in caught if "a chunk ended in" in str(each.message)]
             parts.append(output.logits)
         outputs[by_hand] = torch.cat(parts, dim=1)
     torch.testing.assert_close(outputs[True], outputs[False], atol=1e-5, rtol=0)
+    assert warned == [False, True]

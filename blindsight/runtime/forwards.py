@@ -200,6 +200,12 @@ class Runtime:
                     "video_grid_thw was not seen, or does not fit its tokens. Say where they are: "
                     "blindsight.use_template(rule.template(input_ids, video_grid_thw))."
                 )
+            if past is not None and past.cuts_delimiter(pending) and not is_disabled():
+                self.warn_once(
+                    "a chunk ended in the start delimiter of an image, which counted as text "
+                    "there: it saw all images before, and in a prompt that is prefilled whole it "
+                    "does not. Cut prompts elsewhere for the same numbers."
+                )
             if past is None:
                 joined: History | None = History(
                     self.rule, kinds=pending.kinds, corner=pending.last_corner

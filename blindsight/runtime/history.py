@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from blindsight.runtime.tensor_notes import version_of
-from blindsight.template import IMAGE, Template, TemplateRule, is_all_text
+from blindsight.template import IMAGE, START, Template, TemplateRule, is_all_text
 from blindsight.videos import (
     FRAME,
     VIDEO,
@@ -123,6 +123,14 @@ class History:
             return False
         before = self._kinds
         return before is not None and bool(self._border(before, new)[1].any())
+
+    def cuts_delimiter(self, new: Pending) -> bool:
+        """Whether new tokens begin with an image after the first whose delimiter came before."""
+        last = self._given[1] if self._tokens is None else self._kinds
+        if last is None or new.is_text or new.kinds.shape[0] != self.batch:
+            return False
+        opens = ((last[:, -1] & START) > 0) & ((new.kinds[:, 0] & IMAGE) > 0)
+        return bool(opens.any()) and bool((opens & (self.template.span_id > 0).any(1)).any())
 
     @property
     def _kinds(self) -> Tensor | None:
