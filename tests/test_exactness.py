@@ -7,9 +7,11 @@ nightly; CI runs every scenario of every family once, and a part of the rest.
 
 import copy
 import functools
+import gc
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -411,6 +413,55 @@ def test_second_turn_on_an_unknown_cache_is_dense_and_says_so(family: str) -> No
 
 def copy_cache(cache: Any) -> Any:
     return copy.deepcopy(cache)
+
+
+def test_a_copy_of_one_of_two_caches_of_a_prompt_is_nobodys() -> None:
+    """The first layer's keys are the same, whatever its images are said to be."""
+    case = case_of("qwen2_5_vl", torch.float32, "one_row")
+    split = int((case.inputs["input_ids"][0] == START_ID).nonzero()[-1])
+    first, second = split_turns(case.model, case.inputs, split)
+    span_id, is_sink = case.span_id[:, :split], case.is_sink[:, :split]
+    second_sink = int(is_sink[0].nonzero()[1])
+    merged = torch.where(span_id >= 2, span_id - 1, span_id)
+    one_less = is_sink & (torch.arange(split) != second_sink)
+    model, _ = case.compile()
+    with use_template(merged, one_less):
+        other = model(**first, use_cache=True).past_key_values
+    cache = model(**first, use_cache=True).past_key_values
+    for each in (cache, other):
+        with pytest.warns(blindsight.BlindsightWarning) if each is cache else nullcontext():
+            found = model(**second, past_key_values=copy_cache(each), use_cache=True).logits
+        dense = case.model(**second, past_key_values=copy_cache(each), use_cache=True).logits
+        torch.testing.assert_close(found, dense)
+    # With the other gone, it is known whose copy it is.
+    del other, each
+    gc.collect()
+    found = model(**second, past_key_values=copy_cache(cache), use_cache=True).logits
+    case.check(found, slice(split, None))
+
+
+def test_tokens_are_decoded_after_a_template_of_the_prompt() -> None:
+    """``generate`` from embeddings: nobody can give the template of what it will write."""
+    case = case_of("qwen2_5_vl", torch.float32, "one_row")
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "output_scores": True}
+    options["return_dict_in_generate"] = True
+    positions = {"position_ids": full_position_ids(case.model, case.inputs)}
+    given = {
+        "inputs_embeds": embeddings_of(case),
+        "attention_mask": case.inputs["attention_mask"],
+        **positions,
+    }
+    args = case.model, case.categories, case.span_id, case.is_sink
+    expected = generate_reference(*args, given, **options)
+    model, backend = case.compile()
+    model = copy.deepcopy(case.model)
+    model.compile(backend=backend)
+    with use_template(case.span_id, case.is_sink):
+        found = model.generate(**given, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    for one, other in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    assert "sparse" in runs_of(backend)
 
 
 @pytest.mark.parametrize("change", ["crop", "write", "reorder"])

@@ -3,6 +3,7 @@
 `tests/test_exactness.py` has every scenario for four of them.
 """
 
+import copy
 import re
 from contextlib import nullcontext
 from dataclasses import replace
@@ -55,6 +56,7 @@ from oracles import (
     assert_close_to_reference,
     generate_reference,
     oracle_keep,
+    reference_attention,
     reference_copy,
     run_reference,
 )
@@ -542,6 +544,25 @@ def test_a_static_cache_of_chunked_layers(family: str, lowering: str) -> None:
     assert runs and all(how.startswith("sparse") for how in runs)
 
 
+def test_packed_sequences_of_chunked_layers() -> None:
+    """The first image of each sequence is free in layers whose masks tell chunks apart, too."""
+    model = tiny_model("llama4")
+    rows = [make_inputs("llama4", 2, seed=seed)["input_ids"] for seed in (0, 1)]
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    inputs = {"input_ids": torch.cat(rows, dim=1), "position_ids": positions}
+    profile = profile_of(model, "llama4")
+    sequence_id = torch.cat([torch.full_like(row, n) for n, row in enumerate(rows)], dim=1)
+    expected = run_reference(
+        model, *masks_of(profile, inputs), inputs, sequence_id=sequence_id, use_cache=False
+    ).logits
+    torch._dynamo.reset()
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
+    model.language_model.compile(backend=backend)
+    with torch.no_grad():
+        found = model(**inputs, use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_layers_that_share_keys_are_compiled_one_by_one(by_hand: bool) -> None:
     """The keys that they are given were noted by an earlier layer, in the same forward."""
@@ -560,6 +581,34 @@ def test_layers_that_share_keys_are_compiled_one_by_one(by_hand: bool) -> None:
     torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
     runs = {how for row in backend.report().rows for how in row.runs}
     assert all(how.startswith("sparse") for how in runs)
+
+
+def test_given_masks_are_looked_at_in_later_conversations() -> None:
+    """Dynamo then has a symbol for what is in the cache of each layer; their values are alike."""
+    family = "gemma4/large"
+    model = without_vision(tiny_model(family))
+    profile, plain = profile_of(model, family), copy.deepcopy(model)
+    torch._dynamo.reset()
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
+    model.model.language_model.compile(backend=backend)
+    for conversation, counts in enumerate([(2, 2), (3, 2), (2, 3)]):
+        turns = [make_inputs(family, n, seed=3 * conversation + n) for n in counts]
+        names = ("input_ids", "attention_mask", "mm_token_type_ids")  # placeholders will do
+        turns = [{name: turn[name] for name in names if name in turn} for turn in turns]
+        cache, its_cache = (DynamicCache(config=model.config.get_text_config()) for _ in "ab")
+        ids = torch.zeros(1, 0, dtype=torch.int64)
+        for turn in turns:
+            ids = torch.cat([ids, turn["input_ids"]], dim=1)
+            given = {**turn, "attention_mask": torch.ones_like(ids), "use_cache": True}
+            masks = masks_of(profile, {"input_ids": ids})
+            with torch.no_grad():
+                with torch._dynamo.config.patch(recompile_limit=64):
+                    found = model(**given, past_key_values=cache).logits
+                with reference_attention(plain, *masks):
+                    expected = plain(**given, past_key_values=its_cache).logits
+            torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+    runs = {how for row in backend.report().rows for how in row.runs}
+    assert runs and not any("materialised" in how or "dense" in how for how in runs)
 
 
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])

@@ -71,6 +71,9 @@ def test_a_copy_is_found_by_its_label(tensors: list[Tensor]) -> None:
     copies = [each.clone() for each in tensors]
     for label, copy in enumerate(copies):
         found = [notes.find_equal(copy, each) for each in range(3)]
-        assert found == ["it" if each == label else None for each in range(3)]
+        assert found == [["it"] if each == label else [] for each in range(3)]
+    more = [each.clone() for each in tensors]
+    notes.put(more, ["another"] * 3, range(3))
+    assert notes.find_equal(copies[1], 1) == ["it", "another"]
     tensors[1].add_(1)
-    assert notes.find_equal(copies[1], 1) is None
+    assert notes.find_equal(copies[1], 1) == ["another"]

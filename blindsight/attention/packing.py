@@ -56,12 +56,22 @@ def _ids_of_sequences(form: Form) -> list[Form]:
     """
     alternatives = form[1:] if form[0] == "or" else (form,)
     for part in map(conjuncts, alternatives):
-        found = [each for each in part if each[0] == "same" and _are_ids(each[1])]
+        found = [ids for each in part if each[0] == "same" and (ids := _only_ids(each))]
         if found and (form[0] != "or" or any(each[0] == "upper" for each in part)):
             return found
     return []
 
 
-def _are_ids(values: tuple[Expression, ...]) -> bool:
-    """Whether rows are told apart by data, and not by where they are (as chunks are)."""
-    return all(isinstance(value, tuple) and value[0] == "load" for value in values)
+def _only_ids(form: Form) -> Form | None:
+    """Return what of an equality tells rows apart by data, not by where they are, as chunks do."""
+    _, rows, columns, _ = form
+    pairs = [(row, column) for row, column in zip(rows, columns, strict=True) if _is_data(row)]
+    if not pairs:
+        return None
+    if len(pairs) == len(rows):
+        return form
+    return ("same", *(tuple(side) for side in zip(*pairs, strict=True)), False)
+
+
+def _is_data(value: Expression) -> bool:
+    return isinstance(value, tuple) and value[0] == "load"

@@ -21,7 +21,7 @@ from blindsight.attention.base_mask import Form, Tier
 from blindsight.attention.interval_masks import BaseMask
 from blindsight.attention.intervals import NUM_PARTS, groups_of_keys
 from blindsight.passes.find_attention import Attention
-from blindsight.passes.graph import add_placeholder, fake_tensor, placeholders, same_size
+from blindsight.passes.graph import add_placeholder, placeholders
 from blindsight.passes.lift_mask import Lifted
 from blindsight.runtime.history import History
 from blindsight.runtime.plan import Plan
@@ -63,9 +63,9 @@ class GivenMasks:
             if call.lifted.given is not None:
                 users.setdefault(call.lifted.given, []).append(call.attention)
         self._inputs = [
-            (at, node.name, users[node][0])
+            (at, node.name, users[node])
             for at, node in enumerate(placeholders(plan.gm))
-            if node in users and _same_sizes(users[node])
+            if node in users
         ]
 
     def read(self, args: Sequence[Any], history: History) -> dict[str, BaseMask]:
@@ -76,8 +76,10 @@ class GivenMasks:
             history: The whole sequence.
         """
         found = {}
-        for at, name, attention in self._inputs:
-            sizes = attention.sizes(self._plan.size_of(args))
+        for at, name, users in self._inputs:
+            sizes, *others = (user.sizes(self._plan.size_of(args)) for user in users)
+            if any(other != sizes for other in others):
+                continue  # a mask of more columns may serve several numbers of keys
             mask = self._look_at(args[at], history.on(args[at].device), **sizes)
             if mask is not None:
                 found[name] = mask
@@ -85,7 +87,7 @@ class GivenMasks:
 
     def sizes_of(self, name: str) -> tuple[int | torch.SymInt, int | torch.SymInt]:
         """Return Q and K of the mask of this name, as the graph knows them."""
-        return next(attention.lengths for _, known, attention in self._inputs if known == name)
+        return next(users[0].lengths for _, known, users in self._inputs if known == name)
 
     def _look_at(
         self, mask: Tensor, template: Template, *, batch: int, num_queries: int, num_keys: int
@@ -200,9 +202,3 @@ def lifted_of_given(
     form = ("and", ("lower", first), ("upper", last), ("valid", is_valid))
     expression = ("and", is_valid, ("and", ("le", first, k), ("le", k, last)))
     return Lifted(Tier.INTERVALS, before, form=form, expression=expression)
-
-
-def _same_sizes(calls: Sequence[Attention]) -> bool:
-    """Whether calls have as many keys; a mask of more columns may serve several numbers."""
-    sizes = [None if key is None else key.shape[2] for key in (fake_tensor(x.key) for x in calls)]
-    return all(same_size(size, sizes[0]) for size in sizes)

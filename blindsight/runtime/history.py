@@ -124,6 +124,11 @@ class History:
         before = self._kinds
         return before is not None and bool(self._border(before, new)[1].any())
 
+    def is_like(self, other: History) -> bool:
+        """Whether the images of two sequences are at the same places."""
+        pairs = zip(self.template.tensors(), other.template.tensors(), strict=True)
+        return self is other or all(torch.equal(mine, its) for mine, its in pairs)
+
     def cuts_delimiter(self, new: Pending) -> bool:
         """Whether new tokens begin with an image after the first whose delimiter came before."""
         last = self._given[1] if self._tokens is None else self._kinds

@@ -72,6 +72,8 @@ class Sequences:
         if explicit is None and pending is None:
             self._state.models.look_for_prompt()
             pending = self._runtime.pending
+        if explicit is not None and self._goes_beyond(explicit, args, layers, sizes, pending):
+            explicit = None
         past = self._past(args, layers, sizes, explicit, pending)
         if explicit is None:
             history, unknown = self._whole(sizes, pending, past)
@@ -162,11 +164,32 @@ class Sequences:
         return _EMPTY if (cache.has_new and is_alone) or keys.numel() == 0 else _UNKNOWN
 
     def _note_of_a_copy(self, keys: Tensor, layer: int) -> CacheNote | None:
-        """Return what is known of a cache that holds the very same keys, if there is one."""
-        note = self._runtime.caches.find_equal(keys, layer)
-        if note is None or note.history.num_tokens > keys.shape[2]:
+        """Return what is known of a cache that holds the very same keys, if there is one.
+
+        The first layer's say nothing of images: two caches may hold the same of one prompt, seen
+        under unlike templates.
+        """
+        found = self._runtime.caches.find_equal(keys, layer)
+        if not found or found[0].history.num_tokens > keys.shape[2]:
             return None  # it slid: other sequences may end alike
-        return note
+        first = found[0].history
+        return found[0] if all(first.is_like(note.history) for note in found) else None
+
+    def _goes_beyond(
+        self,
+        explicit: History,
+        args: Sequence[Any],
+        layers: tuple[int, ...],
+        sizes: tuple[int, int, int],
+        pending: Pending | None,
+    ) -> bool:
+        """Whether a token of text is decoded after the prompt that a template was given of."""
+        _, num_queries, num_keys = sizes
+        if num_queries != 1 or pending is None or not pending.is_text:
+            return False
+        past = self._past(args, layers, sizes, None, pending)
+        expected = self._num_tokens(args, past, num_queries, num_keys)
+        return expected is not None and expected > explicit.num_tokens
 
     def _check(
         self, explicit: History, args: Sequence[Any], sizes: tuple[int, int, int], past: Past

@@ -67,8 +67,8 @@ class TensorNotes(Generic[T]):
         at = batch.numbers.index(id(tensor))
         return batch.notes[at] if batch.holds(at, tensor) else None
 
-    def find_equal(self, tensor: Tensor, label: int) -> T | None:
-        """Return the note of a tensor ``[..., N, D]`` that holds the very same, if there is one.
+    def find_equal(self, tensor: Tensor, label: int) -> list[T]:
+        """Return the notes of other tensors ``[..., N, D]`` that hold the very same.
 
         Args:
             tensor: Comparing it with another one waits for its device.
@@ -76,7 +76,8 @@ class TensorNotes(Generic[T]):
         """
         kind, first = (tensor.shape, tensor.dtype, tensor.device), tensor[..., :1, :]
         with self._lock:
-            batches = set(self._batches.values())
+            batches = dict.fromkeys(self._batches.values())
+        found = []
         for batch in batches:
             for at, its_label in enumerate(batch.labels):
                 other = batch.references[at]() if its_label == label else None
@@ -85,8 +86,8 @@ class TensorNotes(Generic[T]):
                 is_like = (other.shape, other.dtype, other.device) == kind
                 # Other prompts' tensors mostly differ in their first rows already.
                 if is_like and torch.equal(other[..., :1, :], first) and torch.equal(other, tensor):
-                    return batch.notes[at]
-        return None
+                    found.append(batch.notes[at])
+        return found
 
     def put(self, tensors: Sequence[Tensor], notes: Sequence[T], labels: Sequence[int]) -> None:
         """Take note of tensors, of each with a label."""
