@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -153,6 +153,22 @@ class Profile:
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer must be in 0..{self.num_layers - 1}, got {layer}.")
         return not bool(self.categories[layer].any())
+
+    def with_categories(self, categories: Any) -> Profile:
+        """Return the profile with other categories, which its calibration then says.
+
+        Args:
+            categories: As for :meth:`for_model`.
+
+        Raises:
+            ValueError: The shape is not the profile's, or an entry is no category.
+        """
+        parsed = parse_categories(categories, self.layer_types, self.num_heads)
+        changed = int((parsed != self.categories).sum())
+        noted = dict(self.calibration)
+        if changed and noted:
+            noted["edited"] = f"{changed} of {parsed.numel()} heads"
+        return replace(self, categories=parsed, calibration=noted)
 
     def shard(self, rank: int, world_size: int) -> Profile:
         """Return the profile of the heads that one tensor-parallel process computes.
@@ -297,7 +313,7 @@ class Profile:
         if _digest(self._tensors(), self._metadata()) != self.digest:
             raise ValueError(
                 "the tensors of a profile must not be written to, and were. Make another: "
-                "dataclasses.replace(profile, categories=...)."
+                "profile.with_categories(...)."
             )
         data = serialize(self._tensors(), {**self._metadata(), "digest": self.digest})
         write_whole(path, _sort_header(data))

@@ -290,7 +290,7 @@ def sweep(
                 if plan.series == BY_HEAD and plan.categories is not None:
                     key = f"prefill at {plan.masking.key} by {name_of(inner)}, {repeats} times"
                     if key not in known.notes:
-                        chosen = with_categories(profile, plan.categories)
+                        chosen = profile.with_categories(plan.categories)
                         found = time_prefill(decoder, batch, chosen, inner=inner, repeats=repeats)
                         known.note(key, asdict(found))
                     timings[plan.masking.key] = Timing.from_dict(known.notes[key])
@@ -342,13 +342,3 @@ def _ratio(timing: Timing | None) -> str:
         return ""
     dense, sparse = (statistics.median(x) for x in (timing.dense, timing.sparse))
     return f"{sparse / dense:.1%}"
-
-
-def with_categories(profile: Profile, categories: Tensor) -> Profile:
-    """Return the profile of the same model with other categories, without evidence."""
-    return Profile(
-        categories.to(torch.uint8),
-        rule=profile.rule,
-        fingerprint=profile.fingerprint,
-        model=profile.model,
-    )

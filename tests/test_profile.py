@@ -269,6 +269,25 @@ class TestRule:
             TemplateRule.from_json(text.replace("sink_offsets", "offsets"))
 
 
+class TestWithCategories:
+    def test_array_like_ones_replace_them_and_are_noted(self) -> None:
+        profile = make_profile()
+        changed = profile.categories.numpy().copy()
+        changed[0, 1] = (changed[0, 1] + 1) % 4
+        other = profile.with_categories(changed)
+        assert torch.equal(other.categories, torch.from_numpy(changed))
+        assert other.calibration == {**profile.calibration, "edited": "1 of 12 heads"}
+        assert other.evidence.keys() == profile.evidence.keys()
+        assert bool((profile.with_categories("sink").categories == 1).all())
+
+    def test_the_same_ones_change_nothing(self) -> None:
+        assert make_profile().with_categories(make_profile().categories) == make_profile()
+
+    def test_a_wrong_shape(self) -> None:
+        with pytest.raises(ValueError, match=r"num_heads\] = \[3, 4\], or be one .* got shape"):
+            make_profile().with_categories([[0]])
+
+
 class TestDigest:
     @pytest.mark.parametrize(
         "changes",
@@ -390,7 +409,7 @@ class TestSaveAndLoad:
     def test_what_was_written_to_is_not_saved(self, tmp_path: Path) -> None:
         profile = make_profile()
         profile.categories[0, 0] = 2
-        with pytest.raises(ValueError, match=r"must not be written to.*replace\(profile, categ"):
+        with pytest.raises(ValueError, match=r"must not be written to.*with_categories"):
             profile.save(tmp_path / "profile.safetensors")
         assert not list(tmp_path.iterdir())
         other = dataclasses.replace(profile, categories=profile.categories)
