@@ -194,7 +194,7 @@ def evaluate(
         batch_size: Prompts at once.
         max_new_tokens: Of an answer; by default as many tokens as the expected one has.
         engine: ``"reference"`` or ``"compiled"``, see the top of this module.
-        inner: What compiles the graphs.
+        inner: The backend that compiles the graphs.
         repeats: Prefills that are timed of each kind, in turn; 0 compiles nothing.
         checkpoint: File of what is answered already; an interrupted run goes on from it.
         num_resamples: Of the bootstrap.

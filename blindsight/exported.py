@@ -101,7 +101,7 @@ def decoder_inputs(model: nn.Module, profile: Profile, inputs: Mapping[str, Any]
 
     Args:
         model: A transformers model.
-        profile: Of it.
+        profile: The profile of this model.
         inputs: Of its forward, padded on the left.
 
     Returns:

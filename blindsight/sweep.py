@@ -237,7 +237,7 @@ def sweep(
         batch_size: Prompts at once.
         max_new_tokens: Of an answer; by default as many tokens as the expected one has.
         repeats: Prefills that are timed of each kind, for each point by head; each compiles.
-        inner: What compiles the graphs that are timed.
+        inner: The backend that compiles the graphs that are timed.
         checkpoint: File of what is answered already; an interrupted run goes on from it.
         select: What a budget selects; by default what calibration selects.
         num_resamples: Of the bootstrap.

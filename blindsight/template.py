@@ -304,7 +304,7 @@ def find_sinks(span_id: Tensor, sink_offsets: Iterable[int]) -> Tensor:
 def span_edges(span_id: Tensor) -> tuple[Tensor, Tensor]:
     """Return the first and last position of each token's span: ``[B, T]`` int64.
 
-    Those of text are some positions, and nothing is to be read from them.
+    The values at tokens of text are undefined.
     """
     # Not by running maxima: on a GPU, one block of threads walks through a whole row for each.
     num_tokens = span_id.shape[1]

@@ -82,7 +82,7 @@ class Mask(Protocol):
 
     @property
     def block_size(self) -> int:
-        """Of the tables, in tokens."""
+        """Block size of the tables, in tokens."""
 
     @property
     def num_chunks(self) -> int:
@@ -107,7 +107,7 @@ class SortedMask(NamedTuple):
         order: Of queries and keys. There may be more sorted ones than tokens.
         lower, upper: ``[B, 3 * C, Q]`` int32, the intervals of each sorted query.
         tables: Blocks per category.
-        block_size: Theirs.
+        block_size: Of the tables, in tokens.
         num_chunks: Of sorted queries, which are a whole number of blocks each if there are several.
     """
 
@@ -162,7 +162,7 @@ class ExpressedMask(NamedTuple):
         keep: What the categories keep.
         base: See :mod:`blindsight.attention.base_mask`.
         tables: Blocks per category.
-        block_size: Theirs.
+        block_size: Of the tables, in tokens.
     """
 
     keep: Keep
@@ -207,7 +207,7 @@ class MaterialisedMask(NamedTuple):
         base: ``[B, Hm, Q, K]`` bool, the mask that the model asked for; Hm is 1 or H.
         bias: ``[B, Hm, Q, K]`` float that the model adds to the scores, or None.
         tables: Blocks per category, or None where the base mask differs from head to head.
-        block_size: Theirs.
+        block_size: Of the tables, in tokens.
     """
 
     keep: Keep

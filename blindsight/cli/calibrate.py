@@ -37,7 +37,8 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget",
         type=_not_negative,
-        help="how far one head may move the next token, root of nats; 0 is dense (default: 0.005)",
+        help="how far one head may move the next token: square root of the KL divergence in "
+        "nats; 0 is dense (default: 0.005)",
     )
     parser.add_argument(
         "--rule",
@@ -48,7 +49,11 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, default=64, help="at most so many (%(default)s)")
     parser.add_argument("--split", help="of the dataset, where it has several")
-    parser.add_argument("--sample-seed", type=int, help="draw the prompts; else the first")
+    parser.add_argument(
+        "--sample-seed",
+        type=int,
+        help="seed of a random choice of prompts; by default the first are taken",
+    )
     parser.add_argument("--batch-size", type=int, default=1, help="prompts at once (%(default)s)")
     parser.add_argument(
         "--checkpoint",

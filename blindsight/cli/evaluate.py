@@ -57,7 +57,8 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         default=0.005,
-        help="how far one head may move the next token: root of nats (%(default)s)",
+        help="how far one head may move the next token: square root of the KL divergence in nats "
+        "(%(default)s)",
     )
     refine.add_argument(
         "--by",

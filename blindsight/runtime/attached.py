@@ -22,7 +22,7 @@ class AttachedModels:
     """The models that a backend is attached to; it keeps none of them alive.
 
     Args:
-        profile: Theirs.
+        profile: The profile of these models.
         runtime: Takes note of their forwards.
         is_backend: Whether Dynamo's compiler leads to the backend.
 

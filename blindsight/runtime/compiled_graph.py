@@ -27,6 +27,7 @@ from blindsight.runtime.planner import plan_graph
 from blindsight.runtime.rewriting import Rewriter, Rewriting, tier_of
 from blindsight.runtime.sequences import Sequences
 from blindsight.runtime.state import BackendState
+from blindsight.template import Template
 
 _MAX_VARIANTS = 64  # compiled forms of one graph; the least recently used are dropped
 
@@ -174,37 +175,49 @@ class CompiledGraph:
                 "under torch.inference_mode() or torch.no_grad(), or under blindsight.disabled() "
                 "to run it dense."
             )
-        device = self._plan.device
-        template = history.on(device)
+        template = history.on(self._plan.device)
         edges = [part for mask in rewriting.given.values() for part in mask]
         rows = self._rows_of([layers[at] for at in rewriting.calls], rewriting.layouts)
         inputs = (*args, *edges, template.span_id, template.is_sink, *rows)
+        variant = self._variant_for(inputs, template, rewriting)
+        return variant.run(*inputs), self._how_each_ran(layers, rewriting)
+
+    def _how_each_ran(self, layers: tuple[int, ...], rewriting: Rewriting) -> list[str]:
+        """Return for the report how each call runs in a rewritten graph."""
+        if rewriting.is_dense:
+            return [f"dense: is_causal, {_FASTER_DENSE}"] * len(self._calls)
+        runs = [f"dense: {DENSE_HEADS}"] * len(self._calls)
+        for at, layout in zip(rewriting.calls, rewriting.layouts, strict=True):
+            if self._profile.categories[layers[at]].any():
+                form = rewriting.form.for_tier(tier_of(self._calls[at], rewriting.given))
+                runs[at] = f"sparse, {form.value}, {layout.name}"
+        return runs
+
+    def _variant_for(
+        self, inputs: Sequence[Any], template: Template, rewriting: Rewriting
+    ) -> CompiledForLengths:
+        """Return the compiled form of the graph for these inputs.
+
+        One for longer prompts that is there and fits; else one for many lengths; else one for
+        these sizes alone.
+        """
         groups = tuple(layout.groups for layout in rewriting.layouts)
-        sizes = tuple(args[at] for at in self._plan.symbols.values())
-        numbers = {name: args[at].item() for name, at in self._plan.numbers.items()}
         given = tuple((name, mask.is_by_group) for name, mask in rewriting.given.items())
-        fixed = given, tuple(numbers.values())
-        key = (rewriting.form, rewriting.calls, groups, *fixed)
+        numbers = {name: inputs[at].item() for name, at in self._plan.numbers.items()}
+        key = (rewriting.form, rewriting.calls, groups, given, tuple(numbers.values()))
+        sizes = tuple(inputs[at] for at in self._plan.symbols.values())
         num_tokens = template.num_tokens
-        variant = None
         if rewriting.capacities is not None:
-            its_sizes = (history.batch, str(self._size_of_tokens(args, num_tokens)))
+            batch = template.span_id.shape[0]
+            its_sizes = (batch, str(self._size_of_tokens(inputs, num_tokens)))
             variant = self._variants.find((key, its_sizes, rewriting.longer))
             if variant is None or not variant.fits(sizes, num_tokens):
                 of_lengths = (key, its_sizes, rewriting.capacities)
                 variant = self._variant(of_lengths, rewriting, inputs, num_tokens, numbers)
-        if variant is None or not variant.fits(sizes, num_tokens):
-            exactly = replace(rewriting, capacities=None)
-            variant = self._variant((key, sizes, num_tokens), exactly, inputs, num_tokens, numbers)
-        runs = [f"dense: {DENSE_HEADS}"] * len(self._calls)
-        if rewriting.is_dense:
-            runs = [f"dense: is_causal, {_FASTER_DENSE}"] * len(self._calls)
-            return variant.run(*inputs), runs
-        for at, layout in zip(rewriting.calls, rewriting.layouts, strict=True):
-            if self._profile.categories[layers[at]].any():
-                its_form = rewriting.form.for_tier(tier_of(self._calls[at], rewriting.given))
-                runs[at] = f"sparse, {its_form.value}, {layout.name}"
-        return variant.run(*inputs), runs
+            if variant.fits(sizes, num_tokens):
+                return variant
+        exactly = replace(rewriting, capacities=None)
+        return self._variant((key, sizes, num_tokens), exactly, inputs, num_tokens, numbers)
 
     def _variant(
         self,

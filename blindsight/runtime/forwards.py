@@ -90,7 +90,7 @@ class Runtime:
 
     @property
     def is_watched(self) -> bool:
-        """Whether the beginning of the forward under way was told."""
+        """Whether a hook announced the forward under way, and will announce its end."""
         return self._watched is not None
 
     def _is_model(self, module: nn.Module) -> bool:

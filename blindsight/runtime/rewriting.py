@@ -42,7 +42,7 @@ class Rewriting:
         form: Of the masks that are known as intervals.
         given: Intervals of the masks that are inputs of the graph, by their names.
         capacities: Of the calls that are replaced, if other lengths than those at hand shall do.
-        longer: Those of longer prompts; a graph that was compiled for these may do as well.
+        longer: Capacities of longer prompts, whose compiled graph is taken if it is there.
         is_dense: Whether all heads run dense, on ``is_causal``, which is estimated to be faster.
     """
 
@@ -77,7 +77,7 @@ class Rewriter:
 
         Args:
             args: The inputs of the graph.
-            layers: Whose attention each call is.
+            layers: The layer of each attention call.
             history: The whole sequence.
         """
         given = self._read_given(args, history)

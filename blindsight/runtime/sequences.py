@@ -62,7 +62,7 @@ class Sequences:
 
         Args:
             args: The inputs of the graph.
-            layers: Whose attention each of its calls is.
+            layers: The layer of each attention call.
 
         Raises:
             ValueError: What is known does not fit the call.
