@@ -76,8 +76,9 @@ class GivenMasks:
             history: The whole sequence.
         """
         found = {}
+        size_of = self._plan.size_of(args)
         for at, name, users in self._inputs:
-            sizes, *others = (user.sizes(self._plan.size_of(args)) for user in users)
+            sizes, *others = (user.sizes(size_of) for user in users)
             if any(other != sizes for other in others):
                 continue  # a mask of more columns may serve several numbers of keys
             mask = self._look_at(args[at], history.on(args[at].device), **sizes)
