@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,6 +59,14 @@ def inputs_of(*row: Any, seed: int = 0) -> dict[str, torch.Tensor]:
 def assert_right(run: Any, inputs: dict[str, torch.Tensor], model: Any) -> None:
     expected = reference_logits(model, inputs, profile_of(model))
     torch.testing.assert_close(run(**inputs).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_pixels_without_a_token_of_an_image_are_warned_of(model: Any) -> None:
+    rule = replace(profile_of(model).rule, image_token_ids=(77,), video_token_ids=())
+    profile = Profile.for_model(model, CATEGORIES, rule=rule)
+    run = torch.compile(model, backend=blindsight_backend(profile, inner="eager"))
+    with pytest.warns(BlindsightWarning, match=r"given pixels, but no token .*ids=\(77,\)"):
+        run(**inputs_of(*PROMPT))
 
 
 def test_a_witness_sees_what_changed_places(model: Any) -> None:

@@ -137,6 +137,17 @@ class Runtime:
                 self._check_served(pending, certain=False)
         self._thread.pending = Pending.of(input_ids, self.rule, self._call_of_model())
 
+    def expect_images(self) -> None:
+        """Warn if the forward under way is given pixels, and no token is known to be an image's."""
+        pending = self.pending
+        if pending is not None and not pending.has_images and not is_disabled():
+            self.warn_once(
+                "the model is given pixels, but no token of the prompt is an image's by the "
+                f"profile's rule, image_token_ids={self.rule.image_token_ids}, so it runs dense. "
+                "Make the profile with the model's rule: TemplateRule.from_config(model.config, "
+                "processor)."
+            )
+
     def _pending_videos(self) -> Pending | None:
         """Return the tokens of the forward under way, if frames of videos can still be told."""
         pending = self._thread.pending

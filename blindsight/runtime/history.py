@@ -261,6 +261,11 @@ class Pending:
         """Whether no token can belong to an image."""
         return is_all_text(self.tokens)
 
+    @property
+    def has_images(self) -> bool:
+        """Whether any token is an image's, or a video's."""
+        return not self.is_text and bool((self.tokens & IMAGE).any())
+
     def take_grid(self, video_grid_thw: Tensor) -> None:
         """Take what the model is told of its videos; the last that is told counts."""
         marked = mark_by_grid(self.tokens, video_grid_thw)

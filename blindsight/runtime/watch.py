@@ -62,7 +62,7 @@ class _Before(_Hook):
             _input_ids(args, kwargs),
             is_compiled=lambda: any(_is_compiled(each, self._is_backend) for each in callbacks),
         )
-        _observe_frames(runtime, kwargs)
+        _observe_images(runtime, kwargs)
 
 
 class _After(_Hook):
@@ -90,7 +90,7 @@ def observe_call(runtime: Runtime, call: FrameType) -> None:
     args, kwargs = call.f_locals["args"], call.f_locals["kwargs"]
     if (input_ids := _input_ids(args, kwargs)) is not None:
         runtime.observe(input_ids)
-    _observe_frames(runtime, kwargs)
+    _observe_images(runtime, kwargs)
 
 
 def watch_forward(
@@ -134,13 +134,15 @@ def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return given if isinstance(given, Tensor) and is_token_ids(given) else None
 
 
-def _observe_frames(runtime: Runtime, kwargs: dict[str, Any]) -> None:
-    """Take note of what tells the frames of videos apart."""
+def _observe_images(runtime: Runtime, kwargs: dict[str, Any]) -> None:
+    """Take note of what tells the frames of videos apart, and that there are images at all."""
     grid, positions = (kwargs.get(name) for name in ("video_grid_thw", "position_ids"))
     if isinstance(grid, Tensor) and is_video_grid(grid):
         runtime.observe_videos(grid)
     if isinstance(positions, Tensor) and is_axis_positions(positions):
         runtime.observe_positions(positions)
+    if any(name.startswith("pixel_values") and x is not None for name, x in kwargs.items()):
+        runtime.expect_images()
 
 
 def _is_compiled(callback: object, is_backend: Callable[[object], bool]) -> bool:
