@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from blindsight.template import DEFAULT_LAYER_PATTERN, TemplateRule
+# What the decoders of transformers' multimodal models are called.
+DEFAULT_LAYER_PATTERN = r"(?:language|text)_model(?:\.model)?\.layers\.(\d+)\.self_attn"
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,12 @@ def family_of(model_or_config: Any) -> Family:
     return FAMILIES[model_type]
 
 
-def template_rule(model_or_config: Any, tokenizer: Any = None) -> TemplateRule:
-    """Return the rule of a listed family; see :meth:`~blindsight.TemplateRule.from_config`."""
+def rule_of_family(model_or_config: Any, tokenizer: Any = None) -> dict[str, Any]:
+    """Return the arguments of a listed family's :class:`~blindsight.TemplateRule`.
+
+    Raises:
+        ValueError: See :meth:`~blindsight.TemplateRule.from_config`.
+    """
     config, family = config_of(model_or_config), family_of(model_or_config)
     model_type = config.model_type
 
@@ -214,15 +219,15 @@ def template_rule(model_or_config: Any, tokenizer: Any = None) -> TemplateRule:
             )
         return tuple(sorted(found))
 
-    return TemplateRule(
-        image_token_ids=of_config(family.image_tokens) + of_tokenizer(family.parts),
-        start_token_ids=of_config(family.start_tokens) or of_tokenizer(family.start),
-        end_token_ids=of_config(family.end_tokens) or of_tokenizer(family.end),
-        leading_tile_ids=of_tokenizer(family.leading),
-        trailing_tile_ids=of_tokenizer(family.trailing),
-        video_token_ids=of_config(family.video_tokens),
-        layer_pattern=family.layer_pattern,
-    )
+    return {
+        "image_token_ids": of_config(family.image_tokens) + of_tokenizer(family.parts),
+        "start_token_ids": of_config(family.start_tokens) or of_tokenizer(family.start),
+        "end_token_ids": of_config(family.end_tokens) or of_tokenizer(family.end),
+        "leading_tile_ids": of_tokenizer(family.leading),
+        "trailing_tile_ids": of_tokenizer(family.trailing),
+        "video_token_ids": of_config(family.video_tokens),
+        "layer_pattern": family.layer_pattern,
+    }
 
 
 def attends(layer_type: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blindsight.families import DEFAULT_LAYER_PATTERN, rule_of_family
 from blindsight.videos import FRAME, VIDEO, mark_by_grid
 
 # What a token can be, as bits: one id may be both delimiters (a separator between images).
@@ -26,9 +27,6 @@ _OPTIONAL = ("leading_tile_ids", "trailing_tile_ids", "video_token_ids")
 
 _FEW = 16  # ids of a token that is decoded, of every row: looked up one by one
 _text_alone: dict[torch.Size, Tensor] = {}  # by shape, see TemplateRule.shared_kinds
-
-# What the decoders of transformers' multimodal models are called.
-DEFAULT_LAYER_PATTERN = r"(?:language|text)_model(?:\.model)?\.layers\.(\d+)\.self_attn"
 
 
 @dataclass(frozen=True)
@@ -137,9 +135,7 @@ class TemplateRule:
         Raises:
             ValueError: The family is not known, or its tokenizer is needed.
         """
-        from blindsight.families import template_rule
-
-        return template_rule(config, tokenizer)
+        return cls(**rule_of_family(config, tokenizer))
 
     def to_json(self) -> str:
         data = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,12 +14,16 @@ from torch import Tensor
 from blindsight.runtime.history import History
 from blindsight.template import Template, find_order_problem
 
-if TYPE_CHECKING:
-    from blindsight.runtime.forwards import Runtime
-
 
 class BlindsightWarning(UserWarning):
     """Something ran dense, or was left alone, that the profile would have made sparse."""
+
+
+class HasForwards(Protocol):
+    """A backend's runtime, as far as a template given by hand is concerned."""
+
+    def check_explicit(self, forward: ForwardUnder) -> None:
+        """Complain of sparse layers that did not run under the template."""
 
 
 @dataclass
@@ -36,7 +40,7 @@ class GivenTemplate:
     """A template given by hand, and what each backend did under it."""
 
     template: Template
-    forwards: dict[Runtime, ForwardUnder] = field(default_factory=dict)
+    forwards: dict[HasForwards, ForwardUnder] = field(default_factory=dict)
 
 
 _given: ContextVar[GivenTemplate | None] = ContextVar("blindsight_template", default=None)
