@@ -19,6 +19,7 @@ from common import conditions
 from transfer import Bench
 
 from blindsight.calibration.refine import UNITS, reselect
+from blindsight.evaluation.sweep_plot import plot_sweep
 from blindsight.plots import plot_profile
 from blindsight.progress import quiet
 from blindsight.sweep import sweep
@@ -64,7 +65,7 @@ def main() -> None:
             progress=True,
         )
     found.save(options.out)
-    found.plot(options.out / "sweep.png")
+    plot_sweep(found, options.out / "sweep.png")
     made = json.dumps(conditions(), indent=1) + "\n"
     (options.out / "conditions.json").write_text(made, encoding="utf-8")
     print(found.to_markdown())

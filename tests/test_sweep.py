@@ -15,6 +15,7 @@ from blindsight.cli import main
 from blindsight.evaluation.baselines import PruningMasking, WindowMasking, shuffled_categories
 from blindsight.evaluation.masked_model import Call
 from blindsight.evaluation.prefill import Batch, Decoder
+from blindsight.evaluation.sweep_plot import plot_sweep
 from blindsight.evaluation.sweep_points import (
     BY_ERROR,
     BY_HEAD,
@@ -26,9 +27,10 @@ from blindsight.evaluation.sweep_points import (
     selection_of,
     spread_budgets,
 )
+from blindsight.evaluation.sweep_result import Sweep
 from blindsight.plots import CATEGORY_COLORS, _spread, plot_masks, plot_profile
 from blindsight.profile import Profile
-from blindsight.sweep import Sweep, sweep
+from blindsight.sweep import sweep
 from blindsight.template import Template, find_sinks
 from models import Image, make_inputs, tiny_model
 from processors import tiny_processor
@@ -386,7 +388,7 @@ def test_points_are_timed_on_request() -> None:
 
 
 def test_pictures_are_drawn(curve: Sweep, tmp_path: Path) -> None:
-    curve.plot(tmp_path / "sweep.png")
+    plot_sweep(curve, tmp_path / "sweep.png")
     plot_profile(model_and_profile()[1], tmp_path / "heads.png")
     plot_profile(model_and_profile()[1], tmp_path / "heads.svg")
     span_id = torch.tensor([[0, 1, 1, 0, 2, 2, 2, 0]], dtype=torch.int32)
@@ -395,7 +397,7 @@ def test_pictures_are_drawn(curve: Sweep, tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert len(set(CATEGORY_COLORS.values())) == 4
     with pytest.raises(ValueError, match=r"must end in one of .*png.*got 'xyz'"):
-        curve.plot(tmp_path / "sweep.xyz")
+        plot_sweep(curve, tmp_path / "sweep.xyz")
 
 
 def test_labels_never_overlap() -> None:

@@ -203,7 +203,9 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
         )
     found.save(arguments.out)
     if not arguments.no_plot:
-        found.plot(arguments.out / "sweep.png")
+        from blindsight.evaluation.sweep_plot import plot_sweep
+
+        plot_sweep(found, arguments.out / "sweep.png")
     print(found.to_markdown(), end="")
 
 

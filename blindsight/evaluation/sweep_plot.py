@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from blindsight.evaluation.bootstrap import Estimate
 from blindsight.evaluation.sweep_points import BY_ERROR, BY_HEAD, BY_LAYER, PRUNING, RANDOM, WINDOW
+from blindsight.evaluation.sweep_result import Sweep, SweepPoint
 from blindsight.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Curve, Panel, plot_curves
-from blindsight.sweep import Sweep, SweepPoint
 
 _LOOKS = {
     BY_HEAD: ("category by head", BLUE),
