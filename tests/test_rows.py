@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -95,6 +96,13 @@ def test_layouts_give_the_same_sample(layout: str, folder: Path) -> None:
     assert shades == [(shade, 255 - shade, 7) for shade in SHADES]
     assert messages == row(TYPED, TYPED)["messages"]
     assert (len(prompt), answer) == (1, "yes")
+
+
+def test_pixels_of_numpy_are_an_image() -> None:
+    images = [np.asarray(picture(shade)) for shade in SHADES]
+    assert content_of(load_samples([as_text(images=images)]))[0] == [(10, 245, 7), (200, 55, 7)]
+    with pytest.raises(ValueError, match="image 1 of sample 0 of list must be an image file, got"):
+        load_samples([as_text(images=[np.zeros((2, 3, 4, 5))] * 2)])[0]
 
 
 def test_opened_images_inside_messages() -> None:

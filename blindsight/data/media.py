@@ -69,8 +69,9 @@ def open_image(image: Any, what: str, folder: Path | None, *, decode: bool = Tru
     """Return an image in RGB.
 
     Args:
-        image: A path, a ``data:`` URL, an opened image, encoded bytes, or a mapping with one of
-            these, as ``datasets`` keeps what it has not decoded.
+        image: A path, a ``data:`` URL, an opened image, encoded bytes, pixels ``[H, W, 3]``
+            uint8 of numpy, or a mapping with one of the former, as ``datasets`` keeps what it has
+            not decoded.
         what: What to call it in an error.
         folder: What paths are relative to.
         decode: If false only its header is read, and what is returned has no pixels.
@@ -97,6 +98,8 @@ def open_image(image: Any, what: str, folder: Path | None, *, decode: bool = Tru
         if isinstance(image, bytes):
             with Image.open(io.BytesIO(image)) as opened:
                 return upright(opened)
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
         if isinstance(image, Image.Image):
             return upright(image)
     except Exception as error:  # Pillow raises all kinds for damaged and for huge files
