@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -264,15 +265,15 @@ def rule_of(model: nn.Module, processor: Any = None) -> TemplateRule:
 
 
 def _check_options(
-    budget: float,
+    budget: object,
     criterion: str,
     aggregate: str,
     quantile: float,
     allocation: str,
     sink_offsets: tuple[int, ...] | str | None,
 ) -> None:
-    if not budget >= 0:
-        raise ValueError(f"budget must be at least 0, got {budget}.")
+    if not (isinstance(budget, Real) and float(budget) >= 0):
+        raise ValueError(f"budget must be a number of at least 0, got {budget!r}.")
     for name, value, known in (
         ("criterion", criterion, tuple(CRITERIA)),
         ("aggregate", aggregate, AGGREGATES),

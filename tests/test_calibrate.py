@@ -269,6 +269,8 @@ def test_bad_input_is_said_clearly(tmp_path: Path) -> None:
         calibrate(model, processor, rows(1), sink_offsets="found")
     with pytest.raises(ValueError, match="aggregate must be one of quantile, mean"):
         calibrate(model, processor, rows(1), aggregate="median")
+    with pytest.raises(ValueError, match=r"budget must be a number of at least 0, got '0.1'"):
+        calibrate(model, processor, rows(1), budget="0.1")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="allocation must be one of per_head, global"):
         calibrate(model, processor, rows(1), allocation="perhead")
     with pytest.raises(ValueError, match=r"two images, .*, among the first 2, got none"):
@@ -286,6 +288,13 @@ def test_bad_input_is_said_clearly(tmp_path: Path) -> None:
     text_model = LlamaForCausalLM(config)
     with pytest.raises(ValueError, match="model must have a vision part, got 'llama'"):
         calibrate(text_model, processor, rows(1))
+
+
+def test_inference_mode_around_it_is_no_matter() -> None:
+    model, processor = tiny_model("gemma3", num_layers=1), tiny_processor("gemma3")
+    expected = calibrate(model, processor, rows(1), progress=False)
+    with torch.inference_mode():
+        assert calibrate(model, processor, rows(1), progress=False) == expected
 
 
 def test_the_model_stays_in_training_mode() -> None:

@@ -152,7 +152,8 @@ def _measure_own(
         unit="prompt",
     )
     try:
-        with bar, in_eval_mode(model):
+        # Gradients are taken, and what inference mode makes has none.
+        with bar, in_eval_mode(model), torch.inference_mode(False):
             while done < len(samples):
                 batch = list(samples[done : done + batch_size])
                 inputs = model_inputs(processor, batch, padding_side=padding_side)

@@ -127,7 +127,10 @@ def load_samples(
     elif hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
         chosen = range(len(rows))
     elif limit is None:
-        raise ValueError(f"limit must be given for a stream of samples ({name}), got None.")
+        raise ValueError(
+            f"limit must be given for a stream of samples ({name}), got None. calibrate() calls it "
+            "num_samples."
+        )
     else:
         rows = list(islice(rows, limit))
         chosen = range(len(rows))
