@@ -6,7 +6,7 @@ _LONGEST_SHOWN = 300
 
 
 def shortened(text: str) -> str:
-    """Return a text without what nobody reads: images as base64."""
+    """Return a text cut to what an error message can show; images come as long base64."""
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 

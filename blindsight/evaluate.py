@@ -43,7 +43,7 @@ from blindsight.families import check_has_vision
 from blindsight.modules import in_eval_mode
 from blindsight.profile import Profile
 from blindsight.ranks import current_ranks
-from blindsight.runtime.inner import name_of
+from blindsight.runtime.inner import name_for_files
 from blindsight.runtime.shards import check_is_whole
 
 ENGINES = ("reference", "compiled")
@@ -382,7 +382,7 @@ def _timing(
     inner: str | Callable[..., Any],
     repeats: int,
 ) -> Timing:
-    name = f"prefill of {profile.digest} by {name_of(inner)}, {repeats} times"
+    name = f"prefill of {profile.digest} by {name_for_files(inner)}, {repeats} times"
     if name not in known.notes:
 
         def time_it() -> Timing:

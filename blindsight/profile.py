@@ -164,10 +164,9 @@ class Profile:
             ValueError: The shape is not the profile's, or an entry is no category.
         """
         parsed = parse_categories(categories, self.layer_types, self.num_heads)
-        changed = int((parsed != self.categories).sum())
         noted = dict(self.calibration)
-        if changed and noted:
-            noted["edited"] = f"{changed} of {parsed.numel()} heads"
+        if noted and not torch.equal(parsed, self.categories):
+            noted["edited"] = "by hand"
         return replace(self, categories=parsed, calibration=noted)
 
     def shard(self, rank: int, world_size: int) -> Profile:

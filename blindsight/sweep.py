@@ -36,7 +36,7 @@ from blindsight.evaluation.sweep_result import Sweep, SweepPoint
 from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill
 from blindsight.modules import in_eval_mode
 from blindsight.profile import Profile
-from blindsight.runtime.inner import name_of
+from blindsight.runtime.inner import name_for_files
 
 
 def sweep(
@@ -121,10 +121,11 @@ def sweep(
             plans = [*plans, *more]
         timings: dict[str, Timing] = {}
         if repeats:
+            compiler = name_for_files(inner)
             batch = longest_prompt(decoder, processor, samples, dense)
             for plan in plans:
                 if plan.series == BY_HEAD and plan.categories is not None:
-                    key = f"prefill at {plan.masking.key} by {name_of(inner)}, {repeats} times"
+                    key = f"prefill at {plan.masking.key} by {compiler}, {repeats} times"
                     if key not in known.notes:
                         chosen = profile.with_categories(plan.categories)
                         found = time_prefill(decoder, batch, chosen, inner=inner, repeats=repeats)

@@ -124,12 +124,12 @@ def _advanced(
     axes: dict[Any, Expression] = {}
     old, new = 0, 0 if adjacent else rank
     counted = False
-    aligned = iter(indices)
+    remaining = iter(indices)
     for part, is_tensor in zip(parts, tensors, strict=True):
         if is_tensor:
             if adjacent and not counted:
                 new, counted = new + rank, True
-            index = next(aligned)
+            index = next(remaining)
             shift = start + rank - len(index.shape)
             axes[old] = substitute(
                 index.expression,

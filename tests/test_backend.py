@@ -14,6 +14,7 @@ from transformers import DynamicCache
 import blindsight
 from blindsight import BlindsightWarning, Profile, TemplateRule, blindsight_backend, use_template
 from blindsight.backend import blindsight as by_name
+from blindsight.reference import reference_logits
 from blindsight.runtime.compiled_graph import CompiledGraph
 from blindsight.template import Template
 from models import (
@@ -479,7 +480,6 @@ def of_a_wrong_pattern(model: Any) -> Profile:
     [
         (of_another_family, "profile has architecture=qwen2_vl, model has architecture=qwen2_5_vl"),
         (of_fewer_layers, "profile has num_layers=1, model has num_layers=2"),
-        (of_a_wrong_pattern, r"layers 0-1 at 'decoder.*', found none\. Give the whole model, or"),
     ],
 )
 @pytest.mark.parametrize("part", ["whole", "decoder", "layers"])
@@ -494,6 +494,32 @@ def test_a_profile_that_does_not_fit_is_told_without_the_model(
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
             model(**inputs, use_cache=False)
+
+
+def test_a_wrong_pattern_is_told_where_nothing_else_tells_layers(qwen: Any, inputs: Any) -> None:
+    model = copy.deepcopy(qwen)
+    backend = blindsight_backend(of_a_wrong_pattern(qwen), inner="eager", lowering="fused")
+    for layer in model.model.language_model.layers:
+        layer.compile(backend=backend)
+    with pytest.raises(ValueError, match=r"layers 0-1 at 'decoder.*', found none\. Give the whole"):
+        model(**inputs, use_cache=False)
+
+
+def test_weights_may_be_buffers_where_paths_tell_layers() -> None:
+    """As quantised ones are: then no parameter tells a layer."""
+    model = tiny_model("gemma3")
+    inputs = make_inputs("gemma3", [[5, Image(), 4, Image(), 6]])
+    expected = reference_logits(model, inputs, Profile.for_model(model, "sink"))
+    for layer in model.model.language_model.layers:
+        for module in layer.self_attn.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, parameter.data)
+    backend = blindsight_backend(Profile.for_model(model, "sink"), inner="eager", lowering="fused")
+    model.compile(backend=backend)
+    logits = model(**inputs, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert {row.layer for row in backend.report().rows if row.rewritten} == {0, 1}
 
 
 def test_a_profile_that_does_not_fit_leaves_a_model_dense_on_request(

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 import blindsight
+import family_models
 from blindsight.cli import main
 from blindsight.cli.models import load_model
 from blindsight.demo import DemoOptions, run_demo
@@ -105,6 +107,20 @@ def test_a_file_that_is_no_image_is_one_line(
     assert "broken.png" in error_of(capsys, "demo", "--images", str(tmp_path))
 
 
+def test_a_family_that_is_not_listed_needs_a_rule(tmp_path: Path) -> None:
+    kind = CONFIG_MAPPING["vipllava"]
+    parts = {
+        "text_config": family_models._sized(kind().text_config, family_models.TEXT_SIZES, {}),
+        "vision_config": family_models._sized(kind().vision_config, family_models.VISION_SIZES, {}),
+    }
+    config = kind(**parts, **family_models._known(kind, family_models.SPECIAL_IDS))
+    model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]
+    model_class._from_config(config, attn_implementation="sdpa").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model type must be one of .* --rule, a file"):
+        load_model(str(tmp_path), device="cpu")
+    assert load_model(str(tmp_path), device="cpu", has_rule=True).config.model_type == "vipllava"
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
@@ -113,7 +129,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_demo_asks_the_testbed_alone(capsys: pytest.CaptureFixture[str]) -> None:
     found = error_of(capsys, "demo", "--part", "answers", "--profile", "mine.safetensors")
-    assert "part 'answers' must be asked of the testbed, got profile of your own" in found
+    assert "part 'answers' runs on the testbed only, got profile of your own" in found
 
 
 def test_numbers_out_of_range_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ from blindsight.evaluation.summary import summarize
 from blindsight.evaluation.timing import check_distance, time_prefill
 from blindsight.profile import Profile
 from blindsight.reference import kept_pairs, reference_logits
+from blindsight.runtime.inner import name_for_files
 from models import FAMILIES, Image, make_inputs, tiny_model
 from processors import tiny_processor
 from questions import Watched, rows, samples
@@ -482,13 +483,19 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
     assert third.opened == []
 
 
-@pytest.mark.parametrize("inner", ["eager", lambda gm, inputs: gm])
+def as_it_is(gm: Any, inputs: Any) -> Any:
+    return gm
+
+
+@pytest.mark.parametrize("inner", ["eager", as_it_is])
 def test_timing_is_not_measured_again(inner: Any, tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     options = {"repeats": 1, "checkpoint": path}
     first = run(4, inner=inner, **options)
-    again = inner if isinstance(inner, str) else lambda gm, inputs: gm  # of another process
-    assert first.to_json() == run(4, inner=again, **options).to_json()
+    assert first.to_json() == run(4, inner=inner, **options).to_json()
+    assert name_for_files(inner) in path.read_text()
+    nameless = [name_for_files(lambda gm, inputs: gm) for _ in range(2)]
+    assert len({*nameless, name_for_files(inner)}) > 1
 
 
 @pytest.mark.parametrize(

@@ -546,6 +546,8 @@ def test_a_static_cache_of_chunked_layers(family: str, lowering: str) -> None:
 
 def test_packed_sequences_of_chunked_layers() -> None:
     """The first image of each sequence is free in layers whose masks tell chunks apart, too."""
+    if reason := why_not_here("llama4"):
+        pytest.skip(reason)
     model = tiny_model("llama4")
     rows = [make_inputs("llama4", 2, seed=seed)["input_ids"] for seed in (0, 1)]
     positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
@@ -586,6 +588,8 @@ def test_layers_that_share_keys_are_compiled_one_by_one(by_hand: bool) -> None:
 def test_given_masks_are_looked_at_in_later_conversations() -> None:
     """Dynamo then has a symbol for what is in the cache of each layer; their values are alike."""
     family = "gemma4/large"
+    if reason := why_not_here(family):
+        pytest.skip(reason)
     model = without_vision(tiny_model(family))
     profile, plain = profile_of(model, family), copy.deepcopy(model)
     torch._dynamo.reset()

@@ -276,7 +276,7 @@ class TestWithCategories:
         changed[0, 1] = (changed[0, 1] + 1) % 4
         other = profile.with_categories(changed)
         assert torch.equal(other.categories, torch.from_numpy(changed))
-        assert other.calibration == {**profile.calibration, "edited": "1 of 12 heads"}
+        assert other.calibration == {**profile.calibration, "edited": "by hand"}
         assert other.evidence.keys() == profile.evidence.keys()
         assert bool((profile.with_categories("sink").categories == 1).all())
 

@@ -41,7 +41,7 @@ def run(**options: Any) -> Profile:
     return refine(model, tiny_processor(), samples(5), profile, **options)
 
 
-def test_refines_are_those_of_the_reference() -> None:
+def test_effects_are_those_of_the_reference() -> None:
     model, _ = model_and_profile()
     effect = run().evidence["effect"]
     for head, code in ((1, 1), (2, 3)):

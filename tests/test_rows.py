@@ -78,6 +78,10 @@ LAYOUTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "urls of files": lambda at: row(*({**TYPED, "url": f"file://{at / x}"} for x in files())),
     "base64": lambda _: row(*({**TYPED, "base64": in_base64(shade)} for shade in SHADES)),
     "OpenAI": lambda _: of_openai(*(f"data:image/png;base64,{in_base64(x)}" for x in SHADES)),
+    "inside, as numpy": lambda _: row(
+        *({**TYPED, "image": np.asarray(picture(shade))} for shade in SHADES)
+    ),
+    "both": lambda _: row(*({**TYPED, "image": "gone.png"} for _ in SHADES), images=files()),
     "first inside": lambda _: row({**TYPED, "image": files()[0]}, TYPED, image=files()[1]),
     "second inside": lambda _: row(TYPED, {**TYPED, "image": files()[1]}, image=files()[0]),
 }
@@ -91,8 +95,11 @@ def content_of(samples: Samples) -> Any:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_give_the_same_sample(layout: str, folder: Path) -> None:
-    (folder / "data.jsonl").write_text(json.dumps(LAYOUTS[layout](folder)))
-    shades, messages, prompt, answer = content_of(load_samples(folder))
+    rows: Any = [LAYOUTS[layout](folder)]
+    if "numpy" not in layout:
+        (folder / "data.jsonl").write_text(json.dumps(rows[0]))
+        rows = folder
+    shades, messages, prompt, answer = content_of(load_samples(rows))
     assert shades == [(shade, 255 - shade, 7) for shade in SHADES]
     assert messages == row(TYPED, TYPED)["messages"]
     assert (len(prompt), answer) == (1, "yes")
@@ -135,6 +142,12 @@ def test_videos_inside_messages(folder: Path) -> None:
     assert (of_a_file.path, of_a_file.num_frames) == (str(folder / "a.mp4"), 3)
     assert [x["type"] for x in sample.messages[0]["content"]][1::2] == ["video", "video"]
     assert all(set(x) == {"type"} for x in sample.messages[0]["content"][1::2])
+    three = {"type": "video", "base64": base64.b64encode(b"a video").decode(), "fps": 4}
+    four = {"type": "video", "fps": 1}
+    (sample,) = load_samples([row(three, four, video=str(folder / "a.mp4"))])
+    assert [(video.data, video.fps) for video in sample.videos] == [(b"a video", 4), (None, 1)]
+    with pytest.raises(ValueError, match=r"video 1 of sample 0 .* must be in base64, got data:"):
+        load_samples([row({**three, "base64": "!"}, four, video=str(folder / "a.mp4"))])[0]
 
 
 @pytest.mark.parametrize(
@@ -159,6 +172,8 @@ def test_rows_of_text_may_come_first() -> None:
     inside = LAYOUTS["base64"](Path())
     of_text = {"messages": [{"role": "user", "content": "what?"}]}
     assert [len(sample.images) for sample in load_samples([of_text, inside])] == [0, 2]
+    beside = {**as_text(), "images": [picture(1), picture(2)]}
+    assert [len(sample.images) for sample in load_samples([of_text, beside])] == [0, 2]
 
 
 def test_files_of_other_kinds(folder: Path) -> None:

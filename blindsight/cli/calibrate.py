@@ -107,7 +107,9 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
             limit=arguments.limit,
             seed=arguments.sample_seed,
         )
-        model = load_model(arguments.model, arguments.dtype, arguments.device)
+        model = load_model(
+            arguments.model, arguments.dtype, arguments.device, has_rule="rule" in options
+        )
         processor = load_processor(arguments.model)
         begin = time.perf_counter()
         profile = calibrate(
@@ -121,7 +123,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
             **options,
         )
         seconds = time.perf_counter() - begin
-        # Nobody forgets what was measured before that is kept.
+        # No process deletes its measurements before the profile is saved.
         ranks.on_first(lambda: profile.save(output))
     if arguments.checkpoint is None:
         for path in (checkpoint, checkpoint.with_name(f"{checkpoint.name}.sinks")):

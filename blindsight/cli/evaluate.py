@@ -225,7 +225,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, list[Sample] | Any, 
     transformers_logging: Any = transformers.logging
     transformers_logging.disable_progress_bar()
     try:
-        model = load_model(arguments.model, arguments.dtype, arguments.device)
+        model = load_model(arguments.model, arguments.dtype, arguments.device, has_rule=True)
     finally:
         transformers_logging.enable_progress_bar()
     processor = load_processor(arguments.model)

@@ -24,13 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(name: str, dtype: str | None = None, device: str | None = "cpu") -> Any:
+def load_model(
+    name: str,
+    dtype: str | None = None,
+    device: str | None = "cpu",
+    *,
+    has_rule: bool = False,
+) -> Any:
     """Load a model that reads images.
 
     Args:
         name: A folder, or an id on the hub.
         dtype: Of its weights; by default as they are stored, and float32 on a CPU.
         device: See :func:`blindsight.ranks.local_device`; "auto": all GPUs.
+        has_rule: Whether it is known how its images are found, so that any family will do.
 
     Raises:
         ValueError: There is none, it reads text only, or it cannot be where it should.
@@ -58,7 +65,8 @@ def load_model(name: str, dtype: str | None = None, device: str | None = "cpu") 
             f"model must be a folder or a hub id that can be reached, got {name!r}: {what}"
         ) from error
     check_has_vision(config)
-    family_of(config)
+    if not has_rule:
+        family_of(config)
     model_class: Any = AutoModelForImageTextToText
     model = model_class.from_pretrained(
         name,

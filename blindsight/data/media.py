@@ -91,7 +91,7 @@ def open_image(image: Any, what: str, folder: Path | None, *, decode: bool = Tru
         raise ValueError(f"{what} must be a file, got {shortened(image)}. Download it first.")
     try:
         if isinstance(image, str) and image.startswith("data:"):
-            image = base64.b64decode(image.partition(",")[2], validate=True)
+            image = _decoded(image, what)
         if isinstance(image, (str, os.PathLike)):
             with Image.open(_in(folder, image)) as opened:
                 return upright(opened)
@@ -135,6 +135,8 @@ def open_video(video: Any, what: str, folder: Path | None) -> Video:
         given = {"bytes": video}
     if isinstance(video, Mapping):
         given = {name: value for name, value in video.items() if value is not None}
+    if isinstance(path := given.get("path"), str) and path.startswith("data:"):
+        given = {**given, "bytes": _decoded(path, what)}
     if isinstance(given.get("bytes"), bytes):
         given.pop("path", None)  # its name, as datasets keeps it
     frames, path, data, fps, num_frames = map(given.get, _KEYS)
@@ -165,6 +167,14 @@ def open_video(video: Any, what: str, folder: Path | None) -> Video:
         name = shortened(repr(path))
         raise ValueError(f"{what} must be a file, got {name}. Remove the sample, or add it.")
     return Video(path=os.fspath(file), fps=fps, num_frames=num_frames)
+
+
+def _decoded(url: str, what: str) -> bytes:
+    """Return what a ``data:`` URL holds."""
+    try:
+        return base64.b64decode(url.partition(",")[2], validate=True)
+    except ValueError as error:
+        raise ValueError(f"{what} must be in base64, got {shortened(url)}: {error}.") from None
 
 
 def _is_number(value: object, kind: type) -> bool:

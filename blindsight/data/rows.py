@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 ROW = '{"images": ["a.png", ...], "messages": [...]}, or with "videos"'
 
 _KINDS = ("image", "video")
+_MEDIA = {"images", "image", "videos", "video"}
 _IN_TEXT = re.compile("(<image>|<video>)")
 _OF_A_VIDEO = ("fps", "num_frames")
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -147,8 +148,11 @@ def check_columns(rows: Any, indices: Any, name: str) -> None:
             f"dataset must have a column 'messages', got {', '.join(columns) or 'none'} in {name}. "
             f"A row is {ROW}."
         )
-    has_media = {"images", "image", "videos", "video"} & set(columns)
-    if not has_media and not any(True for at in indices for _ in _media_inside(rows[at])):
+    has_media = bool(_MEDIA & set(columns)) or any(
+        (_MEDIA & set(row)) or any(True for _ in _media_inside(row))
+        for row in (rows[at] for at in indices)
+    )
+    if not has_media:
         raise ValueError(
             f"dataset must have images or videos, got only {', '.join(columns)} in {name}. A row "
             f"is {ROW}."
@@ -176,16 +180,22 @@ def _take_media(
     entries = [x for message in messages for x in message["content"] if x.get("type") == kind]
     held = [_held(entry, kind) for entry in entries]
     beside = _column(row, kind)
-    if (missing := held.count(None)) != len(beside):
+    if len(beside) == len(held):
+        held = [None] * len(held)  # the row has all of them, whatever the entries repeat
+    missing = sum(media is None for media in held)
+    if missing != len(beside):
         raise ValueError(
             f"{where} must have one {kind} for each {{'type': '{kind}'}} in its messages, got "
             f"{len(beside)} {kind}s for {missing}."
         )
+    others = iter(beside)
+    media = [next(others) if each is None else each for each in held]
+    if kind == "video":
+        media = [_as_asked(each, entry) for each, entry in zip(media, entries, strict=True)]
     for entry in entries:
         for name in (*_holders(kind), *_OF_A_VIDEO):
             entry.pop(name, None)
-    others = iter(beside)
-    return [next(others) if media is None else media for media in held]
+    return media
 
 
 def _holders(kind: str) -> tuple[str, ...]:
@@ -200,14 +210,18 @@ def _held(entry: Mapping[str, Any], kind: str) -> Any:
     name, media = found[0]
     if name == f"{kind}_url" and isinstance(media, Mapping):
         media = media.get("url")
-    if name == "base64":
-        media = f"data:;base64,{media}"
+    return f"data:;base64,{media}" if name == "base64" else media
+
+
+def _as_asked(video: Any, entry: Mapping[str, Any]) -> Any:
+    """Return a video with what its entry says of frames."""
     asked = {name: entry[name] for name in _OF_A_VIDEO if entry.get(name) is not None}
-    if kind == "video" and asked:
-        if not isinstance(media, Mapping):
-            media = {"frames" if isinstance(media, (list, tuple)) else "path": media}
-        media = {**media, **asked}
-    return media
+    if not asked or isinstance(video, Video):
+        return video
+    if isinstance(video, Mapping):
+        return {**video, **asked}
+    kinds: dict[type, str] = {list: "frames", tuple: "frames", bytes: "bytes"}
+    return {kinds.get(type(video), "path"): video, **asked}
 
 
 def _media_inside(row: Mapping[str, Any]) -> Iterator[Any]:

@@ -128,8 +128,8 @@ def load_samples(
         chosen = range(len(rows))
     elif limit is None:
         raise ValueError(
-            f"limit must be given for a stream of samples ({name}), got None. calibrate() calls it "
-            "num_samples."
+            f"limit must be given for a stream of samples ({name}), got None: num_samples of "
+            "calibrate(), or give a list."
         )
     else:
         rows = list(islice(rows, limit))
@@ -165,7 +165,7 @@ def _open(source: Any, split: str | None) -> tuple[Any, str, Path | None]:
                 "none."
             )
     rows = _of_split(_load_dataset(path, name), split, name)
-    return _with_videos_as_files(rows), name, None
+    return _with_videos_as_files(rows), name, path.parent if path.is_file() else None
 
 
 def _load_dataset(path: Path, name: str) -> Any:

@@ -51,7 +51,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
     own = [name for name in ("model", "images", "profile") if getattr(options, name) is not None]
     if own and options.part == "answers":
         raise ValueError(
-            f"part 'answers' must be asked of the testbed, got {' and '.join(own)} of your own. "
+            f"part 'answers' runs on the testbed only, got {' and '.join(own)} of your own. "
             "Leave them out, or time them: part 'speed'."
         )
     asks = options.part in ("answers", "both") and not own

@@ -28,8 +28,9 @@ class AttachedModels:
 
     Attributes:
         layer_map: Tells their layers by parameters.
-        problem: Why the profile is not of a model that was called, if it looks like one that it
-            was meant for, or None.
+        problem: Why the profile does not fit a model that was called and that it seems meant for,
+            or None.
+        is_of_another: Whether that is because it is of another model; else no layers were found.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class AttachedModels:
         self._parts: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of the models, and they
         self._others: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.problem: str | None = None
+        self.is_of_another = False
         self._hooks: list[RemovableHandle] = []
         self._lock = threading.Lock()  # several threads may call a model first
 
@@ -79,28 +81,30 @@ class AttachedModels:
                     self.attach(model)
                 except ValueError as error:
                     self._others.add(model)
-                    if self.problem is None and self._is_meant(model):
-                        self.problem = str(error).removesuffix(".")
+                    if self.problem is None:
+                        self._note_problem(model, str(error).removesuffix("."))
                     continue
             observe_call(self._runtime, call)
             return
 
-    def _is_meant(self, model: nn.Module) -> bool:
-        """Whether a model that the profile does not fit looks like one that it was meant for.
+    def _note_problem(self, model: nn.Module, problem: str) -> None:
+        """Keep why a profile does not fit a model, if it seems meant for it.
 
-        A whole vision-language model, unless the profile is of its text model; or one of the very
-        shape, in which no layers are found.
+        That is a whole vision-language model, unless the profile is of its text model; or one of
+        exactly the profile's shape in which no layers are found.
         """
         config = getattr(model, "config", None)
         if config is None:
-            return False
+            return
         try:
             self._profile.validate(config, part_is_fine=True)
         except ValueError:
-            return getattr(config, "vision_config", None) is not None and not self._is_of_text(
-                config
-            )
-        return not LayerMap(self._profile.rule.layer_pattern, model).layers
+            has_vision = getattr(config, "vision_config", None) is not None
+            if has_vision and not self._is_of_text(config):
+                self.problem, self.is_of_another = problem, True
+            return
+        if not LayerMap(self._profile.rule.layer_pattern, model).layers:
+            self.problem = problem
 
     def _is_of_text(self, config: Any) -> bool:
         try:

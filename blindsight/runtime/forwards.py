@@ -140,10 +140,12 @@ class Runtime:
     def expect_images(self) -> None:
         """Warn if the forward under way is given pixels, and no token is known to be an image's."""
         pending = self.pending
-        if pending is not None and not pending.has_images and not is_disabled():
+        if pending is None or given_template() is not None or is_disabled():
+            return
+        if not pending.has_images:
             self.warn_once(
-                "the model is given pixels, but no token of the prompt is an image's by the "
-                f"profile's rule, image_token_ids={self.rule.image_token_ids}, so it runs dense. "
+                "the model is given pixels, but by the profile's rule (image_token_ids="
+                f"{self.rule.image_token_ids}) the prompt has no image tokens, so it runs dense. "
                 "Make the profile with the model's rule: TemplateRule.from_config(model.config, "
                 "processor)."
             )

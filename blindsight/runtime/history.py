@@ -131,8 +131,10 @@ class History:
 
     def cuts_delimiter(self, new: Pending) -> bool:
         """Whether new tokens begin with an image after the first whose delimiter came before."""
+        if new.is_text or new.kinds.shape[0] != self.batch:
+            return False
         last = self._given[1] if self._tokens is None else self._kinds
-        if last is None or new.is_text or new.kinds.shape[0] != self.batch:
+        if last is None:
             return False
         opens = ((last[:, -1] & START) > 0) & ((new.kinds[:, 0] & IMAGE) > 0)
         return bool(opens.any()) and bool((opens & (self.template.span_id > 0).any(1)).any())

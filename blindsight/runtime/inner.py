@@ -49,7 +49,9 @@ class Inner:
 
     @property
     def name(self) -> str:
-        return name_of(self.backend)
+        if isinstance(self.backend, str):
+            return self.backend
+        return getattr(self.backend, "__name__", type(self.backend).__name__)
 
     @property
     def takes_regions(self) -> bool:
@@ -108,8 +110,12 @@ class Inner:
         return patches
 
 
-def name_of(backend: str | Callable[..., Any]) -> str:
-    """Return what to call a backend: in reports, and in files that outlive the process."""
+def name_for_files(backend: str | Callable[..., Any]) -> str:
+    """Return what tells a backend from others in a file that outlives the process.
+
+    Of what has no name of its own (lambdas, partials) that is nothing that another process has.
+    """
     if isinstance(backend, str):
         return backend
-    return getattr(backend, "__name__", type(backend).__name__)
+    name = f"{getattr(backend, '__module__', '')}.{getattr(backend, '__qualname__', '<')}"
+    return repr(backend) if "<" in name else name

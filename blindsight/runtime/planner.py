@@ -106,9 +106,14 @@ class _Planner:
         layer = layer_of_path(attention)
         layer_map = self._state.models.layer_map
         known_class = attention.module_class in DECODER_ATTENTION_CLASSES
-        problem = None if layer_map.models else self._state.models.problem
-        if problem and (layer is not None or known_class or self._has_its_shape(attention)):
-            return None, self._refuse(problem)
+        models = self._state.models
+        if models.problem is not None and not layer_map.models:
+            is_ours = layer is not None or known_class
+            # Where no parameters tell layers (weights that are buffers), the path may.
+            if (models.is_of_another and is_ours) or (
+                layer is None and self._has_its_shape(attention)
+            ):
+                return None, self._refuse(models.problem)
         if layer is None and layer_map.models:
             examples = [_example(self._inputs[at]) for at in attention.parameters]
             if not known_class and layer_map.layer_of(examples) is None:

@@ -166,8 +166,8 @@ class Sequences:
     def _note_of_a_copy(self, keys: Tensor, layer: int) -> CacheNote | None:
         """Return what is known of a cache that holds the very same keys, if there is one.
 
-        The first layer's say nothing of images: two caches may hold the same of one prompt, seen
-        under unlike templates.
+        First-layer keys do not depend on masks: two caches of one prompt hold the same ones even
+        where their templates differ.
         """
         found = self._runtime.caches.find_equal(keys, layer)
         if not found or found[0].history.num_tokens > keys.shape[2]:
@@ -183,9 +183,9 @@ class Sequences:
         sizes: tuple[int, int, int],
         pending: Pending | None,
     ) -> bool:
-        """Whether a token of text is decoded after the prompt that a template was given of."""
+        """Whether a text token is decoded after the prompt that the template describes."""
         _, num_queries, num_keys = sizes
-        if num_queries != 1 or pending is None or not pending.is_text:
+        if num_queries != 1 or pending is None or pending.has_images:
             return False
         past = self._past(args, layers, sizes, None, pending)
         expected = self._num_tokens(args, past, num_queries, num_keys)

@@ -141,7 +141,8 @@ def _observe_images(runtime: Runtime, kwargs: dict[str, Any]) -> None:
         runtime.observe_videos(grid)
     if isinstance(positions, Tensor) and is_axis_positions(positions):
         runtime.observe_positions(positions)
-    if any(name.startswith("pixel_values") and x is not None for name, x in kwargs.items()):
+    pixels = (x for name, x in kwargs.items() if name.startswith("pixel_values"))
+    if any(isinstance(x, Tensor) and x.numel() > 0 for x in pixels):
         runtime.expect_images()
 
 
