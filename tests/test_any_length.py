@@ -107,7 +107,7 @@ def skip_where_each_number_of_images_compiles(model: Any) -> None:
     ("family", "inner", "lowering"),
     [
         pytest.param("qwen2_vl", "aot_eager", "fused", marks=pytest.mark.nightly),
-        ("qwen2_5_vl", "aot_eager", "split"),
+        pytest.param("qwen2_5_vl", "aot_eager", "split", marks=pytest.mark.nightly),
         ("gemma3", "aot_eager", "fused"),
     ],
 )
@@ -267,7 +267,7 @@ def test_random_conversations(
         check(family, profile, inputs, torch.cat(logits, dim=1))
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=pytest.mark.nightly)])
 def test_chunks_of_one_length_share_a_graph(cache: str) -> None:
     """As servers cut long prompts: the queries are fixed, and the keys grow; or are fixed, too."""
     case = case_of("qwen2_5_vl", torch.float32, "long")

@@ -476,15 +476,15 @@ def of_a_wrong_pattern(model: Any) -> Profile:
 
 
 @pytest.mark.parametrize(
-    ("other", "message"),
+    ("part", "other", "message"),
     [
-        (of_another_family, "profile has architecture=qwen2_vl, model has architecture=qwen2_5_vl"),
-        (of_fewer_layers, "profile has num_layers=1, model has num_layers=2"),
+        ("whole", of_another_family, "architecture=qwen2_vl, model has architecture=qwen2_5_vl"),
+        ("decoder", of_another_family, "architecture=qwen2_vl, model has architecture=qwen2_5_vl"),
+        ("layers", of_fewer_layers, "profile has num_layers=1, model has num_layers=2"),
     ],
 )
-@pytest.mark.parametrize("part", ["whole", "decoder", "layers"])
 def test_a_profile_that_does_not_fit_is_told_without_the_model(
-    qwen: Any, inputs: Any, other: Any, message: str, part: str
+    qwen: Any, inputs: Any, part: str, other: Any, message: str
 ) -> None:
     model = copy.deepcopy(qwen)
     backend = blindsight_backend(other(qwen), inner="eager", lowering="fused")

@@ -595,7 +595,7 @@ def test_given_masks_are_looked_at_in_later_conversations() -> None:
     torch._dynamo.reset()
     backend = blindsight_backend(profile, inner="eager", lowering="fused")
     model.model.language_model.compile(backend=backend)
-    for conversation, counts in enumerate([(2, 2), (3, 2), (2, 3)]):
+    for conversation, counts in enumerate([(2, 2), (3, 2)]):
         turns = [make_inputs(family, n, seed=3 * conversation + n) for n in counts]
         names = ("input_ids", "attention_mask", "mm_token_type_ids")  # placeholders will do
         turns = [{name: turn[name] for name in names if name in turn} for turn in turns]
