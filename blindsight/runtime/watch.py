@@ -141,9 +141,10 @@ def _observe_images(runtime: Runtime, kwargs: dict[str, Any]) -> None:
         runtime.observe_videos(grid)
     if isinstance(positions, Tensor) and is_axis_positions(positions):
         runtime.observe_positions(positions)
-    pixels = (x for name, x in kwargs.items() if name.startswith("pixel_values"))
-    if any(isinstance(x, Tensor) and x.numel() > 0 for x in pixels):
-        runtime.expect_images()
+    for name in ("pixel_values", "pixel_values_videos"):
+        pixels = kwargs.get(name)
+        if isinstance(pixels, Tensor) and pixels.numel() > 0:
+            runtime.expect_images()
 
 
 def _is_compiled(callback: object, is_backend: Callable[[object], bool]) -> bool:
