@@ -128,13 +128,7 @@ def open_video(video: Any, what: str, folder: Path | None) -> Video:
     """
     if isinstance(video, Video):
         return video
-    given: dict[str, Any] = {"path": video}
-    if isinstance(video, (list, tuple)):
-        given = {"frames": video}
-    elif isinstance(video, bytes):
-        given = {"bytes": video}
-    if isinstance(video, Mapping):
-        given = {name: value for name, value in video.items() if value is not None}
+    given = as_mapping(video)
     if isinstance(path := given.get("path"), str) and path.startswith("data:"):
         given = {**given, "bytes": _decoded(path, what)}
     if isinstance(given.get("bytes"), bytes):
@@ -167,6 +161,15 @@ def open_video(video: Any, what: str, folder: Path | None) -> Video:
         name = shortened(repr(path))
         raise ValueError(f"{what} must be a file, got {name}. Remove the sample, or add it.")
     return Video(path=os.fspath(file), fps=fps, num_frames=num_frames)
+
+
+def as_mapping(video: Any) -> dict[str, Any]:
+    """Return what :func:`open_video` takes in its longest form, without what is None."""
+    if isinstance(video, Mapping):
+        return {name: value for name, value in video.items() if value is not None}
+    if isinstance(video, (list, tuple)):
+        return {"frames": video}
+    return {"bytes" if isinstance(video, bytes) else "path": video}
 
 
 def _decoded(url: str, what: str) -> bytes:

@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blindsight.data.media import Video, identity_of, open_image, open_video
+from blindsight.data.media import Video, as_mapping, identity_of, open_image, open_video
 from blindsight.error_text import shortened
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 ROW = '{"images": ["a.png", ...], "messages": [...]}, or with "videos"'
 
 _KINDS = ("image", "video")
-_MEDIA = {"images", "image", "videos", "video"}
+_MEDIA = {*_KINDS, *(f"{kind}s" for kind in _KINDS)}
 _IN_TEXT = re.compile("(<image>|<video>)")
 _OF_A_VIDEO = ("fps", "num_frames")
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -218,10 +218,7 @@ def _as_asked(video: Any, entry: Mapping[str, Any]) -> Any:
     asked = {name: entry[name] for name in _OF_A_VIDEO if entry.get(name) is not None}
     if not asked or isinstance(video, Video):
         return video
-    if isinstance(video, Mapping):
-        return {**video, **asked}
-    kinds: dict[type, str] = {list: "frames", tuple: "frames", bytes: "bytes"}
-    return {kinds.get(type(video), "path"): video, **asked}
+    return {**as_mapping(video), **asked}
 
 
 def _media_inside(row: Mapping[str, Any]) -> Iterator[Any]:

@@ -96,19 +96,18 @@ class AttachedModels:
         config = getattr(model, "config", None)
         if config is None:
             return
+        if self._is_of(config):
+            if not LayerMap(self._profile.rule.layer_pattern, model).layers:
+                self.problem = problem
+            return
+        has_vision = getattr(config, "vision_config", None) is not None
+        if has_vision and not self._is_of(text_config(config)):
+            self.problem, self.is_of_another = problem, True
+
+    def _is_of(self, config: Any) -> bool:
+        """Whether the profile is of models with this config."""
         try:
             self._profile.validate(config, part_is_fine=True)
-        except ValueError:
-            has_vision = getattr(config, "vision_config", None) is not None
-            if has_vision and not self._is_of_text(config):
-                self.problem, self.is_of_another = problem, True
-            return
-        if not LayerMap(self._profile.rule.layer_pattern, model).layers:
-            self.problem = problem
-
-    def _is_of_text(self, config: Any) -> bool:
-        try:
-            self._profile.validate(text_config(config), part_is_fine=True)
         except ValueError:
             return False
         return True
