@@ -283,7 +283,7 @@ def run_header(
 def compare(
     model: nn.Module,
     processor: Any,
-    samples: Sequence[Sample],
+    samples: Any,
     profiles: Mapping[str, Profile],
     *,
     batch_size: int = 8,
@@ -305,6 +305,7 @@ def compare(
     """
     # Where the layers are is the model's business; two patterns may find the same.
     rules = {replace(p.rule, layer_pattern=r"(\d+)") for p in profiles.values()}
+    samples = as_samples(samples)
     if len(rules) != 1:
         raise ValueError(f"profiles must have one rule, got {len(rules)} among {list(profiles)}.")
     first = next(iter(profiles.values()))

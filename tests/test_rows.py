@@ -83,6 +83,11 @@ LAYOUTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     ),
     "both": lambda _: row(*({**TYPED, "image": "gone.png"} for _ in SHADES), images=files()),
     "first inside": lambda _: row({**TYPED, "image": files()[0]}, TYPED, image=files()[1]),
+    "counted": lambda _: row(
+        {**TYPED, "index": 1, "text": None},
+        {**TYPED, "index": 0},
+        images=[*reversed(files()), "gone.png"],
+    ),
     "second inside": lambda _: row(TYPED, {**TYPED, "image": files()[1]}, image=files()[0]),
 }
 
@@ -157,6 +162,7 @@ def test_videos_inside_messages(folder: Path) -> None:
         (as_text(images=[]), r"one image for each {'type': 'image'} .*, got 0 images for 2"),
         (of_llava(image=picture(1)), r"one image for each .*, got 1 images for 2"),
         (row({**TYPED, "image": 3}, TYPED, image=picture(1)), "image 1 of sample 0 .*, got int"),
+        (row({**TYPED, "index": 1}, TYPED, image=picture(1)), r"from 0 to 0 .*, got \[1, None\]"),
         (of_openai("https://a/b.png", "c"), r"image 1 .* file, got https://a/b.png. Download it"),
         ({"messages": [{"role": "user", "content": ["what?"]}], "images": []}, "a string or a lis"),
         ({"conversations": [{"from": "human"}], "images": []}, "conversations of sample 0 of"),

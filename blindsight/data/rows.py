@@ -12,7 +12,8 @@ A row is a mapping:
               ``{"type": "video"}`` for the next of the videos, and so do ``<image>`` and
               ``<video>`` in a content that is a string. An entry may hold what it stands for:
               ``{"type": "image", "image": ...}``, or ``url``, ``path``, ``base64``; or OpenAI's
-              ``{"type": "image_url", "image_url": {"url": ...}}``
+              ``{"type": "image_url", "image_url": {"url": ...}}``; or say which of the images,
+              counted from zero: ``{"type": "image", "index": 1}``
     conversations
               instead of messages, as LLaVA has them: ``{"from": "human", "value": "<image> ..."}``
               and ``{"from": "gpt", "value": ...}``
@@ -179,7 +180,7 @@ def _take_media(
     """Return what each entry of a kind stands for, and take what it holds out of it."""
     entries = [x for message in messages for x in message["content"] if x.get("type") == kind]
     held = [_held(entry, kind) for entry in entries]
-    beside = _column(row, kind)
+    beside = _in_order(_column(row, kind), entries, kind, where)
     if len(beside) == len(held):
         held = [None] * len(held)  # the row has all of them, whatever the entries repeat
     missing = sum(media is None for media in held)
@@ -193,9 +194,22 @@ def _take_media(
     if kind == "video":
         media = [_as_asked(each, entry) for each, entry in zip(media, entries, strict=True)]
     for entry in entries:
-        for name in (*_holders(kind), *_OF_A_VIDEO):
+        for name in (*_holders(kind), *_OF_A_VIDEO, "index"):
             entry.pop(name, None)
     return media
+
+
+def _in_order(media: list[Any], entries: list[dict[str, Any]], kind: str, where: str) -> list[Any]:
+    """Return the media that are beside the messages as the entries count them, if they do."""
+    indices = [entry.get("index") for entry in entries]
+    if not any(isinstance(index, int) for index in indices):
+        return media
+    if not all(isinstance(index, int) and 0 <= index < len(media) for index in indices):
+        raise ValueError(
+            f"{where} must have an index from 0 to {len(media) - 1} for each {{'type': '{kind}'}}, "
+            f"or for none, got {indices}."
+        )
+    return [media[index] for index in indices if index is not None]
 
 
 def _holders(kind: str) -> tuple[str, ...]:

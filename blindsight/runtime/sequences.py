@@ -72,9 +72,13 @@ class Sequences:
         if explicit is None and pending is None:
             self._state.models.look_for_prompt()
             pending = self._runtime.pending
-        if explicit is not None and self._goes_beyond(explicit, args, layers, sizes, pending):
+        past = None
+        if explicit is not None:
+            past = self._past_beyond(explicit, args, layers, sizes, pending)
+        if past is not None:
             explicit = None
-        past = self._past(args, layers, sizes, explicit, pending)
+        else:
+            past = self._past(args, layers, sizes, explicit, pending)
         if explicit is None:
             history, unknown = self._whole(sizes, pending, past)
         else:
@@ -175,21 +179,21 @@ class Sequences:
         first = found[0].history
         return found[0] if all(first.is_like(note.history) for note in found) else None
 
-    def _goes_beyond(
+    def _past_beyond(
         self,
         explicit: History,
         args: Sequence[Any],
         layers: tuple[int, ...],
         sizes: tuple[int, int, int],
         pending: Pending | None,
-    ) -> bool:
-        """Whether a text token is decoded after the prompt that the template describes."""
+    ) -> Past | None:
+        """Return what is in the cache, if a text token follows the prompt of the template."""
         _, num_queries, num_keys = sizes
         if num_queries != 1 or pending is None or pending.has_images:
-            return False
+            return None
         past = self._past(args, layers, sizes, None, pending)
         expected = self._num_tokens(args, past, num_queries, num_keys)
-        return expected is not None and expected > explicit.num_tokens
+        return past if expected is not None and expected > explicit.num_tokens else None
 
     def _check(
         self, explicit: History, args: Sequence[Any], sizes: tuple[int, int, int], past: Past
