@@ -117,11 +117,13 @@ class CompiledGraph:
         known = self._sequences.find(args, layers)
         history, dense_because = known.history, known.dense_because
         rewriting = None
-        if dense_because is None and history is not None:
+        if dense_because is None:
+            assert history is not None
             self._state.check_unchanged()
             rewriting = self._rewriter.choose(args, layers, history)
             dense_because = None if rewriting else _FASTER_DENSE
-        if rewriting is not None and history is not None:
+        if rewriting is not None:
+            assert history is not None
             outputs, runs = self._run_rewritten(args, layers, history, rewriting)
             for call, how in zip(self._calls, runs, strict=True):
                 call.verdict.own_runs[how] += 1
@@ -237,7 +239,9 @@ class CompiledGraph:
             if rewriting.capacities is not None:
                 variant = self._compile_for_lengths(gm, inputs, rewriting.given, num_tokens)
             else:
-                variant = CompiledForLengths(self._compile(gm, inputs), lambda *sizes: True)
+                variant = CompiledForLengths(
+                    self._compile(gm, inputs), lambda sizes, num_tokens: True
+                )
             self._variants.keep(key, variant)
         return variant
 

@@ -14,12 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from blindsight.passes.find_attention import (
-    Attention,
-)
-from blindsight.passes.graph import (
-    fake_tensor,
-)
+from blindsight.passes.find_attention import Attention
+from blindsight.passes.graph import fake_tensor
 from blindsight.passes.lift_mask import Lifted
 from blindsight.profile import Profile
 from blindsight.report import Verdict

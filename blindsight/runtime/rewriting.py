@@ -275,7 +275,7 @@ class Rewriter:
     def _capacity(self, at: int, args: Sequence[Any]) -> Capacity:
         size_of, device = self._plan.size_of(args), self._plan.device
         queries, keys = (
-            capacity_of(size_of(size), device, size) for size in self._calls[at].attention.lengths
+            capacity_of(size_of(size), size, device) for size in self._calls[at].attention.lengths
         )
         return queries, keys
 
@@ -283,7 +283,7 @@ class Rewriter:
         """Return the capacity of a call in longer prompts, where the device has one for all."""
         device, lengths = self._plan.device, self._calls[at].attention.lengths
         queries, keys = (
-            None if takes_any_number(device, size) else number
+            None if takes_any_number(size, device) else number
             for size, number in zip(lengths, capacity, strict=True)
         )
         return queries, keys
