@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import blindsight
 from blindsight import BlindsightWarning, Profile, TemplateRule, blindsight_backend, use_template
-from blindsight.backend import blindsight as by_name
+from blindsight.backend_by_name import blindsight as by_name
 from blindsight.reference import reference_logits
 from blindsight.runtime.compiled_graph import CompiledGraph
 from blindsight.template import Template
