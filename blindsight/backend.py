@@ -18,7 +18,7 @@ from blindsight.profile import Profile
 from blindsight.report import Report, Verdict
 from blindsight.runtime.attached import AttachedModels
 from blindsight.runtime.compiled_graph import CompiledGraph
-from blindsight.runtime.forwards import Runtime
+from blindsight.runtime.forwards import Forwards
 from blindsight.runtime.inner import OPTIONS_OF_INDUCTOR, Inner
 from blindsight.runtime.lowering import Lowering
 from blindsight.runtime.state import BackendState
@@ -42,15 +42,14 @@ class BlindsightBackend:
         self.__name__ = "blindsight"
         profile = dataclasses.replace(profile)  # nobody else can write to its tensors
         self.inner = Inner(inner, inner_options, passes.identities)
-        sparse = [layer for layer in profile.layers if not profile.layer_is_dense(layer)]
-        runtime = Runtime(profile.rule, profile.layers, sparse_layers=sparse, strict=strict)
+        forwards = Forwards(profile, strict=strict)
         reference = weakref.ref(self)
 
         def is_this(compiler: object) -> bool:
             return _backend_of(compiler) is reference() is not None
 
-        models = AttachedModels(profile, runtime, is_this)
-        self.state = BackendState(profile, strict, lowering, runtime, models, passes)
+        models = AttachedModels(profile, forwards, is_this)
+        self.state = BackendState(profile, strict, lowering, forwards, models, passes)
         self._lock = threading.Lock()
         self._num_graphs = 0
         if model is not None:
@@ -76,7 +75,7 @@ class BlindsightBackend:
     def report(self) -> Report:
         """Return what became of every attention call that was compiled so far."""
         state = self.state
-        missing = sorted(state.runtime.layers - state.runtime.met)
+        missing = sorted(state.forwards.layers - state.forwards.met)
         return Report(tuple(map(Verdict.copy, state.verdicts)), tuple(missing))
 
     def warmup(

@@ -45,7 +45,7 @@ class _Named:
                 "dict."
             )
         if self._file != _stamp(self._options["profile"]):
-            self.backend.state.runtime.warn_once(
+            self.backend.state.forwards.warn_once(
                 f"the profile {self._options['profile']} was written to since it was read, and the "
                 "old one is in use. Call torch.compiler.reset() to read it anew."
             )

@@ -170,14 +170,14 @@ def test_a_forward_that_may_have_failed_is_a_warning(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no hook tells its end, half of the layers may have run, and then an error."""
-    monkeypatch.setattr("blindsight.runtime.forwards._limit_hits", lambda: 0)
-    runtime = backend_of(model).state.runtime
-    runtime.met.update(runtime.layers)
+    monkeypatch.setattr("blindsight.runtime.left_dense.recompile_limit_was_hit", lambda: False)
+    forwards = backend_of(model).state.forwards
+    forwards.met.update(forwards.layers)
     first, second = (inputs_of(*PROMPT, seed=seed)["input_ids"] for seed in (0, 1))
-    runtime.observe(first)
-    runtime.serve([0])
+    forwards.observe(first)
+    forwards.serve([0])
     with pytest.warns(BlindsightWarning, match=r"layers 1 of the profile .* call again"):
-        runtime.observe(second)
+        forwards.observe(second)
 
 
 @pytest.mark.parametrize(
@@ -299,8 +299,8 @@ def test_what_other_threads_compile_is_no_matter(
     model.model.language_model.compile(backend=backend)
     for text in (1, 2):
         assert_right(model, inputs_of(text, *PROMPT), model)
-    runtime = backend.state.runtime
-    model.lm_head.register_forward_pre_hook(lambda *_: watched.append(runtime.is_watched))
+    forwards = backend.state.forwards
+    model.lm_head.register_forward_pre_hook(lambda *_: watched.append(forwards.is_watched))
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # it is one for all
     model(**inputs_of(2, *reversed(PROMPT), seed=1))
     assert watched == [True]

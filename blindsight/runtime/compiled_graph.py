@@ -67,7 +67,7 @@ class CompiledGraph:
         inner: Inner,
     ) -> None:
         self._state = state
-        self._runtime = state.runtime
+        self._forwards = state.forwards
         self._inner = inner
         self._passes = state.passes
         if self._passes:
@@ -110,10 +110,10 @@ class CompiledGraph:
             raise ValueError(self._plan.problem)
         if not self._calls:
             if self._plan.runs_head:
-                self._runtime.finish()
+                self._forwards.finish()
             return self._run_own(args)
         layers = self._layers_of(args)
-        self._runtime.met.update(layers)
+        self._forwards.met.update(layers)
         known = self._sequences.find(args, layers)
         history, dense_because = known.history, known.dense_because
         rewriting = None
@@ -130,17 +130,17 @@ class CompiledGraph:
         else:
             outputs = self._run_own(args)
             self._plan.runs[f"dense: {dense_because}"] += 1
-        self._runtime.serve(layers)
+        self._forwards.serve(layers)
         self._sequences.remember(args, outputs, layers, known)
         return outputs
 
     def _observe(self, args: Sequence[Any]) -> None:
         if self._plan.input_ids is not None:
-            self._runtime.observe(args[self._plan.input_ids])
+            self._forwards.observe(args[self._plan.input_ids])
         if self._plan.video_grid is not None:
-            self._runtime.observe_videos(args[self._plan.video_grid])
+            self._forwards.observe_videos(args[self._plan.video_grid])
         if self._plan.positions is not None:
-            self._runtime.observe_positions(args[self._plan.positions])
+            self._forwards.observe_positions(args[self._plan.positions])
 
     def _layers_of(self, args: Sequence[Any]) -> tuple[int, ...]:
         if self._layers is not None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from blindsight.videos import (
 )
 
 _NO_FRAME = 0xFF ^ FRAME
+
+_T = TypeVar("_T")
 
 
 class History:
@@ -56,7 +58,7 @@ class History:
         self._given = template, kinds_after  # by hand, and what came after it
         self._on_device: dict[torch.device, Template] = {}
         self._restricts: dict[int, bool] = {}
-        self.memo: dict[object, Any] = {}  # what others found out of this sequence
+        self._found: dict[object, Any] = {}  # what others found out of this sequence
         known = kinds if template is None else template.span_id
         assert known is not None
         self.batch: int = known.shape[0]
@@ -77,6 +79,13 @@ class History:
                 assert after is not None
                 self._template = _joined(given, self._rule.template_of_kinds(after))
         return self._template
+
+    def once(self, key: object, find: Callable[[], _T]) -> _T:
+        """Return what ``find`` finds out of this sequence; it is called once per key."""
+        if key not in self._found:
+            self._found[key] = find()
+        found: _T = self._found[key]
+        return found
 
     def restricts_queries_from(self, past: int) -> bool:
         """As the template's, computed once: every layer asks."""

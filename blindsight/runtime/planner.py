@@ -241,10 +241,9 @@ class _Planner:
     def _refuse(self, problem: str) -> str:
         """Make a problem an error of every call (strict), or warn of it; return it."""
         if self._state.strict:
-            sentence = problem[0].upper() + problem[1:]
-            self.plan.problem = f"{sentence}, or leave such attention dense with strict=False."
+            self.plan.problem = f"{problem}, or leave such attention dense with strict=False."
         else:
-            self._state.runtime.warn_once(f"left dense: {problem}.")
+            self._state.forwards.warn_once(f"left dense: {problem}.")
         return problem
 
 

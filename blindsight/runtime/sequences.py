@@ -54,7 +54,7 @@ class Sequences:
 
     def __init__(self, state: BackendState, plan: Plan) -> None:
         self._state = state
-        self._runtime = state.runtime
+        self._forwards = state.forwards
         self._plan = plan
 
     def find(self, args: Sequence[Any], layers: tuple[int, ...]) -> Known:
@@ -68,10 +68,10 @@ class Sequences:
             ValueError: What is known does not fit the call.
         """
         sizes = self._plan.sizes(args)
-        explicit, pending = self._runtime.explicit_history(), self._runtime.pending
+        explicit, pending = self._forwards.explicit_history(), self._forwards.pending
         if explicit is None and pending is None:
             self._state.models.look_for_prompt()
-            pending = self._runtime.pending
+            pending = self._forwards.pending
         past = None
         if explicit is not None:
             past = self._past_beyond(explicit, args, layers, sizes, pending)
@@ -102,7 +102,7 @@ class Sequences:
         Of every layer: other graphs may run some of them in the next call.
         """
         history, _, past = known
-        notes, caches = self._runtime.caches, self._plan.kept_keys
+        notes, caches = self._forwards.caches, self._plan.kept_keys
         tensors = [*[outputs[at] for at in caches.left], *[args[at] for at in caches.written]]
         labels = [layers[call] for call in caches.calls]
         left: Sequence[CacheNote] = []
@@ -136,7 +136,7 @@ class Sequences:
     ) -> Past:
         """Return what is known of the tokens in the cache before the call."""
         _, num_queries, num_keys = sizes
-        cache, notes = self._plan.cache, self._runtime.caches
+        cache, notes = self._plan.cache, self._forwards.caches
         is_alone = num_keys == num_queries  # no keys but the call's own
         # Reading a counter on a device waits for it: not for a decoded token.
         decodes = pending is not None and pending.is_text and num_queries == 1
@@ -173,7 +173,7 @@ class Sequences:
         First-layer keys do not depend on masks: two caches of one prompt hold the same ones even
         where their templates differ.
         """
-        found = self._runtime.caches.find_equal(keys, layer)
+        found = self._forwards.caches.find_equal(keys, layer)
         if not found or found[0].history.num_tokens > keys.shape[2]:
             return None  # it slid: other sequences may end alike
         first = found[0].history
@@ -222,7 +222,7 @@ class Sequences:
                 f"{num_queries} tokens, got {' x '.join(map(str, pending.kinds.shape))}. Give "
                 "the template of the whole sequence: blindsight.use_template(span_id, is_sink)."
             )
-        history = self._runtime.history(pending, past.history) if past.is_known else None
+        history = self._forwards.history(pending, past.history) if past.is_known else None
         return history, "the tokens already in the cache are not known"
 
     def _dense_because(
@@ -240,14 +240,14 @@ class Sequences:
         if is_text:
             return _NO_IMAGE_QUERY
         if history is None:
-            self._runtime.warn_once(
+            self._forwards.warn_once(
                 f"prefill ran dense: {unknown}. Give the template of the whole sequence: "
                 "blindsight.use_template(span_id, is_sink)."
             )
             return unknown
         if not history.restricts_queries_from(history.num_tokens - num_queries):
             return _NO_IMAGE_QUERY
-        self._runtime.expect_all_layers()
+        self._forwards.expect_all_layers()
         if not any(self._plan.profile.categories[layer].any() for layer in layers):
             return DENSE_HEADS
         return None
