@@ -10,11 +10,10 @@ from torch import fx
 
 from blindsight.attention.attend import Group, attend, attend_in_region
 from blindsight.attention.base_mask import Tier
+from blindsight.attention.element_masks import expressed_mask, materialised_mask
 from blindsight.attention.flex import constant_rows
 from blindsight.attention.mask_forms import (
     MaskForm,
-    expressed_mask,
-    materialised_mask,
     ordered_mask,
     sorted_mask,
 )
