@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, fx
@@ -233,13 +233,20 @@ def node_of_size(gm: fx.GraphModule, size: int | torch.SymInt) -> fx.Node | int:
     return found.node if isinstance(found, fx.Proxy) else int(found)
 
 
-def ancestors(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield a node and everything that it is computed from, each once."""
+def ancestors(
+    node: fx.Node, *, through: Callable[[fx.Node], bool] = lambda _: True
+) -> Iterator[fx.Node]:
+    """Yield a node and everything that it is computed from, each once.
+
+    Args:
+        node: A node of a graph.
+        through: Which nodes are followed; the others are left out, with what only they lead to.
+    """
     seen, waiting = {node}, [node]
     while waiting:
         current = waiting.pop()
         yield current
         for parent in current.all_input_nodes:
-            if parent not in seen:
+            if parent not in seen and through(parent):
                 seen.add(parent)
                 waiting.append(parent)

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from blindsight.passes.expressions import ARITHMETIC, FLIPPED
+from blindsight.passes.expressions import ARITHMETIC, NEGATED
 from blindsight.passes.graph import IN_PLACE_OPERATORS, fake_tensor
 from blindsight.passes.names import FILLS, name_of
 
@@ -18,7 +18,7 @@ _FRESH = {
     *("new_full", "full_like", "tril", "triu", "scalar_tensor", "tensor", "rsub", "cumsum"),
     *("diff", "sum", "pad", "roll", "embedding", "linear", "matmul", "cat", "stack", "rand"),
     *("index", "scaled_dot_product_attention"),
-    *FLIPPED,
+    *NEGATED,
     *ARITHMETIC,
     *FILLS,
 }

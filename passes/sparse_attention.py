@@ -24,7 +24,8 @@ from blindsight.attention.base_mask import Tier, is_plain_causal
 from blindsight.attention.flex import constant_rows
 from blindsight.cache_keys import source_digest
 from blindsight.families import DECODER_ATTENTION_CLASSES
-from blindsight.passes.find_attention import Attention, find_attention, find_input_ids
+from blindsight.passes.find_attention import Attention, find_attention
+from blindsight.passes.find_inputs import find_input_ids
 from blindsight.passes.graph import add_placeholder, placeholders, source_name
 from blindsight.passes.lift_mask import Lifted, lift_mask
 from blindsight.passes.replace_attention import TOKEN_INPUTS, replace_attention_pass

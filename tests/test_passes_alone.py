@@ -13,7 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight import Profile, blindsight_backend
 from blindsight.passes import GraphPass, SparseAttention, sparse_attention_pass
-from blindsight.passes.find_attention import count_attention, find_attention, find_key_cache
+from blindsight.passes.find_attention import count_attention, find_attention
+from blindsight.passes.find_key_cache import find_key_cache
 from blindsight.passes.graph import copy_graph_module, node_of_size, placeholders
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.replace_attention import replace_attention_pass

@@ -13,13 +13,11 @@ from blindsight.families import DECODER_ATTENTION_CLASSES, forgets
 from blindsight.passes.find_attention import (
     Attention,
     find_attention,
-    find_axis_positions,
     find_eager_attention,
-    find_input_ids,
-    find_key_cache,
-    find_video_grid,
     has_attention,
 )
+from blindsight.passes.find_inputs import find_axis_positions, find_input_ids, find_video_grid
+from blindsight.passes.find_key_cache import find_key_cache
 from blindsight.passes.graph import (
     copy_graph_module,
     fake_tensor,

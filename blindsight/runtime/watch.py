@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from blindsight.modules import plain_name
-from blindsight.passes.find_attention import is_axis_positions, is_token_ids, is_video_grid
+from blindsight.passes.find_inputs import is_axis_positions, is_token_ids, is_video_grid
 from blindsight.runtime.forwards import Forwards
 from blindsight.runtime.history import inner_calls
 
