@@ -83,8 +83,8 @@ def calibrate(
             as can be. By default the root of the KL divergence of the next token after the prompt,
             in nats; with ``criterion="output_error"`` the change of the head's own output in
             images other than the first, relative to its norm.
-        num_samples: At most so many samples; by default all.
-        seed: Of the choice among them; by default the first ones are taken.
+        num_samples: At most this many of the samples; by default all of them.
+        seed: Draws them at random, in random order; by default the first ones are taken, in order.
         batch_size: Prompts that run together; results differ by rounding only.
         criterion, allocation: See :func:`~blindsight.calibration.selection.select_categories`.
             ``"next_token"`` takes gradients: see :func:`~blindsight.calibration.measure.measure`.

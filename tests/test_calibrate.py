@@ -24,7 +24,7 @@ from blindsight.calibration import measure as measuring
 from blindsight.calibration.measurements import Measurements
 from blindsight.cli import main
 from blindsight.cli.calibrate import summary
-from blindsight.data.samples import load_samples
+from blindsight.data.samples import Samples, load_samples
 from blindsight.profile import Profile
 from blindsight.template import TemplateRule
 from models import tiny_model
@@ -308,20 +308,24 @@ def test_the_model_stays_in_training_mode() -> None:
 # The command.
 
 
+def save_rows(folder: Path, num_rows: int) -> None:
+    folder.mkdir()
+    lines = []
+    for n, row in enumerate(rows(num_rows)):
+        names = []
+        for m, image in enumerate(row["images"]):
+            names.append(f"{n}-{m}.png")
+            image.save(folder / names[-1])
+        lines.append(json.dumps({"images": names, "messages": row["messages"]}))
+    (folder / "data.jsonl").write_text("\n".join(lines))
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A model with its processor, and a dataset, in one folder each."""
     tiny_model("gemma3", num_layers=1).save_pretrained(tmp_path / "model")
     tiny_processor("gemma3").save_pretrained(tmp_path / "model")
-    (tmp_path / "data").mkdir()
-    lines = []
-    for n, row in enumerate(rows(2)):
-        names = []
-        for m, image in enumerate(row["images"]):
-            names.append(f"{n}-{m}.png")
-            image.save(tmp_path / "data" / names[-1])
-        lines.append(json.dumps({"images": names, "messages": row["messages"]}))
-    (tmp_path / "data/data.jsonl").write_text("\n".join(lines))
+    save_rows(tmp_path / "data", 2)
     return tmp_path
 
 
@@ -332,6 +336,29 @@ def test_the_command_takes_a_rule(saved: Path) -> None:
     output = saved / "profile.safetensors"
     assert main([*arguments, "-o", str(output), "--rule", str(saved / "rule.json")]) == 0
     assert Profile.load(output).rule == rule
+
+
+@pytest.mark.parametrize("seed", [None, 0, 3])
+def test_the_command_and_the_function_choose_the_same_prompts(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    save_rows(saved / "many", 8)
+    chosen = []
+
+    def measure(model: Any, processor: Any, samples: Samples, **_: Any) -> Measurements:
+        chosen.append([sample.index for sample in samples])
+        raise ValueError("seen")
+
+    monkeypatch.setattr("blindsight.calibrate.measure", measure)
+    arguments = ["calibrate", "--model", str(saved / "model"), "--data", str(saved / "many")]
+    arguments += ["-o", str(saved / "profile.safetensors"), "--limit", "5"]
+    assert main([*arguments, *([] if seed is None else ["--sample-seed", str(seed)])]) == 2
+    model, processor = tiny_model("gemma3", num_layers=1), tiny_processor("gemma3")
+    with pytest.raises(ValueError, match="seen"):
+        calibrate(model, processor, saved / "many", num_samples=5, seed=seed)
+    command, function = chosen
+    assert command == function and len(set(command)) == 5
+    assert (command == [0, 1, 2, 3, 4]) == (seed is None)
 
 
 def test_the_command_writes_a_profile(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
