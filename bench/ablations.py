@@ -150,7 +150,6 @@ def main() -> None:
                 profiles,
                 batch_size=arguments.batch_size,
                 checkpoint=arguments.out / f"answers-{sinks.replace(' ', '-')}.jsonl",
-                progress=True,
             )
             for key, summary in found.items():
                 rows.append(row_of(key, profiles[key], dense, summary))

@@ -197,7 +197,7 @@ class Bench:
                 calibration=note,
             )
             options = {"budget": self.budgets[0], "by": by, "batch_size": self.batch_size}
-            found = refine(self.model, self.processor, samples, first, progress=True, **options)
+            found = refine(self.model, self.processor, samples, first, **options)
             found.save(path)
         return Profile.load(path)
 
@@ -227,7 +227,6 @@ class Bench:
             profiles,
             batch_size=self.batch_size,
             checkpoint=self.known / f"answers-{questions.digest()[:16]}.jsonl",
-            progress=True,
         )
         rows = []
         for budget in self.budgets:

@@ -95,7 +95,7 @@ def calibrate(
             that other images look at most. By default as the rule says: the first.
         rule: How images are found; by default what the model's family needs.
         padding_side: Of shorter prompts in a batch.
-        progress: Whether to show a bar; by default where standard error is a terminal.
+        progress: See :func:`~blindsight.progress.progress_bar`.
         checkpoint: A file that keeps what was measured so far; an interrupted calibration with
             the same arguments goes on from there, to the very same profile.
 

@@ -181,7 +181,7 @@ def evaluate(
     checkpoint: str | os.PathLike[str] | None = None,
     num_resamples: int = 10_000,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Evaluation:
     """Answer every sample dense and with a profile, and compare.
 
@@ -199,7 +199,7 @@ def evaluate(
         checkpoint: File of what is answered already; an interrupted run goes on from it.
         num_resamples: Of the bootstrap.
         seed: Of the bootstrap.
-        progress: Whether to show a bar.
+        progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
         ValueError: The model has no vision part, the profile is another model's, a sample has no
@@ -291,7 +291,7 @@ def compare(
     checkpoint: str | os.PathLike[str] | None = None,
     num_resamples: int = 10_000,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> tuple[Summary, dict[str, Summary]]:
     """Answer every sample dense and with several profiles of one rule; nothing is timed.
 

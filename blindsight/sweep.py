@@ -57,7 +57,7 @@ def sweep(
     select: Select | None = None,
     num_resamples: int = 10_000,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Sweep:
     """Answer every sample under every point of the curve.
 
@@ -78,7 +78,7 @@ def sweep(
         select: What a budget selects; by default what calibration selects.
         num_resamples: Of the bootstrap.
         seed: Of the bootstrap.
-        progress: Whether to show a bar.
+        progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
         ValueError: The profile has no evidence or is another model's, the model has no vision

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
 from blindsight.calibration.measurements import Checkpoint, Measurements, model_digest
 from blindsight.calibration.probe import Call, Losses, empty_losses, measure_losses
@@ -32,6 +31,7 @@ from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.probe_attention import probe_attention_pass
 from blindsight.passes.recompute_layers import recompute_layers_pass
+from blindsight.progress import progress_bar
 from blindsight.ranks import Ranks, current_ranks
 from blindsight.runtime.layers import LayerMap, compact, layer_of_path
 from blindsight.runtime.shards import check_is_whole
@@ -69,7 +69,7 @@ def measure(
             writes, in all layers.
         batch_size: Prompts that run together.
         padding_side: Of shorter prompts in a batch.
-        progress: Whether to show a bar; by default where standard error is a terminal.
+        progress: See :func:`~blindsight.progress.progress_bar`.
         checkpoint: A file that keeps what was measured so far. Where it exists, the measurement
             goes on from there. It stays when all is done. In a
             :func:`~blindsight.ranks.shared_run` each process has its own, named after it.
@@ -97,7 +97,7 @@ def measure(
             next_token=next_token,
             batch_size=batch_size,
             padding_side=padding_side,
-            progress=progress if ranks.is_first else False,
+            progress=progress,
             checkpoint=checkpoint,
         )
         return positions, found
@@ -144,12 +144,8 @@ def _measure_own(
         parts = saved.load()
     done = sum(map(len, parts))
     prober = Prober(model, rule, next_token=next_token)
-    bar = tqdm(
-        total=len(samples),
-        initial=done,
-        disable=None if progress is None else not progress,
-        desc="calibrating",
-        unit="prompt",
+    bar = progress_bar(
+        progress, total=len(samples), initial=done, desc="calibrating", unit="prompt"
     )
     try:
         # Gradients are taken, and what inference mode makes has none.

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from blindsight.calibration.selection import select_categories
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
@@ -27,6 +26,7 @@ from blindsight.evaluation.outcomes import divergence
 from blindsight.evaluation.prefill import Decoder
 from blindsight.modules import in_eval_mode
 from blindsight.profile import Profile
+from blindsight.progress import progress_bar
 
 CRITERION = "next_token"  # its evidence is called "effect"
 UNITS = ("head", "layer")
@@ -41,7 +41,7 @@ def refine(
     budget: float,
     by: str = "head",
     batch_size: int = 8,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Profile:
     """Return a calibrated profile whose categories follow from their effect on the next token.
 
@@ -58,7 +58,7 @@ def refine(
             ``"layer"`` tries SINK in all heads of a layer, L prefills a prompt, and shares the
             layer's divergence out among its heads and their categories by their squared errors.
         batch_size: Prompts at once.
-        progress: Whether to show a bar.
+        progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
         ValueError: The profile has no evidence or is another model's, or an argument is malformed.
@@ -106,7 +106,7 @@ def mean_divergence(
     trials: Sequence[Tensor],
     *,
     batch_size: int = 8,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Tensor:
     """Return KL(dense || tried) of the next token, the mean over samples, ``[len(trials)]``.
 
@@ -116,7 +116,7 @@ def mean_divergence(
         samples: Prompts.
         trials: Category codes ``[L, H]`` of each trial.
         batch_size: Prompts at once.
-        progress: Whether to show a bar.
+        progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
         ValueError: There are no samples, or ``batch_size`` is not positive.
@@ -126,9 +126,7 @@ def mean_divergence(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     total = torch.zeros(len(trials), dtype=torch.float64)
-    with tqdm(
-        total=len(samples) * len(trials), disable=None if progress else True, unit="trial"
-    ) as bar:
+    with progress_bar(progress, total=len(samples) * len(trials), unit="trial") as bar:
         for begin in range(0, len(samples), batch_size):
             chosen = [samples[at] for at in range(begin, min(begin + batch_size, len(samples)))]
             batch = decoder.prepare(model_inputs(processor, chosen))

@@ -116,7 +116,6 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
             num_samples=arguments.limit,
             seed=arguments.sample_seed,
             batch_size=arguments.batch_size,
-            progress=True,
             checkpoint=checkpoint,
             **options,
         )

@@ -136,7 +136,6 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
             repeats=arguments.repeats,
             checkpoint=arguments.out / "answers.jsonl",
             seed=arguments.seed,
-            progress=True,
         )
     if not ranks.is_first:
         return
@@ -165,7 +164,6 @@ def _run_refine(arguments: argparse.Namespace) -> None:
             budget=arguments.budget,
             by=arguments.by,
             batch_size=arguments.batch_size,
-            progress=True,
         )
     found.save(output)
     print(found)
@@ -199,7 +197,6 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
             inner=arguments.inner,
             checkpoint=arguments.out / "answers.jsonl",
             seed=arguments.seed,
-            progress=True,
         )
     found.save(arguments.out)
     if not arguments.no_plot:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from blindsight.data.processors import model_inputs
 from blindsight.data.rows import Sample
@@ -26,6 +25,7 @@ from blindsight.data.samples import Samples
 from blindsight.evaluation.masked_model import Masking, Masks, Prompt
 from blindsight.evaluation.prefill import Batch, Decoder, Output
 from blindsight.files import write_whole
+from blindsight.progress import progress_bar
 from blindsight.ranks import current_ranks
 
 FORMAT, VERSION = "blindsight-outcomes", 1
@@ -209,7 +209,7 @@ def answer_samples(
     batch_size: int = 8,
     max_new_tokens: int | None = None,
     prefill: Prefill | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> dict[str, list[Outcome]]:
     """Answer all samples under all maskings; return the outcomes of each point, by sample.
 
@@ -226,7 +226,7 @@ def answer_samples(
         max_new_tokens: Of an answer; by default as many as the expected answer has, and what would
             follow is not looked at.
         prefill: How a batch is run under a masking; by default with explicit masks.
-        progress: Whether to show a bar.
+        progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
         ValueError: A sample has no answer, or none of the first samples has an image.
@@ -269,7 +269,7 @@ def _answer_own(
     max_new_tokens: int | None,
     prefill: Prefill | None,
     *,
-    progress: bool,
+    progress: bool | None,
 ) -> None:
     """Answer the batches of this process; every one is what it is in a process alone."""
     ranks = current_ranks()
@@ -277,8 +277,7 @@ def _answer_own(
     stop_ids = _stop_ids(decoder.model, tokenizer)
     run = prefill or (lambda b, _, masks, use_cache: decoder.prefill(b, masks, use_cache=use_cache))
     total = len(samples) * len(points)
-    disable = None if progress and ranks.is_first else True
-    with tqdm(total=total, disable=disable, unit="answer", leave=False) as bar:
+    with progress_bar(progress, total=total, unit="answer", leave=False) as bar:
         for positions in _chunks(range(len(samples)), batch_size * _BATCHES_AT_ONCE):
             first_batch = positions[0] // batch_size
             known = [p for p in points if _is_known(checkpoint, p, positions)]
