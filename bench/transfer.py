@@ -36,10 +36,10 @@ from blindsight.data.processors import load_processor, model_inputs
 from blindsight.data.samples import Samples, load_samples
 from blindsight.evaluate import compare
 from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks
-from blindsight.evaluation.outcomes import digest_of_weights
 from blindsight.evaluation.prefill import Decoder
 from blindsight.evaluation.summary import Summary
 from blindsight.families import fingerprint
+from blindsight.modules import digest_of_weights
 from blindsight.profile import Profile
 from blindsight.progress import quiet
 

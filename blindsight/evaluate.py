@@ -33,14 +33,13 @@ from blindsight.evaluation.outcomes import (
     Point,
     answer_samples,
     digest_of_samples,
-    digest_of_weights,
     write_text,
 )
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.evaluation.summary import Summary, by_task, percent, summarize, table
 from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill
 from blindsight.families import check_has_vision
-from blindsight.modules import in_eval_mode
+from blindsight.modules import digest_of_weights, in_eval_mode
 from blindsight.profile import Profile
 from blindsight.ranks import current_ranks
 from blindsight.runtime.inner import name_for_files

@@ -9,6 +9,7 @@ Shapes: N prompts, B batch, L layers, H query heads, C categories, R regions, T 
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import math
 import os
@@ -20,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from blindsight.calibration.measurements import Checkpoint, Measurements, model_digest
+from blindsight.calibration.measurements import Checkpoint, Measurements
 from blindsight.calibration.probe import Call, Losses, empty_losses, measure_losses
 from blindsight.data.processors import inputs_on, model_inputs
 from blindsight.data.samples import Samples
 from blindsight.families import config_of, fingerprint, shares_keys, text_config, with_attention
-from blindsight.modules import in_eval_mode, plain_name
+from blindsight.modules import digest_of_weights, in_eval_mode, plain_name
 from blindsight.passes.find_attention import Attention, find_attention, has_attention
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_mask
@@ -131,7 +132,8 @@ def _measure_own(
             ranks.own(checkpoint),
             {
                 "process": ranks.name,
-                "model": model_digest(model),
+                "model": json.dumps(fingerprint(model), sort_keys=True),
+                "weights": digest_of_weights(model),
                 "samples": samples.digest(),
                 "num_samples": len(samples),
                 "rule": rule.to_json(),

@@ -361,17 +361,6 @@ def divergence(dense: Tensor, other: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
 
 
-def digest_of_weights(model: nn.Module) -> str:
-    """Return what tells a model's weights from others, from a few numbers of each."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        few = torch.cat([flat[:8], flat[flat.numel() // 2 :][:8], flat[-8:]]).double().cpu()
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(few.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def digest_of_samples(samples: Sequence[Sample]) -> str:
     """Return what tells these questions from others."""
     own = getattr(samples, "digest", None)
