@@ -26,10 +26,9 @@ from torch import nn
 import blindsight
 from blindsight.data.rows import Sample
 from blindsight.data.samples import as_samples
-from blindsight.evaluation.masked_model import ProfileMasking
+from blindsight.evaluation.masked_model import Masking, ProfileMasking
 from blindsight.evaluation.outcomes import (
     Checkpoint,
-    Outcome,
     Point,
     answer_samples,
     digest_of_samples,
@@ -37,12 +36,10 @@ from blindsight.evaluation.outcomes import (
 )
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.evaluation.summary import Summary, by_task, percent, summarize, table
-from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill
+from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill_once
 from blindsight.families import check_has_vision
 from blindsight.modules import digest_of_weights, in_eval_mode
 from blindsight.profile import Profile
-from blindsight.ranks import current_ranks
-from blindsight.runtime.inner import name_for_files
 from blindsight.runtime.shards import check_is_whole
 
 ENGINES = ("reference", "compiled")
@@ -135,8 +132,9 @@ class Evaluation:
         if self.timing is not None:
             before, after = map(statistics.median, (self.timing.dense, self.timing.sparse))
             name = f"prefill of {self.timing.num_tokens:,} tokens, ms"
-            ratio = f"{after / before:.1%}"
-            rows.append([name, f"{1e3 * before:.1f}", f"{1e3 * after:.1f}", ratio])
+            rows.append(
+                [name, f"{1e3 * before:.1f}", f"{1e3 * after:.1f}", f"{self.timing.ratio:.1%}"]
+            )
         rows.append(["answers changed", "", f"{sparse.num_changed:,}", f"{sparse.changed:.1%}"])
         kl = f"{sparse.kl_mean:.2e} (95th percentile {sparse.kl_p95:.2e}, max {sparse.kl_max:.2e})"
         rows.append(["KL of the next token, mean, nats", "0", kl, ""])
@@ -212,8 +210,8 @@ def evaluate(
     profile, samples = Profile.of(profile), as_samples(samples)
     decoder = decoder_of(model, profile)
     known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
-    zeros = torch.zeros_like(profile.categories)
-    points = [point_of(zeros, engine), point_of(profile.categories, engine)]
+    tried = (torch.zeros_like(profile.categories), profile.categories)
+    points = [point_of(ProfileMasking(categories), engine) for categories in tried]
     compiled = CompiledDecoder(decoder, profile, inner=inner) if engine == "compiled" else None
 
     def run_compiled(batch: Batch, point: Point, masks: Any, use_cache: bool) -> Any:
@@ -237,8 +235,13 @@ def evaluate(
         dense = outcomes[points[0].key]
         timing = None
         if repeats:
-            timing = _timing(
-                decoder, processor, samples, profile, dense, known, inner=inner, repeats=repeats
+            timing = time_prefill_once(
+                known,
+                decoder,
+                lambda: longest_prompt(decoder, processor, samples, dense),
+                profile,
+                inner=inner,
+                repeats=repeats,
             )
     draws = {"num_resamples": num_resamples, "seed": seed}
     return Evaluation(
@@ -310,10 +313,10 @@ def compare(
     first = next(iter(profiles.values()))
     decoder = decoder_of(model, first)
     known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
-    points = {"": point_of(torch.zeros_like(first.categories))}
+    points = {"": point_of(ProfileMasking(torch.zeros_like(first.categories)))}
     for name, profile in profiles.items():
         profile.validate(model)
-        points[name] = point_of(profile.categories)
+        points[name] = point_of(ProfileMasking(profile.categories))
     with in_eval_mode(model):
         outcomes = answer_samples(
             decoder,
@@ -338,9 +341,8 @@ def compare(
     return found.pop(""), found
 
 
-def point_of(categories: torch.Tensor, engine: str = ENGINES[0]) -> Point:
-    """Return the point of some categories ``[L, H]``."""
-    masking = ProfileMasking(categories)
+def point_of(masking: Masking, engine: str = ENGINES[0]) -> Point:
+    """Return a masking with its name among the answers that an engine gave."""
     return Point(f"{engine}: {masking.key}", masking)
 
 
@@ -369,26 +371,3 @@ def conditions(model: nn.Module, samples: Sequence[Sample], seed: int) -> dict[s
         "transformers": transformers.__version__,
         "bootstrap seed": str(seed),
     }
-
-
-def _timing(
-    decoder: Decoder,
-    processor: Any,
-    samples: Sequence[Sample],
-    profile: Profile,
-    outcomes: Sequence[Outcome],
-    known: Checkpoint,
-    *,
-    inner: str | Callable[..., Any],
-    repeats: int,
-) -> Timing:
-    name = f"prefill of {profile.digest} by {name_for_files(inner)}, {repeats} times"
-    if name not in known.notes:
-
-        def time_it() -> Timing:
-            batch = longest_prompt(decoder, processor, samples, outcomes)
-            return time_prefill(decoder, batch, profile, inner=inner, repeats=repeats)
-
-        # One measurement, while the other processes wait and leave the machine alone.
-        known.note(name, asdict(current_ranks().on_first(time_it)))
-    return Timing.from_dict(known.notes[name])

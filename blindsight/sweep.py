@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from blindsight.categories import HeadCategory
 from blindsight.data.samples import as_samples
-from blindsight.evaluate import conditions, decoder_of, run_header
-from blindsight.evaluation.masked_model import Masking, ProfileMasking
-from blindsight.evaluation.outcomes import Checkpoint, Outcome, Point, answer_samples
+from blindsight.evaluate import conditions, decoder_of, point_of, run_header
+from blindsight.evaluation.masked_model import ProfileMasking
+from blindsight.evaluation.outcomes import Checkpoint, Outcome, answer_samples
 from blindsight.evaluation.summary import by_task, summarize
 from blindsight.evaluation.sweep_points import (
     BY_HEAD,
@@ -33,10 +33,9 @@ from blindsight.evaluation.sweep_points import (
     token_plans,
 )
 from blindsight.evaluation.sweep_result import Sweep, SweepPoint
-from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill
+from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill_once
 from blindsight.modules import in_eval_mode
 from blindsight.profile import Profile
-from blindsight.runtime.inner import name_for_files
 
 
 def sweep(
@@ -91,10 +90,12 @@ def sweep(
         budgets = spread_budgets(profile.evidence, select, num_points)
     plans = category_plans(profile, budgets, select, num_seeds if baselines else 0, baselines)
     known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
-    dense_point = _point(ProfileMasking(torch.zeros_like(profile.categories)))
+    dense_point = point_of(ProfileMasking(torch.zeros_like(profile.categories)))
 
     def answer(wanted: Sequence[Plan]) -> dict[str, list[Outcome]]:
-        points = {point.key: point for point in (dense_point, *(_point(p.masking) for p in wanted))}
+        points = {
+            point.key: point for point in (dense_point, *(point_of(p.masking) for p in wanted))
+        }
         return answer_samples(
             decoder,
             processor,
@@ -112,7 +113,7 @@ def sweep(
         if baselines:
             # At the costs that the curve turned out to have.
             costs = {
-                _cost(outcomes[_point(plan.masking).key]) / _cost(dense)
+                _cost(outcomes[point_of(plan.masking).key]) / _cost(dense)
                 for plan in plans
                 if plan.series == BY_HEAD
             }
@@ -121,16 +122,17 @@ def sweep(
             plans = [*plans, *more]
         timings: dict[str, Timing] = {}
         if repeats:
-            compiler = name_for_files(inner)
-            batch = longest_prompt(decoder, processor, samples, dense)
+            batch = cache(lambda: longest_prompt(decoder, processor, samples, dense))
             for plan in plans:
                 if plan.series == BY_HEAD and plan.categories is not None:
-                    key = f"prefill at {plan.masking.key} by {compiler}, {repeats} times"
-                    if key not in known.notes:
-                        chosen = profile.with_categories(plan.categories)
-                        found = time_prefill(decoder, batch, chosen, inner=inner, repeats=repeats)
-                        known.note(key, asdict(found))
-                    timings[plan.masking.key] = Timing.from_dict(known.notes[key])
+                    timings[plan.masking.key] = time_prefill_once(
+                        known,
+                        decoder,
+                        batch,
+                        profile.with_categories(plan.categories),
+                        inner=inner,
+                        repeats=repeats,
+                    )
     draws = {"num_resamples": num_resamples, "seed": seed}
     points = [
         SweepPoint(
@@ -139,7 +141,7 @@ def sweep(
             key=plan.masking.key,
             heads=_heads(plan.categories),
             seed=plan.seed,
-            summary=summarize(decoder, dense, outcomes[_point(plan.masking).key], **draws),
+            summary=summarize(decoder, dense, outcomes[point_of(plan.masking).key], **draws),
             timing=timings.get(plan.masking.key) if plan.series == BY_HEAD else None,
         )
         for plan in plans
@@ -152,10 +154,6 @@ def sweep(
         num_questions={task: len(rows) for task, rows in by_task(dense).items()},
         conditions={**conditions(model, samples, seed), "evidence of profile": profile.digest[:12]},
     )
-
-
-def _point(masking: Masking) -> Point:
-    return Point(f"reference: {masking.key}", masking)
 
 
 def _cost(outcomes: Sequence[Outcome]) -> int:
