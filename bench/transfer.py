@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import torch
 from common import conditions, print_table
+from compare import compare
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
@@ -34,7 +35,6 @@ from blindsight.calibration.visibility import IntervalVisibility
 from blindsight.cli.models import load_model
 from blindsight.data.processors import load_processor, model_inputs
 from blindsight.data.samples import Samples, load_samples
-from blindsight.evaluate import compare
 from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks
 from blindsight.evaluation.prefill import Decoder
 from blindsight.evaluation.summary import Summary

@@ -14,9 +14,9 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -280,65 +280,6 @@ def run_header(
         "samples": digest_of_samples(samples),
         "max_new_tokens": str(max_new_tokens),
     }
-
-
-def compare(
-    model: nn.Module,
-    processor: Any,
-    samples: Any,
-    profiles: Mapping[str, Profile],
-    *,
-    batch_size: int = 8,
-    max_new_tokens: int | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    num_resamples: int = 10_000,
-    seed: int = 0,
-    progress: bool | None = None,
-) -> tuple[Summary, dict[str, Summary]]:
-    """Answer every sample dense and with several profiles of one rule; nothing is timed.
-
-    Args:
-        profiles: By name; at least one.
-        model, processor, samples, batch_size, max_new_tokens, checkpoint, num_resamples, seed,
-            progress: See :func:`evaluate`.
-
-    Raises:
-        ValueError: See :func:`evaluate`; or the profiles find images by unlike rules.
-    """
-    # Where the layers are is the model's business; two patterns may find the same.
-    rules = {replace(p.rule, layer_pattern=r"(\d+)") for p in profiles.values()}
-    samples = as_samples(samples)
-    if len(rules) != 1:
-        raise ValueError(f"profiles must have one rule, got {len(rules)} among {list(profiles)}.")
-    first = next(iter(profiles.values()))
-    decoder = decoder_of(model, first)
-    known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
-    points = {"": point_of(ProfileMasking(torch.zeros_like(first.categories)))}
-    for name, profile in profiles.items():
-        profile.validate(model)
-        points[name] = point_of(ProfileMasking(profile.categories))
-    with in_eval_mode(model):
-        outcomes = answer_samples(
-            decoder,
-            processor,
-            samples,
-            list({point.key: point for point in points.values()}.values()),
-            checkpoint=known,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            progress=progress,
-        )
-    found = {
-        name: summarize(
-            decoder,
-            outcomes[points[""].key],
-            outcomes[point.key],
-            num_resamples=num_resamples,
-            seed=seed,
-        )
-        for name, point in points.items()
-    }
-    return found.pop(""), found
 
 
 def point_of(masking: Masking, engine: str = ENGINES[0]) -> Point:
