@@ -26,6 +26,7 @@ from torch import nn
 import blindsight
 from blindsight.data.rows import Sample
 from blindsight.data.samples import as_samples
+from blindsight.error_text import check_choice
 from blindsight.evaluation.masked_model import Masking, ProfileMasking
 from blindsight.evaluation.outcomes import (
     Checkpoint,
@@ -203,8 +204,7 @@ def evaluate(
             image or no answer, the checkpoint is of another run, or compiled and explicit masks
             disagree.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
+    check_choice("engine", engine, ENGINES)
     if repeats < 0:
         raise ValueError(f"repeats must be at least 0, got {repeats}.")
     profile, samples = Profile.of(profile), as_samples(samples)

@@ -157,7 +157,9 @@ def test_a_refined_profile_is_compared_with_its_own_errors() -> None:
     assert len(found) >= 3
     for plan in found:
         assert plan.categories is not None
-        assert torch.equal(plan.categories, select_categories(both, plan.knob))
+        assert torch.equal(
+            plan.categories, select_categories(both, plan.knob, criterion="output_error")
+        )
     assert not any(
         plan.series == BY_ERROR
         for plan in category_plans(profile, budgets, selection_of(profile), 0, True)

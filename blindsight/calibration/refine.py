@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blindsight.calibration.selection import select_categories
+from blindsight.calibration.selection import check_evidence, select_categories
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.data.processors import model_inputs
 from blindsight.data.rows import Sample
 from blindsight.data.samples import as_samples
+from blindsight.error_text import check_choice
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import divergence
 from blindsight.evaluation.prefill import Decoder
@@ -64,13 +65,8 @@ def refine(
         ValueError: The profile has no evidence or is another model's, or an argument is malformed.
     """
     profile, samples = Profile.of(profile), as_samples(samples)
-    if by not in UNITS:
-        raise ValueError(f"by must be one of {', '.join(UNITS)}, got {by!r}.")
-    if missing := [name for name in ("error", "pairs") if name not in profile.evidence]:
-        raise ValueError(
-            f"profile must hold the evidence of its calibration, got no {', '.join(missing)}. "
-            "Give a profile that `blindsight calibrate` made."
-        )
+    check_choice("by", by, UNITS)
+    check_evidence(profile.evidence)
     profile.validate(model)
     decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
     trials = _trials(profile, by)
