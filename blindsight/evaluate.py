@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,15 +24,13 @@ import torch
 from torch import nn
 
 import blindsight
-from blindsight.data.rows import Sample
-from blindsight.data.samples import as_samples
+from blindsight.data.samples import Samples, load_samples
 from blindsight.error_text import check_choice
 from blindsight.evaluation.masked_model import Masking, ProfileMasking
 from blindsight.evaluation.outcomes import (
     Checkpoint,
     Point,
     answer_samples,
-    digest_of_samples,
     write_text,
 )
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
@@ -207,7 +205,7 @@ def evaluate(
     check_choice("engine", engine, ENGINES)
     if repeats < 0:
         raise ValueError(f"repeats must be at least 0, got {repeats}.")
-    profile, samples = Profile.of(profile), as_samples(samples)
+    profile, samples = Profile.of(profile), load_samples(samples)
     decoder = decoder_of(model, profile)
     known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
     tried = (torch.zeros_like(profile.categories), profile.categories)
@@ -270,14 +268,12 @@ def decoder_of(model: nn.Module, profile: Profile) -> Decoder:
     return Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
 
 
-def run_header(
-    decoder: Decoder, samples: Sequence[Sample], max_new_tokens: int | None
-) -> dict[str, str]:
+def run_header(decoder: Decoder, samples: Samples, max_new_tokens: int | None) -> dict[str, str]:
     """Return what must be the same for a run to go on."""
     return {
         "weights": digest_of_weights(decoder.model),
         "rule": decoder.rule.to_json(),
-        "samples": digest_of_samples(samples),
+        "samples": samples.digest(),
         "max_new_tokens": str(max_new_tokens),
     }
 
@@ -292,7 +288,7 @@ def short_name(name: str) -> str:
     return "/".join(Path(name).resolve().parts[-2:]) if os.path.exists(name) else name
 
 
-def conditions(model: nn.Module, samples: Sequence[Sample], seed: int) -> dict[str, str]:
+def conditions(model: nn.Module, samples: Samples, seed: int) -> dict[str, str]:
     """Return what numbers depend on besides the code."""
     parameter = next(model.parameters())
     config: Any = getattr(model, "config", None)
@@ -304,7 +300,7 @@ def conditions(model: nn.Module, samples: Sequence[Sample], seed: int) -> dict[s
 
     return {
         "model": short_name(getattr(config, "_name_or_path", "") or type(model).__name__),
-        "dataset": short_name(getattr(samples, "name", "given samples")),
+        "dataset": short_name(samples.name),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": f"{device.type} ({hardware}, {torch.get_num_threads()} threads)",
         "blindsight": blindsight.__version__,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from blindsight.categories import HeadCategory
-from blindsight.data.samples import as_samples
+from blindsight.data.samples import load_samples
 from blindsight.evaluate import conditions, decoder_of, point_of, run_header
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import Checkpoint, Outcome, answer_samples
@@ -63,7 +63,8 @@ def sweep(
     Args:
         model: A transformers model that reads images.
         processor: Its processor.
-        samples: Questions with answers, others than those of calibration.
+        samples: Questions with answers, others than those of calibration: what
+            :func:`~blindsight.data.samples.load_samples` takes or returns.
         profile: With evidence; its own categories are not looked at.
         budgets: Of the error; by default ``num_points`` whose costs spread evenly.
         num_points: Of the curve, about: budgets that select the same are one.
@@ -83,7 +84,7 @@ def sweep(
         ValueError: The profile has no evidence or is another model's, the model has no vision
             part, a sample has no image or no answer, or the checkpoint is of another run.
     """
-    profile, samples = Profile.of(profile), as_samples(samples)
+    profile, samples = Profile.of(profile), load_samples(samples)
     decoder = decoder_of(model, profile)
     select = selection_of(profile) if select is None else select
     if budgets is None:

@@ -9,6 +9,7 @@ Shapes: L layers, H query heads, C categories.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,8 +20,7 @@ from torch import Tensor, nn
 from blindsight.calibration.selection import check_evidence, select_categories
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.data.processors import model_inputs
-from blindsight.data.rows import Sample
-from blindsight.data.samples import as_samples
+from blindsight.data.samples import Samples, load_samples
 from blindsight.error_text import check_choice
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import divergence
@@ -36,8 +36,8 @@ UNITS = ("head", "layer")
 def refine(
     model: nn.Module,
     processor: Any,
-    samples: Sequence[Sample],
-    profile: Profile,
+    samples: Any,
+    profile: Profile | str | os.PathLike[str],
     *,
     budget: float,
     by: str = "head",
@@ -49,9 +49,10 @@ def refine(
     Args:
         model: A transformers model that reads images.
         processor: Its processor.
-        samples: Prompts to try categories on, those of calibration for example. Answers are not
-            looked at.
-        profile: With evidence, ``error`` and ``pairs``.
+        samples: Prompts to try categories on, those of calibration for example: what
+            :func:`~blindsight.data.samples.load_samples` takes or returns. Answers are not looked
+            at.
+        profile: With evidence, ``error`` and ``pairs``; or its file.
         budget: The most that any one head may change the next token, as the square root of the
             mean KL divergence in nats; see
             :func:`~blindsight.calibration.selection.select_categories`.
@@ -64,7 +65,7 @@ def refine(
     Raises:
         ValueError: The profile has no evidence or is another model's, or an argument is malformed.
     """
-    profile, samples = Profile.of(profile), as_samples(samples)
+    profile, samples = Profile.of(profile), load_samples(samples)
     check_choice("by", by, UNITS)
     check_evidence(profile.evidence)
     profile.validate(model)
@@ -98,7 +99,7 @@ def reselect(profile: Profile, budget: float) -> Profile:
 def mean_divergence(
     decoder: Decoder,
     processor: Any,
-    samples: Sequence[Sample],
+    samples: Samples,
     trials: Sequence[Tensor],
     *,
     batch_size: int = 8,
@@ -115,10 +116,8 @@ def mean_divergence(
         progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
-        ValueError: There are no samples, or ``batch_size`` is not positive.
+        ValueError: ``batch_size`` is not positive.
     """
-    if not len(samples):
-        raise ValueError("samples must be at least one, got none.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     total = torch.zeros(len(trials), dtype=torch.float64)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from blindsight.cli.models import add_arguments
 
 if TYPE_CHECKING:
-    from blindsight.data.rows import Sample
+    from blindsight.data.samples import Samples
     from blindsight.profile import Profile
 
 
@@ -206,7 +206,7 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
     print(found.to_markdown(), end="")
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, Any, list[Sample] | Any, Profile]:
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any, Samples, Profile]:
     """Read what can be wrong before the weights, which take longest."""
     import transformers
 

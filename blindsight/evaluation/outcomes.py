@@ -8,7 +8,6 @@ Shapes: B batch, T tokens of the prompts, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -202,7 +201,7 @@ class Checkpoint:
 def answer_samples(
     decoder: Decoder,
     processor: Any,
-    samples: Sequence[Sample],
+    samples: Samples,
     points: Sequence[Point],
     *,
     checkpoint: Checkpoint,
@@ -235,10 +234,7 @@ def answer_samples(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if not len(samples):
-        raise ValueError("samples must be at least one, got none.")
-    if isinstance(samples, Samples):
-        samples.check()
+    samples.check()
     current_ranks().gather(
         lambda: _answer_own(
             decoder,
@@ -262,7 +258,7 @@ def answer_samples(
 def _answer_own(
     decoder: Decoder,
     processor: Any,
-    samples: Sequence[Sample],
+    samples: Samples,
     points: Sequence[Point],
     checkpoint: Checkpoint,
     batch_size: int,
@@ -359,23 +355,6 @@ def divergence(dense: Tensor, other: Tensor) -> Tensor:
     """Return KL(dense || other) of logits ``[B, V]`` in nats, ``[B]`` float64."""
     log_p, log_q = (logits.double().log_softmax(-1) for logits in (dense, other))
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
-
-
-def digest_of_samples(samples: Sequence[Sample]) -> str:
-    """Return what tells these questions from others."""
-    own = getattr(samples, "digest", None)
-    if callable(own):
-        return str(own())
-    digest = hashlib.sha256()
-    for sample in samples:
-        texts = [sample.messages, sample.task, sample.answer]
-        digest.update(json.dumps(texts, sort_keys=True, default=str).encode())
-        for image in sample.images:
-            digest.update(f"{image.size} {image.mode}".encode())
-            digest.update(image.tobytes())
-        for video in sample.videos:
-            digest.update(repr(video.identity()).encode())
-    return digest.hexdigest()
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:

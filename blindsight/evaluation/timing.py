@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from blindsight.data.processors import model_inputs
-from blindsight.data.rows import Sample
+from blindsight.data.samples import Samples
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import Checkpoint, Outcome
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
@@ -156,7 +156,7 @@ def check_distance(distance: float, rounding: float, logits: torch.Tensor) -> No
 
 
 def longest_prompt(
-    decoder: Decoder, processor: Any, samples: Sequence[Sample], outcomes: Sequence[Outcome]
+    decoder: Decoder, processor: Any, samples: Samples, outcomes: Sequence[Outcome]
 ) -> Batch:
     """Return the longest of the answered prompts, alone and so without padding or its mask."""
     longest = max(outcomes, key=lambda outcome: outcome.num_tokens).sample
