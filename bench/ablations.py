@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from common import conditions, print_table
+from compare import compare
 
 from blindsight.calibrate import (
     find_sink_offsets,
@@ -37,7 +38,7 @@ from blindsight.calibration.selection import CRITERIA
 from blindsight.cli.models import load_model
 from blindsight.data.processors import load_processor
 from blindsight.data.samples import load_samples
-from blindsight.evaluate import Summary, compare
+from blindsight.evaluation.summary import Summary
 from blindsight.profile import Profile
 from blindsight.progress import quiet
 from blindsight.template import TemplateRule
@@ -150,7 +151,6 @@ def main() -> None:
                 profiles,
                 batch_size=arguments.batch_size,
                 checkpoint=arguments.out / f"answers-{sinks.replace(' ', '-')}.jsonl",
-                progress=True,
             )
             for key, summary in found.items():
                 rows.append(row_of(key, profiles[key], dense, summary))

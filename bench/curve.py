@@ -62,7 +62,6 @@ def main() -> None:
             num_seeds=options.seeds,
             batch_size=options.batch_size,
             checkpoint=bench.known / f"curve-{questions.digest()[:16]}.jsonl",
-            progress=True,
         )
     found.save(options.out)
     plot_sweep(found, options.out / "sweep.png")

@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import torch
 from common import conditions, print_table
+from compare import compare
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
@@ -34,12 +35,11 @@ from blindsight.calibration.visibility import IntervalVisibility
 from blindsight.cli.models import load_model
 from blindsight.data.processors import load_processor, model_inputs
 from blindsight.data.samples import Samples, load_samples
-from blindsight.evaluate import compare
 from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks
-from blindsight.evaluation.outcomes import digest_of_weights
 from blindsight.evaluation.prefill import Decoder
 from blindsight.evaluation.summary import Summary
 from blindsight.families import fingerprint
+from blindsight.modules import digest_of_weights
 from blindsight.profile import Profile
 from blindsight.progress import quiet
 
@@ -197,7 +197,7 @@ class Bench:
                 calibration=note,
             )
             options = {"budget": self.budgets[0], "by": by, "batch_size": self.batch_size}
-            found = refine(self.model, self.processor, samples, first, progress=True, **options)
+            found = refine(self.model, self.processor, samples, first, **options)
             found.save(path)
         return Profile.load(path)
 
@@ -227,7 +227,6 @@ class Bench:
             profiles,
             batch_size=self.batch_size,
             checkpoint=self.known / f"answers-{questions.digest()[:16]}.jsonl",
-            progress=True,
         )
         rows = []
         for budget in self.budgets:

@@ -28,6 +28,7 @@ from blindsight.calibration.probe import NUM_OFFSETS
 from blindsight.calibration.selection import ALLOCATIONS, CRITERIA, select_categories
 from blindsight.categories import HeadCategory
 from blindsight.data.samples import load_samples
+from blindsight.error_text import check_choice
 from blindsight.families import check_has_vision, config_of, fingerprint, widths_of
 from blindsight.profile import Profile
 from blindsight.template import TemplateRule
@@ -83,8 +84,8 @@ def calibrate(
             as can be. By default the root of the KL divergence of the next token after the prompt,
             in nats; with ``criterion="output_error"`` the change of the head's own output in
             images other than the first, relative to its norm.
-        num_samples: At most so many samples; by default all.
-        seed: Of the choice among them; by default the first ones are taken.
+        num_samples: At most this many of the samples; by default all of them.
+        seed: Draws them at random, in random order; by default the first ones are taken, in order.
         batch_size: Prompts that run together; results differ by rounding only.
         criterion, allocation: See :func:`~blindsight.calibration.selection.select_categories`.
             ``"next_token"`` takes gradients: see :func:`~blindsight.calibration.measure.measure`.
@@ -95,7 +96,7 @@ def calibrate(
             that other images look at most. By default as the rule says: the first.
         rule: How images are found; by default what the model's family needs.
         padding_side: Of shorter prompts in a batch.
-        progress: Whether to show a bar; by default where standard error is a terminal.
+        progress: See :func:`~blindsight.progress.progress_bar`.
         checkpoint: A file that keeps what was measured so far; an interrupted calibration with
             the same arguments goes on from there, to the very same profile.
 
@@ -103,7 +104,6 @@ def calibrate(
         ValueError: An argument is malformed, a sample cannot be read, no prompt has two images, or
             the model's attention cannot be measured; the message says which.
     """
-    budget = BUDGETS.get(criterion, 0.0) if budget is None else budget
     _check_options(budget, criterion, aggregate, quantile, allocation, sink_offsets)
     rule = rule_of(model, processor) if rule is None else rule
     samples = load_samples(samples, limit=num_samples, seed=seed)
@@ -155,8 +155,8 @@ def profile_of(
         budget, criterion, aggregate, quantile, allocation: See :func:`calibrate`.
         calibration: What else to note about where the measurements are from.
     """
-    budget = BUDGETS.get(criterion, 0.0) if budget is None else budget
     _check_options(budget, criterion, aggregate, quantile, allocation, None)
+    budget = BUDGETS[criterion] if budget is None else budget
     evidence = summarize(measurements, aggregate=aggregate, quantile=quantile)
     _, widths = widths_of(fingerprint(model))
     # A pair of a wider head costs more.
@@ -272,15 +272,11 @@ def _check_options(
     allocation: str,
     sink_offsets: tuple[int, ...] | str | None,
 ) -> None:
-    if not (isinstance(budget, Real) and float(budget) >= 0):
+    check_choice("criterion", criterion, CRITERIA)
+    check_choice("aggregate", aggregate, AGGREGATES)
+    check_choice("allocation", allocation, ALLOCATIONS)
+    if budget is not None and not (isinstance(budget, Real) and float(budget) >= 0):
         raise ValueError(f"budget must be a number of at least 0, got {budget!r}.")
-    for name, value, known in (
-        ("criterion", criterion, tuple(CRITERIA)),
-        ("aggregate", aggregate, AGGREGATES),
-        ("allocation", allocation, ALLOCATIONS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile must be in 0..1, got {quantile}.")
     if isinstance(sink_offsets, str) and sink_offsets != "measure":

@@ -16,7 +16,7 @@ from torch import Tensor
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.template import Template, span_edges
 
-_FLOPS_PER_PAIR = 4  # and per element of a head: two products, each a multiply and an add
+FLOPS_PER_PAIR = 4  # and per element of a head: two products, each a multiply and an add
 
 
 class AttentionFlops(NamedTuple):
@@ -140,7 +140,7 @@ def attention_flops(
     # Python's integers: a long video is beyond 2**63 operations.
     pairs = [int(count) for count in visible.sum(0)]
     heads = [int(count) for count in torch.bincount(codes, minlength=NUM_CATEGORIES)]
-    cost = _FLOPS_PER_PAIR * head_dim
+    cost = FLOPS_PER_PAIR * head_dim
     return AttentionFlops(
         dense=cost * pairs[HeadCategory.DENSE] * sum(heads),
         sparse=cost * sum(n * count for n, count in zip(heads, pairs, strict=True)),

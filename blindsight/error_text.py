@@ -1,8 +1,20 @@
-"""What is quoted in an error message: other libraries' errors, and what was given."""
+"""What error messages are made of: quotes of other libraries' errors, and of what was given."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 _LONGEST_SHOWN = 300
+
+
+def check_choice(name: str, value: object, known: Collection[str]) -> None:
+    """Check that an argument is one of the words that are known.
+
+    Raises:
+        ValueError: It is not; the message names all of them.
+    """
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
 
 
 def shortened(text: str) -> str:

@@ -14,9 +14,9 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,21 @@ import torch
 from torch import nn
 
 import blindsight
-from blindsight.data.rows import Sample
-from blindsight.data.samples import as_samples
-from blindsight.evaluation.masked_model import ProfileMasking
+from blindsight.data.samples import Samples, load_samples
+from blindsight.error_text import check_choice
+from blindsight.evaluation.masked_model import Masking, ProfileMasking
 from blindsight.evaluation.outcomes import (
     Checkpoint,
-    Outcome,
     Point,
     answer_samples,
-    digest_of_samples,
-    digest_of_weights,
     write_text,
 )
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.evaluation.summary import Summary, by_task, percent, summarize, table
-from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill
+from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill_once
 from blindsight.families import check_has_vision
-from blindsight.modules import in_eval_mode
+from blindsight.modules import digest_of_weights, in_eval_mode
 from blindsight.profile import Profile
-from blindsight.ranks import current_ranks
-from blindsight.runtime.inner import name_for_files
 from blindsight.runtime.shards import check_is_whole
 
 ENGINES = ("reference", "compiled")
@@ -136,8 +131,9 @@ class Evaluation:
         if self.timing is not None:
             before, after = map(statistics.median, (self.timing.dense, self.timing.sparse))
             name = f"prefill of {self.timing.num_tokens:,} tokens, ms"
-            ratio = f"{after / before:.1%}"
-            rows.append([name, f"{1e3 * before:.1f}", f"{1e3 * after:.1f}", ratio])
+            rows.append(
+                [name, f"{1e3 * before:.1f}", f"{1e3 * after:.1f}", f"{self.timing.ratio:.1%}"]
+            )
         rows.append(["answers changed", "", f"{sparse.num_changed:,}", f"{sparse.changed:.1%}"])
         kl = f"{sparse.kl_mean:.2e} (95th percentile {sparse.kl_p95:.2e}, max {sparse.kl_max:.2e})"
         rows.append(["KL of the next token, mean, nats", "0", kl, ""])
@@ -181,7 +177,7 @@ def evaluate(
     checkpoint: str | os.PathLike[str] | None = None,
     num_resamples: int = 10_000,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Evaluation:
     """Answer every sample dense and with a profile, and compare.
 
@@ -199,22 +195,21 @@ def evaluate(
         checkpoint: File of what is answered already; an interrupted run goes on from it.
         num_resamples: Of the bootstrap.
         seed: Of the bootstrap.
-        progress: Whether to show a bar.
+        progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
         ValueError: The model has no vision part, the profile is another model's, a sample has no
             image or no answer, the checkpoint is of another run, or compiled and explicit masks
             disagree.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
+    check_choice("engine", engine, ENGINES)
     if repeats < 0:
         raise ValueError(f"repeats must be at least 0, got {repeats}.")
-    profile, samples = Profile.of(profile), as_samples(samples)
+    profile, samples = Profile.of(profile), load_samples(samples)
     decoder = decoder_of(model, profile)
     known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
-    zeros = torch.zeros_like(profile.categories)
-    points = [point_of(zeros, engine), point_of(profile.categories, engine)]
+    tried = (torch.zeros_like(profile.categories), profile.categories)
+    points = [point_of(ProfileMasking(categories), engine) for categories in tried]
     compiled = CompiledDecoder(decoder, profile, inner=inner) if engine == "compiled" else None
 
     def run_compiled(batch: Batch, point: Point, masks: Any, use_cache: bool) -> Any:
@@ -238,8 +233,13 @@ def evaluate(
         dense = outcomes[points[0].key]
         timing = None
         if repeats:
-            timing = _timing(
-                decoder, processor, samples, profile, dense, known, inner=inner, repeats=repeats
+            timing = time_prefill_once(
+                known,
+                decoder,
+                lambda: longest_prompt(decoder, processor, samples, dense),
+                profile,
+                inner=inner,
+                repeats=repeats,
             )
     draws = {"num_resamples": num_resamples, "seed": seed}
     return Evaluation(
@@ -268,80 +268,18 @@ def decoder_of(model: nn.Module, profile: Profile) -> Decoder:
     return Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
 
 
-def run_header(
-    decoder: Decoder, samples: Sequence[Sample], max_new_tokens: int | None
-) -> dict[str, str]:
+def run_header(decoder: Decoder, samples: Samples, max_new_tokens: int | None) -> dict[str, str]:
     """Return what must be the same for a run to go on."""
     return {
         "weights": digest_of_weights(decoder.model),
         "rule": decoder.rule.to_json(),
-        "samples": digest_of_samples(samples),
+        "samples": samples.digest(),
         "max_new_tokens": str(max_new_tokens),
     }
 
 
-def compare(
-    model: nn.Module,
-    processor: Any,
-    samples: Any,
-    profiles: Mapping[str, Profile],
-    *,
-    batch_size: int = 8,
-    max_new_tokens: int | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    num_resamples: int = 10_000,
-    seed: int = 0,
-    progress: bool = False,
-) -> tuple[Summary, dict[str, Summary]]:
-    """Answer every sample dense and with several profiles of one rule; nothing is timed.
-
-    Args:
-        profiles: By name; at least one.
-        model, processor, samples, batch_size, max_new_tokens, checkpoint, num_resamples, seed,
-            progress: See :func:`evaluate`.
-
-    Raises:
-        ValueError: See :func:`evaluate`; or the profiles find images by unlike rules.
-    """
-    # Where the layers are is the model's business; two patterns may find the same.
-    rules = {replace(p.rule, layer_pattern=r"(\d+)") for p in profiles.values()}
-    samples = as_samples(samples)
-    if len(rules) != 1:
-        raise ValueError(f"profiles must have one rule, got {len(rules)} among {list(profiles)}.")
-    first = next(iter(profiles.values()))
-    decoder = decoder_of(model, first)
-    known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
-    points = {"": point_of(torch.zeros_like(first.categories))}
-    for name, profile in profiles.items():
-        profile.validate(model)
-        points[name] = point_of(profile.categories)
-    with in_eval_mode(model):
-        outcomes = answer_samples(
-            decoder,
-            processor,
-            samples,
-            list({point.key: point for point in points.values()}.values()),
-            checkpoint=known,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            progress=progress,
-        )
-    found = {
-        name: summarize(
-            decoder,
-            outcomes[points[""].key],
-            outcomes[point.key],
-            num_resamples=num_resamples,
-            seed=seed,
-        )
-        for name, point in points.items()
-    }
-    return found.pop(""), found
-
-
-def point_of(categories: torch.Tensor, engine: str = ENGINES[0]) -> Point:
-    """Return the point of some categories ``[L, H]``."""
-    masking = ProfileMasking(categories)
+def point_of(masking: Masking, engine: str = ENGINES[0]) -> Point:
+    """Return a masking with its name among the answers that an engine gave."""
     return Point(f"{engine}: {masking.key}", masking)
 
 
@@ -350,7 +288,7 @@ def short_name(name: str) -> str:
     return "/".join(Path(name).resolve().parts[-2:]) if os.path.exists(name) else name
 
 
-def conditions(model: nn.Module, samples: Sequence[Sample], seed: int) -> dict[str, str]:
+def conditions(model: nn.Module, samples: Samples, seed: int) -> dict[str, str]:
     """Return what numbers depend on besides the code."""
     parameter = next(model.parameters())
     config: Any = getattr(model, "config", None)
@@ -362,7 +300,7 @@ def conditions(model: nn.Module, samples: Sequence[Sample], seed: int) -> dict[s
 
     return {
         "model": short_name(getattr(config, "_name_or_path", "") or type(model).__name__),
-        "dataset": short_name(getattr(samples, "name", "given samples")),
+        "dataset": short_name(samples.name),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": f"{device.type} ({hardware}, {torch.get_num_threads()} threads)",
         "blindsight": blindsight.__version__,
@@ -370,26 +308,3 @@ def conditions(model: nn.Module, samples: Sequence[Sample], seed: int) -> dict[s
         "transformers": transformers.__version__,
         "bootstrap seed": str(seed),
     }
-
-
-def _timing(
-    decoder: Decoder,
-    processor: Any,
-    samples: Sequence[Sample],
-    profile: Profile,
-    outcomes: Sequence[Outcome],
-    known: Checkpoint,
-    *,
-    inner: str | Callable[..., Any],
-    repeats: int,
-) -> Timing:
-    name = f"prefill of {profile.digest} by {name_for_files(inner)}, {repeats} times"
-    if name not in known.notes:
-
-        def time_it() -> Timing:
-            batch = longest_prompt(decoder, processor, samples, outcomes)
-            return time_prefill(decoder, batch, profile, inner=inner, repeats=repeats)
-
-        # One measurement, while the other processes wait and leave the machine alone.
-        known.note(name, asdict(current_ranks().on_first(time_it)))
-    return Timing.from_dict(known.notes[name])

@@ -1,11 +1,13 @@
-"""Modules of a model: found by their names, switched for a while."""
+"""Modules of a model: found by their names, told by their weights, switched for a while."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -29,6 +31,17 @@ def find_decoder(model: nn.Module, layer_pattern: str) -> nn.Module:
         f"model must have decoder layers at {layer_pattern!r}, got {type(model).__name__}, which "
         "has none."
     )
+
+
+def digest_of_weights(model: nn.Module) -> str:
+    """Return a digest that tells a model's weights from others, from a few numbers of each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        few = torch.cat([flat[:8], flat[flat.numel() // 2 :][:8], flat[-8:]]).double().cpu()
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(few.numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a user sees while the demo runs."""
+"""What a user sees while work is under way: a bar, and no chatter of other libraries."""
 
 from __future__ import annotations
 
@@ -10,8 +10,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
+from blindsight.ranks import current_ranks
 from blindsight.runtime.context import BlindsightWarning
+
+
+def progress_bar(progress: bool | None = None, **options: Any) -> Any:
+    """Return a bar on standard error; every ``progress`` argument of the package is for this.
+
+    Args:
+        progress: True shows the bar, False does not. None shows it if standard error is a
+            terminal. Of the processes of a :func:`~blindsight.ranks.shared_run` only the first
+            shows one.
+        options: Passed on to ``tqdm``.
+    """
+    is_hidden = None if progress is None else not progress
+    return tqdm(disable=is_hidden if current_ranks().is_first else True, **options)
 
 
 class Progress:

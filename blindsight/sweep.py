@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from blindsight.categories import HeadCategory
-from blindsight.data.samples import as_samples
-from blindsight.evaluate import conditions, decoder_of, run_header
-from blindsight.evaluation.masked_model import Masking, ProfileMasking
-from blindsight.evaluation.outcomes import Checkpoint, Outcome, Point, answer_samples
+from blindsight.data.samples import load_samples
+from blindsight.evaluate import conditions, decoder_of, point_of, run_header
+from blindsight.evaluation.masked_model import ProfileMasking
+from blindsight.evaluation.outcomes import Checkpoint, Outcome, answer_samples
 from blindsight.evaluation.summary import by_task, summarize
 from blindsight.evaluation.sweep_points import (
     BY_HEAD,
@@ -33,10 +33,9 @@ from blindsight.evaluation.sweep_points import (
     token_plans,
 )
 from blindsight.evaluation.sweep_result import Sweep, SweepPoint
-from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill
+from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill_once
 from blindsight.modules import in_eval_mode
 from blindsight.profile import Profile
-from blindsight.runtime.inner import name_for_files
 
 
 def sweep(
@@ -57,14 +56,15 @@ def sweep(
     select: Select | None = None,
     num_resamples: int = 10_000,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Sweep:
     """Answer every sample under every point of the curve.
 
     Args:
         model: A transformers model that reads images.
         processor: Its processor.
-        samples: Questions with answers, others than those of calibration.
+        samples: Questions with answers, others than those of calibration: what
+            :func:`~blindsight.data.samples.load_samples` takes or returns.
         profile: With evidence; its own categories are not looked at.
         budgets: Of the error; by default ``num_points`` whose costs spread evenly.
         num_points: Of the curve, about: budgets that select the same are one.
@@ -78,23 +78,25 @@ def sweep(
         select: What a budget selects; by default what calibration selects.
         num_resamples: Of the bootstrap.
         seed: Of the bootstrap.
-        progress: Whether to show a bar.
+        progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
         ValueError: The profile has no evidence or is another model's, the model has no vision
             part, a sample has no image or no answer, or the checkpoint is of another run.
     """
-    profile, samples = Profile.of(profile), as_samples(samples)
+    profile, samples = Profile.of(profile), load_samples(samples)
     decoder = decoder_of(model, profile)
     select = selection_of(profile) if select is None else select
     if budgets is None:
         budgets = spread_budgets(profile.evidence, select, num_points)
     plans = category_plans(profile, budgets, select, num_seeds if baselines else 0, baselines)
     known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
-    dense_point = _point(ProfileMasking(torch.zeros_like(profile.categories)))
+    dense_point = point_of(ProfileMasking(torch.zeros_like(profile.categories)))
 
     def answer(wanted: Sequence[Plan]) -> dict[str, list[Outcome]]:
-        points = {point.key: point for point in (dense_point, *(_point(p.masking) for p in wanted))}
+        points = {
+            point.key: point for point in (dense_point, *(point_of(p.masking) for p in wanted))
+        }
         return answer_samples(
             decoder,
             processor,
@@ -112,7 +114,7 @@ def sweep(
         if baselines:
             # At the costs that the curve turned out to have.
             costs = {
-                _cost(outcomes[_point(plan.masking).key]) / _cost(dense)
+                _cost(outcomes[point_of(plan.masking).key]) / _cost(dense)
                 for plan in plans
                 if plan.series == BY_HEAD
             }
@@ -121,16 +123,17 @@ def sweep(
             plans = [*plans, *more]
         timings: dict[str, Timing] = {}
         if repeats:
-            compiler = name_for_files(inner)
-            batch = longest_prompt(decoder, processor, samples, dense)
+            batch = cache(lambda: longest_prompt(decoder, processor, samples, dense))
             for plan in plans:
                 if plan.series == BY_HEAD and plan.categories is not None:
-                    key = f"prefill at {plan.masking.key} by {compiler}, {repeats} times"
-                    if key not in known.notes:
-                        chosen = profile.with_categories(plan.categories)
-                        found = time_prefill(decoder, batch, chosen, inner=inner, repeats=repeats)
-                        known.note(key, asdict(found))
-                    timings[plan.masking.key] = Timing.from_dict(known.notes[key])
+                    timings[plan.masking.key] = time_prefill_once(
+                        known,
+                        decoder,
+                        batch,
+                        profile.with_categories(plan.categories),
+                        inner=inner,
+                        repeats=repeats,
+                    )
     draws = {"num_resamples": num_resamples, "seed": seed}
     points = [
         SweepPoint(
@@ -139,7 +142,7 @@ def sweep(
             key=plan.masking.key,
             heads=_heads(plan.categories),
             seed=plan.seed,
-            summary=summarize(decoder, dense, outcomes[_point(plan.masking).key], **draws),
+            summary=summarize(decoder, dense, outcomes[point_of(plan.masking).key], **draws),
             timing=timings.get(plan.masking.key) if plan.series == BY_HEAD else None,
         )
         for plan in plans
@@ -152,10 +155,6 @@ def sweep(
         num_questions={task: len(rows) for task, rows in by_task(dense).items()},
         conditions={**conditions(model, samples, seed), "evidence of profile": profile.digest[:12]},
     )
-
-
-def _point(masking: Masking) -> Point:
-    return Point(f"reference: {masking.key}", masking)
 
 
 def _cost(outcomes: Sequence[Outcome]) -> int:

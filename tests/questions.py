@@ -1,7 +1,6 @@
 """Questions with random images and answers, for the models of tests/models.py."""
 
 import random
-from collections.abc import Sequence
 from typing import Any, overload
 
 from PIL import Image
@@ -41,28 +40,23 @@ def samples(number: int, **options: Any) -> Samples:
     return load_samples(rows(number, **options))
 
 
-class Watched(Sequence[Sample]):
+class Watched(Samples):
     """Samples that remember which were opened, and end the run at one of them."""
 
     def __init__(self, of: Samples, *, stop_at: int | None = None) -> None:
-        self.of, self.stop_at = of, stop_at
+        super().__init__(of._rows, of._indices, of.name, of._folder)
+        self.stop_at = stop_at
         self.opened: list[int] = []
-
-    def __len__(self) -> int:
-        return len(self.of)
 
     @overload
     def __getitem__(self, at: int) -> Sample: ...
 
     @overload
-    def __getitem__(self, at: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, at: slice) -> Samples: ...
 
-    def __getitem__(self, at: int | slice) -> Sample | Sequence[Sample]:
+    def __getitem__(self, at: int | slice) -> Sample | Samples:
         assert isinstance(at, int)
         if at == self.stop_at:
             raise KeyboardInterrupt
         self.opened.append(at)
-        return self.of[at]
-
-    def digest(self) -> str:
-        return self.of.digest()
+        return super().__getitem__(at)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,15 @@ from blindsight.calibration import measure as measuring
 from blindsight.calibration.measurements import Measurements
 from blindsight.cli import main
 from blindsight.cli.calibrate import summary
-from blindsight.data.samples import load_samples
+from blindsight.data.samples import Samples, load_samples
 from blindsight.profile import Profile
 from blindsight.template import TemplateRule
 from models import tiny_model
 from processors import tiny_processor
 
 DENSE, SINK, DOCUMENT, DOCUMENT_SINK = range(4)
+by_error = partial(select_categories, criterion="output_error")
+
 PAIRS = torch.tensor([1000.0, 300.0, 400.0, 450.0])
 
 
@@ -75,8 +78,7 @@ def test_a_larger_budget_never_costs_more(
 ) -> None:
     evidence = evidence_of(error, pairs)
     small, large = (
-        select_categories(evidence, budget, allocation=allocation).long()
-        for budget in sorted((a, b))
+        by_error(evidence, budget, allocation=allocation).long() for budget in sorted((a, b))
     )
     cost = evidence["pairs"].double()
     per_head = [cost.gather(2, chosen[..., None])[..., 0] for chosen in (small, large)]
@@ -89,7 +91,7 @@ def test_every_head_takes_the_cheapest_within_the_budget(
     error: Any, pairs: torch.Tensor, budget: float
 ) -> None:
     evidence = evidence_of(error, pairs)
-    chosen = select_categories(evidence, budget)
+    chosen = by_error(evidence, budget)
     for layer in range(2):
         for head in range(3):
             loss, at = evidence["error"][layer, head].double(), int(chosen[layer, head])
@@ -101,7 +103,7 @@ def test_every_head_takes_the_cheapest_within_the_budget(
 @given(losses, costs, budgets)
 def test_a_global_budget_is_kept(error: Any, pairs: torch.Tensor, budget: float) -> None:
     evidence = evidence_of(error, pairs)
-    chosen = select_categories(evidence, budget, allocation="global").long()
+    chosen = by_error(evidence, budget, allocation="global").long()
     spent = evidence["error"].double().gather(2, chosen[..., None]).square().mean().sqrt()
     assert spent <= budget * (1 + 1e-6) + 1e-9
 
@@ -112,24 +114,24 @@ def test_the_ends_of_the_knob(allocation: str) -> None:
     error[..., DENSE] = 0
     error[2, 1, DOCUMENT] = 0  # free
     evidence = evidence_of(error)
-    nothing = select_categories(evidence, 0.0, allocation=allocation)
+    nothing = by_error(evidence, 0.0, allocation=allocation)
     assert nothing[2, 1] == DOCUMENT
     assert nothing.sum() == DOCUMENT
-    everything = select_categories(evidence, float("inf"), allocation=allocation)
+    everything = by_error(evidence, float("inf"), allocation=allocation)
     assert (everything == SINK).all()
 
 
 def test_a_global_budget_is_spent_where_it_buys_most() -> None:
     error = torch.tensor([[[0, 0.5, 0.3, 0.2], [0, 0.1, 0.4, 0.05]]])
     # One step is affordable: it is the second head's, which saves more for less.
-    chosen = select_categories(evidence_of(error), 0.08, allocation="global")
+    chosen = by_error(evidence_of(error), 0.08, allocation="global")
     assert chosen.tolist() == [[DENSE, SINK]]
-    assert select_categories(evidence_of(error), 0.08).tolist() == [[DENSE, DOCUMENT_SINK]]
+    assert by_error(evidence_of(error), 0.08).tolist() == [[DENSE, DOCUMENT_SINK]]
 
 
 def test_criteria_and_wrong_arguments() -> None:
     evidence = evidence_of([[[0, 1, 0.2, 0.1], [0, 0.05, 1, 0.3]]])
-    assert select_categories(evidence, 0.25).tolist() == [[DOCUMENT, SINK]]
+    assert by_error(evidence, 0.25).tolist() == [[DOCUMENT, SINK]]
     by_mass = select_categories(evidence, 0.25, criterion="attention_mass")
     assert by_mass.tolist() == [[SINK, DOCUMENT]]
     for arguments, message in (
@@ -139,9 +141,9 @@ def test_criteria_and_wrong_arguments() -> None:
         ({"budget": 1.0, "allocation": "x"}, "allocation must be one of per_head, global"),
     ):
         with pytest.raises(ValueError, match=message):
-            select_categories(evidence, **arguments)
+            select_categories(evidence, **{"criterion": "output_error", **arguments})
     with pytest.raises(ValueError, match="evidence must have error and pairs, got no pairs"):
-        select_categories({"error": evidence["error"]}, 1.0)
+        by_error({"error": evidence["error"]}, 1.0)
 
 
 def test_a_quantile_sees_the_rare_prompt_that_a_mean_does_not() -> None:
@@ -152,7 +154,7 @@ def test_a_quantile_sees_the_rare_prompt_that_a_mean_does_not() -> None:
     config = tiny_model("qwen2_5_vl", num_layers=1).config
     for aggregate, expected in (("quantile", DENSE), ("mean", SINK)):
         evidence = summarize(measurements, aggregate=aggregate)
-        assert select_categories(evidence, 0.1).tolist() == [[expected]]
+        assert by_error(evidence, 0.1).tolist() == [[expected]]
     spread = summarize(measurements)["error_spread"]
     assert torch.allclose(spread, error.std(0, correction=0))
     wide = measurements_of_errors(error.expand(-1, 1, 4, -1).contiguous())
@@ -240,7 +242,7 @@ def test_an_interrupted_calibration_goes_on_to_the_same_profile(
     again = calibrate(model, processor, rows(), **{**options, "budget": 0.0})
     assert calls == 14  # another budget needs no other measurement
     assert again.counts()[DENSE] == 0  # the last layer's images are read by nobody
-    dense = select_categories(again.evidence, 0.0)
+    dense = by_error(again.evidence, 0.0)
     assert not dense.any()
     measured = calibrate(
         model, processor, rows(2), sink_offsets="measure", checkpoint=tmp_path / "c", progress=False
@@ -267,6 +269,8 @@ def test_bad_input_is_said_clearly(tmp_path: Path) -> None:
         calibrate(model, processor, rows(1), batch_size=0)
     with pytest.raises(ValueError, match="sink_offsets must be ints or 'measure'"):
         calibrate(model, processor, rows(1), sink_offsets="found")
+    with pytest.raises(ValueError, match=r"criterion must be one of output_error, .*, got 'mass'"):
+        calibrate(model, processor, rows(1), criterion="mass")
     with pytest.raises(ValueError, match="aggregate must be one of quantile, mean"):
         calibrate(model, processor, rows(1), aggregate="median")
     with pytest.raises(ValueError, match=r"budget must be a number of at least 0, got '0.1'"):
@@ -308,20 +312,24 @@ def test_the_model_stays_in_training_mode() -> None:
 # The command.
 
 
+def save_rows(folder: Path, num_rows: int) -> None:
+    folder.mkdir()
+    lines = []
+    for n, row in enumerate(rows(num_rows)):
+        names = []
+        for m, image in enumerate(row["images"]):
+            names.append(f"{n}-{m}.png")
+            image.save(folder / names[-1])
+        lines.append(json.dumps({"images": names, "messages": row["messages"]}))
+    (folder / "data.jsonl").write_text("\n".join(lines))
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A model with its processor, and a dataset, in one folder each."""
     tiny_model("gemma3", num_layers=1).save_pretrained(tmp_path / "model")
     tiny_processor("gemma3").save_pretrained(tmp_path / "model")
-    (tmp_path / "data").mkdir()
-    lines = []
-    for n, row in enumerate(rows(2)):
-        names = []
-        for m, image in enumerate(row["images"]):
-            names.append(f"{n}-{m}.png")
-            image.save(tmp_path / "data" / names[-1])
-        lines.append(json.dumps({"images": names, "messages": row["messages"]}))
-    (tmp_path / "data/data.jsonl").write_text("\n".join(lines))
+    save_rows(tmp_path / "data", 2)
     return tmp_path
 
 
@@ -332,6 +340,29 @@ def test_the_command_takes_a_rule(saved: Path) -> None:
     output = saved / "profile.safetensors"
     assert main([*arguments, "-o", str(output), "--rule", str(saved / "rule.json")]) == 0
     assert Profile.load(output).rule == rule
+
+
+@pytest.mark.parametrize("seed", [None, 0, 3])
+def test_the_command_and_the_function_choose_the_same_prompts(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    save_rows(saved / "many", 8)
+    chosen = []
+
+    def measure(model: Any, processor: Any, samples: Samples, **_: Any) -> Measurements:
+        chosen.append([sample.index for sample in samples])
+        raise ValueError("seen")
+
+    monkeypatch.setattr("blindsight.calibrate.measure", measure)
+    arguments = ["calibrate", "--model", str(saved / "model"), "--data", str(saved / "many")]
+    arguments += ["-o", str(saved / "profile.safetensors"), "--limit", "5"]
+    assert main([*arguments, *([] if seed is None else ["--sample-seed", str(seed)])]) == 2
+    model, processor = tiny_model("gemma3", num_layers=1), tiny_processor("gemma3")
+    with pytest.raises(ValueError, match="seen"):
+        calibrate(model, processor, saved / "many", num_samples=5, seed=seed)
+    command, function = chosen
+    assert command == function and len(set(command)) == 5
+    assert (command == [0, 1, 2, 3, 4]) == (seed is None)
 
 
 def test_the_command_writes_a_profile(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

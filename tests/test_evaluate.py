@@ -205,7 +205,8 @@ def test_rows_and_a_file_will_do(tmp_path: Path) -> None:
     profile.save(tmp_path / "profile.safetensors")
     options: dict[str, Any] = {"repeats": 0, "batch_size": 2}
     found = evaluate(model, tiny_processor(), rows(2), tmp_path / "profile.safetensors", **options)
-    assert found.sparse == evaluate(model, tiny_processor(), samples(2), profile, **options).sparse
+    for same in (samples(2), list(samples(2))):
+        assert evaluate(model, tiny_processor(), same, profile, **options).sparse == found.sparse
     inputs = make_inputs("qwen2_5_vl", PROMPTS[:1])
     expected = reference_logits(model, inputs, profile)
     assert torch.equal(reference_logits(model, inputs, tmp_path / "profile.safetensors"), expected)
@@ -579,7 +580,7 @@ def test_questions_without_images_are_named() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"given": []}, "samples must be at least one, got none"),
+        ({"given": []}, "dataset must have at least one sample, got none in list"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"repeats": -2}, "repeats must be at least 0, got -2"),

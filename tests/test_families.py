@@ -480,9 +480,10 @@ def test_layers_without_attention_are_dealt_no_cards_and_have_no_budget() -> Non
     alone["error"][..., 1:] = 0.01 * torch.arange(1.0, 5.0)[:, None]
     alone["pairs"][..., 0] = 10
     beside = {name: torch.cat([x, torch.zeros(3, 4, 4)]) for name, x in alone.items()}
-    chosen = select_categories(alone, 0.012, allocation="global")
+    options = {"criterion": "output_error", "allocation": "global"}
+    chosen = select_categories(alone, 0.012, **options)
     assert bool(chosen.any()) and not bool(chosen.all())
-    assert select_categories(beside, 0.012, allocation="global")[0].tolist() == chosen[0].tolist()
+    assert select_categories(beside, 0.012, **options)[0].tolist() == chosen[0].tolist()
 
 
 def test_pairs_of_wider_heads_cost_more() -> None:

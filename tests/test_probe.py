@@ -320,10 +320,13 @@ def test_heads_of_a_kind_are_told() -> None:
     )
     measurements = measurements_of({0: losses}, torch.tensor([num_tokens]))
     evidence = summarize(measurements)
-    for allocation in ("per_head", "global"):
-        assert select_categories(evidence, 0.01, allocation=allocation).tolist() == [[2, 1, 3, 0]]
-    kept = select_categories(evidence, 0.01, criterion="attention_mass")
-    assert kept.tolist() == [[2, 1, 3, 0]]
+    for criterion, allocation in (
+        ("output_error", "per_head"),
+        ("output_error", "global"),
+        ("attention_mass", "per_head"),
+    ):
+        found = select_categories(evidence, 0.01, criterion=criterion, allocation=allocation)
+        assert found.tolist() == [[2, 1, 3, 0]]
     of_sinks = dataclasses.replace(measurements, offset_mass=measurements.offset_mass[:, :, 1:2])
     assert find_sink_offsets(of_sinks) == (0,)
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from blindsight.calibrate import calibrate
 from blindsight.data.processors import load_processor, model_inputs
-from blindsight.data.samples import Samples, as_samples, load_samples
+from blindsight.data.samples import Samples, load_samples
 from family_processors import HAS_TORCHVISION
 from models import IMAGE_ID, tiny_model
 from processors import tiny_processor
@@ -222,8 +222,8 @@ def test_samples_may_be_given_again() -> None:
     assert listed[1].images[0].getpixel((0, 0)) == (10, 245, 7)
     assert (listed[0].answer, listed[0].task, listed[0].videos) == ("answer 3", "some", [])
     assert listed.digest() == load_samples([samples[3], samples[1]]).digest() != samples.digest()
-    assert as_samples(samples) is samples
-    assert texts(as_samples(memory_rows(2))) == texts(samples[:2])
+    assert load_samples(samples) is samples
+    assert texts(load_samples(memory_rows(2))) == texts(samples[:2])
 
 
 def test_an_image_that_the_processor_does_not_take_has_a_number() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import blindsight.evaluation.timing as timing
 from blindsight.calibration.selection import select_categories
 from blindsight.cli import main
 from blindsight.evaluation.baselines import PruningMasking, WindowMasking, shuffled_categories
@@ -30,6 +31,7 @@ from blindsight.evaluation.sweep_points import (
 from blindsight.evaluation.sweep_result import Sweep
 from blindsight.plots import CATEGORY_COLORS, _spread, plot_masks, plot_profile
 from blindsight.profile import Profile
+from blindsight.ranks import Ranks
 from blindsight.sweep import sweep
 from blindsight.template import Template, find_sinks
 from models import Image, make_inputs, tiny_model
@@ -155,7 +157,9 @@ def test_a_refined_profile_is_compared_with_its_own_errors() -> None:
     assert len(found) >= 3
     for plan in found:
         assert plan.categories is not None
-        assert torch.equal(plan.categories, select_categories(both, plan.knob))
+        assert torch.equal(
+            plan.categories, select_categories(both, plan.knob, criterion="output_error")
+        )
     assert not any(
         plan.series == BY_ERROR
         for plan in category_plans(profile, budgets, selection_of(profile), 0, True)
@@ -385,6 +389,20 @@ def test_points_are_timed_on_request() -> None:
     found = run(budgets=[0.3, 1e9], baselines=False, repeats=1, inner="eager")
     assert all(point.timing is not None for point in found.points)
     assert "prefill" in found.to_markdown()
+
+
+def test_of_several_processes_the_first_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one measures nothing, and has the numbers of the first."""
+    found = timing.Timing(9, "decoder", "eager", (2.0,), (1.0,), ("sparse",), 0.0, 0.0)
+
+    class Second(Ranks):
+        def on_first(self, work: Any) -> Any:
+            return found
+
+    monkeypatch.setattr(timing, "current_ranks", lambda: Second(1, 2))
+    points = run(budgets=[0.3, 1e9], baselines=False, repeats=1, inner="eager").points
+    assert [point.timing for point in points] == [found, found]
+    assert found.ratio == 0.5
 
 
 def test_pictures_are_drawn(curve: Sweep, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ Shapes: N prompts, B batch, L layers, H query heads, C categories, R regions, T 
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import math
 import os
@@ -19,19 +20,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
-from blindsight.calibration.measurements import Checkpoint, Measurements, model_digest
+from blindsight.calibration.measurements import Checkpoint, Measurements
 from blindsight.calibration.probe import Call, Losses, empty_losses, measure_losses
 from blindsight.data.processors import inputs_on, model_inputs
 from blindsight.data.samples import Samples
 from blindsight.families import config_of, fingerprint, shares_keys, text_config, with_attention
-from blindsight.modules import in_eval_mode, plain_name
+from blindsight.modules import digest_of_weights, in_eval_mode, plain_name
 from blindsight.passes.find_attention import Attention, find_attention, has_attention
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.probe_attention import probe_attention_pass
 from blindsight.passes.recompute_layers import recompute_layers_pass
+from blindsight.progress import progress_bar
 from blindsight.ranks import Ranks, current_ranks
 from blindsight.runtime.layers import LayerMap, compact, layer_of_path
 from blindsight.runtime.shards import check_is_whole
@@ -69,7 +70,7 @@ def measure(
             writes, in all layers.
         batch_size: Prompts that run together.
         padding_side: Of shorter prompts in a batch.
-        progress: Whether to show a bar; by default where standard error is a terminal.
+        progress: See :func:`~blindsight.progress.progress_bar`.
         checkpoint: A file that keeps what was measured so far. Where it exists, the measurement
             goes on from there. It stays when all is done. In a
             :func:`~blindsight.ranks.shared_run` each process has its own, named after it.
@@ -97,7 +98,7 @@ def measure(
             next_token=next_token,
             batch_size=batch_size,
             padding_side=padding_side,
-            progress=progress if ranks.is_first else False,
+            progress=progress,
             checkpoint=checkpoint,
         )
         return positions, found
@@ -131,7 +132,8 @@ def _measure_own(
             ranks.own(checkpoint),
             {
                 "process": ranks.name,
-                "model": model_digest(model),
+                "model": json.dumps(fingerprint(model), sort_keys=True),
+                "weights": digest_of_weights(model),
                 "samples": samples.digest(),
                 "num_samples": len(samples),
                 "rule": rule.to_json(),
@@ -144,12 +146,8 @@ def _measure_own(
         parts = saved.load()
     done = sum(map(len, parts))
     prober = Prober(model, rule, next_token=next_token)
-    bar = tqdm(
-        total=len(samples),
-        initial=done,
-        disable=None if progress is None else not progress,
-        desc="calibrating",
-        unit="prompt",
+    bar = progress_bar(
+        progress, total=len(samples), initial=done, desc="calibrating", unit="prompt"
     )
     try:
         # Gradients are taken, and what inference mode makes has none.

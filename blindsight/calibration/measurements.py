@@ -5,7 +5,6 @@ Shapes: N prompts, L layers, H query heads, C categories, R regions.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
-from torch import Tensor, nn
+from torch import Tensor
 
-from blindsight.families import fingerprint
 from blindsight.files import write_whole
 
 FORMAT = "blindsight-measurements"
@@ -63,16 +61,6 @@ class Measurements:
     def join(cls, parts: Sequence[Measurements]) -> Measurements:
         """Return the measurements of several sets of prompts, in order."""
         return cls(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)})
-
-
-def model_digest(model: nn.Module) -> str:
-    """Return a digest of a model's shape and of some of its weights."""
-    digest = hashlib.sha256(json.dumps(fingerprint(model), sort_keys=True).encode())
-    for name, parameter in model.named_parameters():
-        some = parameter.detach().flatten()[:8].double().cpu()
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(some.numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Checkpoint:

@@ -9,24 +9,25 @@ Shapes: L layers, H query heads, C categories.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from blindsight.calibration.selection import select_categories
+from blindsight.calibration.selection import check_evidence, select_categories
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.data.processors import model_inputs
-from blindsight.data.rows import Sample
-from blindsight.data.samples import as_samples
+from blindsight.data.samples import Samples, load_samples
+from blindsight.error_text import check_choice
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import divergence
 from blindsight.evaluation.prefill import Decoder
 from blindsight.modules import in_eval_mode
 from blindsight.profile import Profile
+from blindsight.progress import progress_bar
 
 CRITERION = "next_token"  # its evidence is called "effect"
 UNITS = ("head", "layer")
@@ -35,22 +36,23 @@ UNITS = ("head", "layer")
 def refine(
     model: nn.Module,
     processor: Any,
-    samples: Sequence[Sample],
-    profile: Profile,
+    samples: Any,
+    profile: Profile | str | os.PathLike[str],
     *,
     budget: float,
     by: str = "head",
     batch_size: int = 8,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Profile:
     """Return a calibrated profile whose categories follow from their effect on the next token.
 
     Args:
         model: A transformers model that reads images.
         processor: Its processor.
-        samples: Prompts to try categories on, those of calibration for example. Answers are not
-            looked at.
-        profile: With evidence, ``error`` and ``pairs``.
+        samples: Prompts to try categories on, those of calibration for example: what
+            :func:`~blindsight.data.samples.load_samples` takes or returns. Answers are not looked
+            at.
+        profile: With evidence, ``error`` and ``pairs``; or its file.
         budget: The most that any one head may change the next token, as the square root of the
             mean KL divergence in nats; see
             :func:`~blindsight.calibration.selection.select_categories`.
@@ -58,19 +60,14 @@ def refine(
             ``"layer"`` tries SINK in all heads of a layer, L prefills a prompt, and shares the
             layer's divergence out among its heads and their categories by their squared errors.
         batch_size: Prompts at once.
-        progress: Whether to show a bar.
+        progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
         ValueError: The profile has no evidence or is another model's, or an argument is malformed.
     """
-    profile, samples = Profile.of(profile), as_samples(samples)
-    if by not in UNITS:
-        raise ValueError(f"by must be one of {', '.join(UNITS)}, got {by!r}.")
-    if missing := [name for name in ("error", "pairs") if name not in profile.evidence]:
-        raise ValueError(
-            f"profile must hold the evidence of its calibration, got no {', '.join(missing)}. "
-            "Give a profile that `blindsight calibrate` made."
-        )
+    profile, samples = Profile.of(profile), load_samples(samples)
+    check_choice("by", by, UNITS)
+    check_evidence(profile.evidence)
     profile.validate(model)
     decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
     trials = _trials(profile, by)
@@ -102,11 +99,11 @@ def reselect(profile: Profile, budget: float) -> Profile:
 def mean_divergence(
     decoder: Decoder,
     processor: Any,
-    samples: Sequence[Sample],
+    samples: Samples,
     trials: Sequence[Tensor],
     *,
     batch_size: int = 8,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Tensor:
     """Return KL(dense || tried) of the next token, the mean over samples, ``[len(trials)]``.
 
@@ -116,19 +113,15 @@ def mean_divergence(
         samples: Prompts.
         trials: Category codes ``[L, H]`` of each trial.
         batch_size: Prompts at once.
-        progress: Whether to show a bar.
+        progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
-        ValueError: There are no samples, or ``batch_size`` is not positive.
+        ValueError: ``batch_size`` is not positive.
     """
-    if not len(samples):
-        raise ValueError("samples must be at least one, got none.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     total = torch.zeros(len(trials), dtype=torch.float64)
-    with tqdm(
-        total=len(samples) * len(trials), disable=None if progress else True, unit="trial"
-    ) as bar:
+    with progress_bar(progress, total=len(samples) * len(trials), unit="trial") as bar:
         for begin in range(0, len(samples), batch_size):
             chosen = [samples[at] for at in range(begin, min(begin + batch_size, len(samples)))]
             batch = decoder.prepare(model_inputs(processor, chosen))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
+from blindsight.error_text import check_choice
 
 # To names of evidence.
 CRITERIA = {"output_error": "error", "attention_mass": "lost_mass", "next_token": "effect"}
@@ -25,7 +26,7 @@ def select_categories(
     evidence: Mapping[str, Tensor],
     budget: float,
     *,
-    criterion: str = "output_error",
+    criterion: str,
     allocation: str = "per_head",
 ) -> Tensor:
     """Return the cheapest categories within a budget: uint8 ``[L, H]``.
@@ -46,12 +47,8 @@ def select_categories(
     Raises:
         ValueError: An argument is malformed, or the evidence lacks something.
     """
-    for name, value, known in (
-        ("criterion", criterion, tuple(CRITERIA)),
-        ("allocation", allocation, ALLOCATIONS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+    check_choice("criterion", criterion, CRITERIA)
+    check_choice("allocation", allocation, ALLOCATIONS)
     if not budget >= 0:
         raise ValueError(f"budget must be at least 0, got {budget}.")
     wanted = (CRITERIA[criterion], "pairs")
@@ -69,6 +66,19 @@ def select_categories(
     choose = _per_head if allocation == "per_head" else _globally
     flat = choose(loss.flatten(0, 1).tolist(), pairs.flatten(0, 1).tolist(), budget)
     return torch.tensor(flat, dtype=torch.uint8).view(loss.shape[:2])
+
+
+def check_evidence(evidence: Mapping[str, Tensor]) -> None:
+    """Check that the evidence of a profile is that of a calibration.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if missing := [name for name in ("error", "pairs") if name not in evidence]:
+        raise ValueError(
+            "profile must hold the evidence of its calibration, error and pairs, got no "
+            f"{', '.join(missing)}. Give a profile that `blindsight calibrate` made."
+        )
 
 
 def _per_head(losses: list[list[float]], pairs: list[list[float]], budget: float) -> list[int]:

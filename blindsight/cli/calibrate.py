@@ -47,7 +47,9 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         help="how images are found, for a family that is not known: what "
         "blindsight.TemplateRule(...).to_json() returns",
     )
-    parser.add_argument("--limit", type=int, default=64, help="at most so many (%(default)s)")
+    parser.add_argument(
+        "--limit", type=_positive, default=64, help="at most this many prompts (%(default)s)"
+    )
     parser.add_argument("--split", help="of the dataset, where it has several")
     parser.add_argument(
         "--sample-seed",
@@ -101,12 +103,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
         options["sink_offsets"] = _sink_offsets(arguments.sink_offsets)
     checkpoint = arguments.checkpoint or output.with_name(f"{output.name}.partial")
     with quiet(), shared_run() as ranks:
-        samples = load_samples(
-            arguments.data,
-            split=arguments.split,
-            limit=arguments.limit,
-            seed=arguments.sample_seed,
-        )
+        samples = load_samples(arguments.data, split=arguments.split)
         model = load_model(
             arguments.model, arguments.dtype, arguments.device, has_rule="rule" in options
         )
@@ -116,9 +113,9 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
             model,
             processor,
             samples,
+            num_samples=arguments.limit,
             seed=arguments.sample_seed,
             batch_size=arguments.batch_size,
-            progress=True,
             checkpoint=checkpoint,
             **options,
         )
@@ -155,6 +152,13 @@ def _not_negative(text: str) -> float:
     number = float(text)
     if not number >= 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return number
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return number
 
 

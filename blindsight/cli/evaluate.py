@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from blindsight.cli.models import add_arguments
 
 if TYPE_CHECKING:
-    from blindsight.data.rows import Sample
+    from blindsight.data.samples import Samples
     from blindsight.profile import Profile
 
 
@@ -136,7 +136,6 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
             repeats=arguments.repeats,
             checkpoint=arguments.out / "answers.jsonl",
             seed=arguments.seed,
-            progress=True,
         )
     if not ranks.is_first:
         return
@@ -165,7 +164,6 @@ def _run_refine(arguments: argparse.Namespace) -> None:
             budget=arguments.budget,
             by=arguments.by,
             batch_size=arguments.batch_size,
-            progress=True,
         )
     found.save(output)
     print(found)
@@ -199,7 +197,6 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
             inner=arguments.inner,
             checkpoint=arguments.out / "answers.jsonl",
             seed=arguments.seed,
-            progress=True,
         )
     found.save(arguments.out)
     if not arguments.no_plot:
@@ -209,7 +206,7 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
     print(found.to_markdown(), end="")
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, Any, list[Sample] | Any, Profile]:
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any, Samples, Profile]:
     """Read what can be wrong before the weights, which take longest."""
     import transformers
 

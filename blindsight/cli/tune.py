@@ -30,8 +30,8 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
 
 def _run_tune(arguments: argparse.Namespace) -> None:
     import torch
-    from tqdm import tqdm
 
+    from blindsight.progress import progress_bar
     from blindsight.ranks import local_device
     from blindsight.runtime.cost_model import check_cache_file, device_name, save_costs
     from blindsight.tune import measure_costs
@@ -41,9 +41,9 @@ def _run_tune(arguments: argparse.Namespace) -> None:
     for name in arguments.dtype:
         dtype = getattr(torch, name)
         steps = 4 if device.type == "cpu" else 7
-        with tqdm(total=steps, desc=name, leave=False) as bar, torch.inference_mode():
+        with progress_bar(total=steps, desc=name, leave=False) as bar, torch.inference_mode():
 
-            def progress(text: str, bar: tqdm = bar) -> None:
+            def progress(text: str, bar: Any = bar) -> None:
                 bar.set_postfix_str(text)
                 bar.update()
 

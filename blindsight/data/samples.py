@@ -92,13 +92,6 @@ class Samples(Sequence[Sample]):
         return digest.hexdigest()
 
 
-def as_samples(samples: Any) -> Any:
-    """Return samples as they are, or those of what :func:`load_samples` takes."""
-    is_listed = isinstance(samples, Sequence) and not isinstance(samples, str)
-    are_rows = isinstance(samples, (list, tuple)) and samples and isinstance(samples[0], Mapping)
-    return samples if is_listed and not are_rows else load_samples(samples)
-
-
 def load_samples(
     source: Any, *, split: str | None = None, limit: int | None = None, seed: int | None = None
 ) -> Samples:
@@ -107,8 +100,8 @@ def load_samples(
     Args:
         source: A JSON-lines file, a ``.json`` file with a list of rows, a ``.parquet`` file, a
             folder with a ``data.jsonl`` (or a ``<split>.jsonl``), a folder that ``datasets``
-            reads, the id of a dataset on the hub, a dataset of ``datasets``, or any sequence of
-            rows, or list of samples.
+            reads, the id of a dataset on the hub, a dataset of ``datasets``, any sequence of
+            rows, a list of samples, or what this function returned.
         split: Which part, where there are several.
         limit: At most so many samples.
         seed: Of the choice and order of samples; by default they are taken as they come.
@@ -136,6 +129,8 @@ def load_samples(
         chosen = range(len(rows))
     if not len(chosen):
         raise ValueError(f"dataset must have at least one sample, got none in {name}.")
+    if isinstance(source, Samples) and limit is None and seed is None:
+        return source
     count = len(chosen) if limit is None else min(limit, len(chosen))
     if seed is not None:
         chosen = random.Random(seed).sample(chosen, count)

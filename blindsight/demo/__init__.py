@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from blindsight.demo.answers import NUM_STEPS, Answers, answer_questions, find_problem
 from blindsight.demo.prompt import DemoOptions, load
 from blindsight.demo.speed import Speed, measure_speed, num_steps
-from blindsight.progress import Progress, quiet
+from blindsight.progress import Progress, progress_bar, quiet
 
 __all__ = ["DemoOptions", "DemoResult", "load", "run_demo"]
 
@@ -61,7 +60,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
     with (
         quiet(),
         torch.no_grad(),
-        tqdm(total=steps, disable=None, leave=False, bar_format="{l_bar}{bar}| {elapsed}") as bar,
+        progress_bar(total=steps, leave=False, bar_format="{l_bar}{bar}| {elapsed}") as bar,
     ):
         bar.set_description("building the prompts")
         progress = Progress(bar)

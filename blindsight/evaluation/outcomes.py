@@ -8,7 +8,6 @@ Shapes: B batch, T tokens of the prompts, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from blindsight.data.processors import model_inputs
 from blindsight.data.rows import Sample
@@ -26,6 +24,7 @@ from blindsight.data.samples import Samples
 from blindsight.evaluation.masked_model import Masking, Masks, Prompt
 from blindsight.evaluation.prefill import Batch, Decoder, Output
 from blindsight.files import write_whole
+from blindsight.progress import progress_bar
 from blindsight.ranks import current_ranks
 
 FORMAT, VERSION = "blindsight-outcomes", 1
@@ -202,14 +201,14 @@ class Checkpoint:
 def answer_samples(
     decoder: Decoder,
     processor: Any,
-    samples: Sequence[Sample],
+    samples: Samples,
     points: Sequence[Point],
     *,
     checkpoint: Checkpoint,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
     prefill: Prefill | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> dict[str, list[Outcome]]:
     """Answer all samples under all maskings; return the outcomes of each point, by sample.
 
@@ -226,7 +225,7 @@ def answer_samples(
         max_new_tokens: Of an answer; by default as many as the expected answer has, and what would
             follow is not looked at.
         prefill: How a batch is run under a masking; by default with explicit masks.
-        progress: Whether to show a bar.
+        progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
         ValueError: A sample has no answer, or none of the first samples has an image.
@@ -235,10 +234,7 @@ def answer_samples(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if not len(samples):
-        raise ValueError("samples must be at least one, got none.")
-    if isinstance(samples, Samples):
-        samples.check()
+    samples.check()
     current_ranks().gather(
         lambda: _answer_own(
             decoder,
@@ -262,14 +258,14 @@ def answer_samples(
 def _answer_own(
     decoder: Decoder,
     processor: Any,
-    samples: Sequence[Sample],
+    samples: Samples,
     points: Sequence[Point],
     checkpoint: Checkpoint,
     batch_size: int,
     max_new_tokens: int | None,
     prefill: Prefill | None,
     *,
-    progress: bool,
+    progress: bool | None,
 ) -> None:
     """Answer the batches of this process; every one is what it is in a process alone."""
     ranks = current_ranks()
@@ -277,8 +273,7 @@ def _answer_own(
     stop_ids = _stop_ids(decoder.model, tokenizer)
     run = prefill or (lambda b, _, masks, use_cache: decoder.prefill(b, masks, use_cache=use_cache))
     total = len(samples) * len(points)
-    disable = None if progress and ranks.is_first else True
-    with tqdm(total=total, disable=disable, unit="answer", leave=False) as bar:
+    with progress_bar(progress, total=total, unit="answer", leave=False) as bar:
         for positions in _chunks(range(len(samples)), batch_size * _BATCHES_AT_ONCE):
             first_batch = positions[0] // batch_size
             known = [p for p in points if _is_known(checkpoint, p, positions)]
@@ -360,34 +355,6 @@ def divergence(dense: Tensor, other: Tensor) -> Tensor:
     """Return KL(dense || other) of logits ``[B, V]`` in nats, ``[B]`` float64."""
     log_p, log_q = (logits.double().log_softmax(-1) for logits in (dense, other))
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
-
-
-def digest_of_weights(model: nn.Module) -> str:
-    """Return what tells a model's weights from others, from a few numbers of each."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        few = torch.cat([flat[:8], flat[flat.numel() // 2 :][:8], flat[-8:]]).double().cpu()
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(few.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def digest_of_samples(samples: Sequence[Sample]) -> str:
-    """Return what tells these questions from others."""
-    own = getattr(samples, "digest", None)
-    if callable(own):
-        return str(own())
-    digest = hashlib.sha256()
-    for sample in samples:
-        texts = [sample.messages, sample.task, sample.answer]
-        digest.update(json.dumps(texts, sort_keys=True, default=str).encode())
-        for image in sample.images:
-            digest.update(f"{image.size} {image.mode}".encode())
-            digest.update(image.tobytes())
-        for video in sample.videos:
-            digest.update(repr(video.identity()).encode())
-    return digest.hexdigest()
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from blindsight.cost import FLOPS_PER_PAIR
 from blindsight.evaluation.bootstrap import (
     Differences,
     Estimate,
@@ -100,7 +101,7 @@ def summarize(
     difference = paired_differences(before, after, **draws)
     accuracy = {task: share(int(sum(right)), len(right)) for task, right in after.items()}
     kl = torch.tensor([outcome.kl for outcome in outcomes], dtype=torch.float64)
-    attention = 4 * decoder.head_dim * sum(outcome.pairs for outcome in outcomes)
+    attention = FLOPS_PER_PAIR * decoder.head_dim * sum(outcome.pairs for outcome in outcomes)
     linear = 2 * sum(outcome.rows for outcome in outcomes) * decoder.weights_per_layer
     return Summary(
         accuracy=accuracy,

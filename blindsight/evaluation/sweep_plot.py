@@ -107,9 +107,8 @@ def _time_panel(sweep: Sweep, timed: list[SweepPoint]) -> Panel:
     num_tokens = 0
     for point in timed:
         assert point.timing is not None
-        dense, sparse = (statistics.median(t) for t in (point.timing.dense, point.timing.sparse))
         x.append(100 * sweep.attention_share(point))
-        y.append(sparse / dense)
+        y.append(point.timing.ratio)
         num_tokens = point.timing.num_tokens
     label, color = _LOOKS[BY_HEAD]
     title = f"Prefill time, over dense (one prompt of {num_tokens:,} tokens)"

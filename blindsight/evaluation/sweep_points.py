@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blindsight.calibration.selection import select_categories
+from blindsight.calibration.selection import ALLOCATIONS, check_evidence, select_categories
 from blindsight.evaluation.baselines import PruningMasking, WindowMasking, shuffled_categories
 from blindsight.evaluation.masked_model import Masking, ProfileMasking
 from blindsight.profile import Profile
@@ -136,19 +136,10 @@ def token_plans(shares: Sequence[float], widths: Sequence[int]) -> list[Plan]:
 def selection_of(profile: Profile, *, criterion: str | None = None) -> Select:
     """Return what a budget selects, by default by the criterion that made the profile."""
     noted = profile.calibration
-    options = {name: noted[name] for name in ("criterion", "allocation") if name in noted}
-    if criterion is not None:
-        options["criterion"] = criterion
+    criterion = noted.get("criterion", _OWN) if criterion is None else criterion
+    allocation = noted.get("allocation", ALLOCATIONS[0])
 
     def select(evidence: Mapping[str, Tensor], budget: float) -> Tensor:
-        return select_categories(evidence, budget, **options)
+        return select_categories(evidence, budget, criterion=criterion, allocation=allocation)
 
     return select
-
-
-def check_evidence(evidence: Mapping[str, Tensor]) -> None:
-    if missing := [name for name in ("error", "pairs") if name not in evidence]:
-        raise ValueError(
-            "profile must hold the evidence of its calibration, error and pairs, got no "
-            f"{', '.join(missing)}. Give a profile that `blindsight calibrate` made."
-        )

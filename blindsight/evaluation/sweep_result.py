@@ -143,7 +143,9 @@ class Sweep:
                 f"{found.changed:.1%}",
                 f"{found.kl_mean:.1e}",
             ]
-            rows.append([*row, *([_ratio(point.timing)] if timed else [])])
+            if timed:
+                row.append("" if point.timing is None else f"{point.timing.ratio:.1%}")
+            rows.append(row)
         return table(rows)
 
     def _random_table(self) -> list[str]:
@@ -171,10 +173,3 @@ class Sweep:
 def _range(values: Sequence[float]) -> str:
     mean, low, high = (100 * x + 0.0 for x in (statistics.fmean(values), min(values), max(values)))
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def _ratio(timing: Timing | None) -> str:
-    if timing is None:
-        return ""
-    dense, sparse = (statistics.median(x) for x in (timing.dense, timing.sparse))
-    return f"{sparse / dense:.1%}"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from blindsight.data.processors import model_inputs
-from blindsight.data.rows import Sample
+from blindsight.data.samples import Samples
 from blindsight.evaluation.masked_model import ProfileMasking
-from blindsight.evaluation.outcomes import Outcome
+from blindsight.evaluation.outcomes import Checkpoint, Outcome
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.profile import Profile
+from blindsight.ranks import current_ranks
+from blindsight.runtime.inner import name_for_files
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class Timing:
     runs: tuple[str, ...]
     distance: float
     rounding: float
+
+    @property
+    def ratio(self) -> float:
+        """The median sparse prefill, over the median dense one."""
+        return statistics.median(self.sparse) / statistics.median(self.dense)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Timing:
@@ -98,6 +106,37 @@ def time_prefill(
         compiled.close()
 
 
+def time_prefill_once(
+    known: Checkpoint,
+    decoder: Decoder,
+    batch: Callable[[], Batch],
+    profile: Profile,
+    *,
+    inner: str | Callable[..., Any],
+    repeats: int,
+) -> Timing:
+    """Return what :func:`time_prefill` does, or what the file of this run knows of it already.
+
+    Where processes share the run, the first measures; the others wait, and leave it the machine.
+
+    Args:
+        known: Where the timing is looked up, and noted.
+        batch: Returns the prompt; called only to measure.
+        decoder, profile, inner, repeats: See :func:`time_prefill`.
+
+    Raises:
+        ValueError: See :func:`time_prefill`.
+    """
+    name = f"prefill of {profile.digest} by {name_for_files(inner)}, {repeats} times"
+    if name not in known.notes:
+
+        def measure() -> Timing:
+            return time_prefill(decoder, batch(), profile, inner=inner, repeats=repeats)
+
+        known.note(name, asdict(current_ranks().on_first(measure)))
+    return Timing.from_dict(known.notes[name])
+
+
 def check_distance(distance: float, rounding: float, logits: torch.Tensor) -> None:
     """Check that compiled logits are those with explicit masks.
 
@@ -117,7 +156,7 @@ def check_distance(distance: float, rounding: float, logits: torch.Tensor) -> No
 
 
 def longest_prompt(
-    decoder: Decoder, processor: Any, samples: Sequence[Sample], outcomes: Sequence[Outcome]
+    decoder: Decoder, processor: Any, samples: Samples, outcomes: Sequence[Outcome]
 ) -> Batch:
     """Return the longest of the answered prompts, alone and so without padding or its mask."""
     longest = max(outcomes, key=lambda outcome: outcome.num_tokens).sample

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from blindsight.progress import progress_bar
 from blindsight.runtime.context import disabled
 from blindsight.template import TemplateRule
 
@@ -58,7 +58,7 @@ def warm_up(
     text = input_ids[(span_id == 0).to(input_ids.device)]
     if not len(text):
         raise ValueError("inputs must be a prompt with text, got images alone.")
-    bar = tqdm(sorted(set(lengths)), desc="compiling ahead", unit="length")
+    bar = progress_bar(iterable=sorted(set(lengths)), desc="compiling ahead", unit="length")
     with torch.no_grad():
         for size in bar:
             bar.set_postfix_str(f"{size:,} tokens")
