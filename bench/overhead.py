@@ -42,7 +42,7 @@ from blindsight.attention.mask_forms import sorted_mask
 from blindsight.ranks import local_device
 from blindsight.runtime.choose import ChoosableCall, Device, best_form, choose_layouts
 from blindsight.runtime.cost_model import CallSize
-from blindsight.runtime.history import History
+from blindsight.runtime.history import GivenHistory
 from blindsight.runtime.inner import Inner
 from blindsight.runtime.lowering import Lowering
 from blindsight.template import Template
@@ -141,7 +141,7 @@ def measure_work(bench: Bench, sizes: Sequence[int]) -> list[dict[str, Any]]:
 def choose_alone(bench: Bench, config: Config) -> None:
     """What is found out of a prompt on the host, before it runs."""
     length, (span_id, is_sink) = config.num_tokens, config.template()
-    history = History(bench.profile.rule, template=Template(span_id, is_sink))
+    history = GivenHistory(bench.profile.rule, Template(span_id, is_sink))
     device = Device.of(torch.device(bench.device), bench.dtype)
     form = best_form(history, length, bench.profile.categories, device)
     heads, key_heads = SHAPES[bench.shape][2:4]

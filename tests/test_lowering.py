@@ -26,7 +26,7 @@ from blindsight.runtime.cost_model import (
     time_of_own,
 )
 from blindsight.runtime.data_check import _is_plain_causal
-from blindsight.runtime.history import History
+from blindsight.runtime.history import GivenHistory, History
 from blindsight.runtime.lowering import Layout, Lowering, causal_layout, fused_layout, split_layout
 from blindsight.template import Template
 from blindsight.timer import Timer
@@ -47,7 +47,7 @@ def prompt(num_images: int, image: int, text: int) -> History:
     rule = TemplateRule(
         image_token_ids=(1,),
     )
-    return History(rule, template=Template(span_id, is_sink))
+    return GivenHistory(rule, Template(span_id, is_sink))
 
 
 def call_of(history: History, categories: list[int], *, is_masked: bool = True) -> ChoosableCall:

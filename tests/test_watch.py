@@ -21,7 +21,8 @@ from transformers import DynamicCache, StaticCache
 import blindsight
 from blindsight import BlindsightWarning, Profile, blindsight_backend, use_template
 from blindsight.reference import reference_logits
-from blindsight.runtime.history import History, Witness
+from blindsight.runtime.cache_notes import Witness
+from blindsight.runtime.history import SeenHistory
 from blindsight.runtime.tensor_notes import TensorNotes
 from models import Image, full_position_ids, make_inputs, split_turns, tiny_model, without_vision
 
@@ -74,7 +75,7 @@ def test_pixels_without_a_token_of_an_image_are_warned_of(model: Any) -> None:
 
 def test_a_witness_sees_what_changed_places(model: Any) -> None:
     """In inference mode nothing counts what is written: the keys themselves have to tell."""
-    history = History(profile_of(model).rule, kinds=torch.zeros(3, 8, dtype=torch.uint8))
+    history = SeenHistory(profile_of(model).rule, torch.zeros(3, 8, dtype=torch.uint8))
     with torch.inference_mode():
         keys = torch.randn(3, 2, 10, 4)
         witness = Witness.of(keys, history, before=None)

@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from blindsight.families import text_config
 from blindsight.profile import Profile
+from blindsight.runtime.calls import module_calls
 from blindsight.runtime.forwards import Forwards
-from blindsight.runtime.history import module_calls
 from blindsight.runtime.layers import LayerMap, compact
 from blindsight.runtime.watch import observe_call, watch_forward
 

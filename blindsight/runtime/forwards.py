@@ -25,13 +25,15 @@ from torch import Tensor, nn
 from blindsight.modules import plain_name
 from blindsight.profile import Profile
 from blindsight.runtime import left_dense
+from blindsight.runtime.cache_notes import CacheNote
+from blindsight.runtime.calls import has_returned, module_calls
 from blindsight.runtime.context import (
     BlindsightWarning,
     ForwardUnder,
     explicit_template,
     is_disabled,
 )
-from blindsight.runtime.history import CacheNote, History, Pending, has_returned, module_calls
+from blindsight.runtime.history import GivenHistory, History, Pending, SeenHistory
 from blindsight.runtime.tensor_notes import TensorNotes, version_of
 
 
@@ -211,8 +213,8 @@ class Forwards:
                     "does not. Cut prompts elsewhere for the same numbers."
                 )
             if past is None:
-                joined: History | None = History(
-                    self.rule, kinds=pending.kinds, corner=pending.last_corner
+                joined: History | None = SeenHistory(
+                    self.rule, pending.kinds, corner=pending.last_corner
                 )
             else:
                 joined = past.extended(pending)
@@ -225,7 +227,7 @@ class Forwards:
         if given is None:
             return None
         if self not in given.forwards:
-            given.forwards[self] = ForwardUnder(History(self.rule, template=given.template))
+            given.forwards[self] = ForwardUnder(GivenHistory(self.rule, given.template))
         return given.forwards[self].history
 
     def expect_all_layers(self) -> None:
@@ -297,7 +299,7 @@ class Forwards:
         """Whether any query of a forward is one that a category restricts."""
         num_queries = pending.kinds.shape[1]
         known = [joined for _, joined in pending.joined.values() if joined is not None]
-        alone = History(self.rule, kinds=pending.kinds)
+        alone = SeenHistory(self.rule, pending.kinds)
         return any(
             history.restricts_queries_from(history.num_tokens - num_queries)
             for history in (alone, *known)

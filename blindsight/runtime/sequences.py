@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from blindsight.families import forgets
+from blindsight.runtime.cache_notes import CacheNote, Witness
 from blindsight.runtime.context import is_disabled
-from blindsight.runtime.history import CacheNote, History, Pending, Witness
+from blindsight.runtime.history import History, Pending
 from blindsight.runtime.plan import DENSE_HEADS, Plan
 from blindsight.runtime.state import BackendState
 

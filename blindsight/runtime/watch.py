@@ -20,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from blindsight.modules import plain_name
 from blindsight.passes.find_inputs import is_axis_positions, is_token_ids, is_video_grid
+from blindsight.runtime.calls import inner_calls
 from blindsight.runtime.forwards import Forwards
-from blindsight.runtime.history import inner_calls
 
 
 class _Hook:
@@ -85,7 +85,7 @@ def observe_call(forwards: Forwards, call: FrameType) -> None:
 
     Args:
         forwards: What takes note.
-        call: As :func:`~blindsight.runtime.history.module_calls` returns it.
+        call: As :func:`~blindsight.runtime.calls.module_calls` returns it.
     """
     args, kwargs = call.f_locals["args"], call.f_locals["kwargs"]
     if (input_ids := _input_ids(args, kwargs)) is not None:
