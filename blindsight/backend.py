@@ -134,13 +134,13 @@ def blindsight_backend(
         profile: A profile, or the path of one.
         inner: The backend that compiles the graphs: a name, or a callable
             ``(gm, example_inputs, **options)``.
-        model: The whole model, or the stage of a pipeline. It is found by itself in the call that
-            is compiled first; give it to hear at once that a profile is not for it, or where the
-            call of a function is compiled as a whole (``fullgraph=True``). The model is not kept
+        model: The whole model, or the stage of a pipeline. By default it is found in the first
+            call that is compiled. Give it to learn at once that a profile does not fit, or where a
+            function is compiled as a whole (``fullgraph=True``). The model is not kept
             alive. Two hooks on it show its ``input_ids`` where it runs eagerly, and make what
             Dynamo gives up on an error; :meth:`BlindsightBackend.detach` removes them.
-        strict: Whether attention of the profile that cannot be rewritten, or is never met, is
-            an error. If false it stays dense, with one warning.
+        strict: Whether it is an error if attention that the profile covers cannot be rewritten,
+            or never reaches the backend. If false it stays dense, with one warning.
         lowering: How heads of several categories are computed: ``"fused"`` in one call of
             FlexAttention, ``"split"`` with dense heads apart on ``scaled_dot_product_attention``
             where the model's own mask is plain causal, or ``"auto"``: whichever is estimated to be

@@ -300,7 +300,7 @@ def fingerprint(model_or_config: Any) -> dict[str, str]:
     num_heads = {layer.num_attention_heads for layer in layers}
     if len(num_heads) > 1:
         raise ValueError(
-            f"all layers must have as many query heads as each other, got {sorted(num_heads)}."
+            f"all layers must have the same number of query heads, got {sorted(num_heads)}."
         )
     return {
         "architecture": str(config.model_type),

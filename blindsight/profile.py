@@ -116,7 +116,7 @@ class Profile:
 
     @classmethod
     def of(cls, profile: Profile | str | os.PathLike[str]) -> Profile:
-        """Return a profile as it is, or the one of a file.
+        """Return a profile unchanged, or load it from a path.
 
         Raises:
             ValueError: It is neither, or the file is damaged.
@@ -250,7 +250,7 @@ class Profile:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The numbers of the layers that it is of, as the model numbers them: with attention."""
+        """The layers with attention that the profile covers, as the model numbers them."""
         stage = _stage_of(self.fingerprint)
         numbers, types = range(self.num_layers), self.layer_types
         if stage is not None and stage.num_layers == self.num_layers:

@@ -25,7 +25,8 @@ class Verdict:
         categories: For example ``"2 DENSE, 6 SINK"``.
         rewritten: Whether prompts with several images run the rewritten call.
         reason: Why the call is, or is not, rewritten.
-        own_runs, runs_of_graph: How often it ran, counted alone or with its graph's other calls.
+        own_runs, runs_of_graph: How often it ran: the first counts this call alone, the second
+            its whole graph.
         estimate: What ``lowering="auto"`` estimated of the last prompt.
     """
 

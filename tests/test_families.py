@@ -446,7 +446,7 @@ def test_layers_may_have_unlike_head_dims(tmp_path: Any) -> None:
         profile.shard(0, 2)
     text = config.get_text_config()
     text.per_layer_config = {0: {"num_attention_heads": 8}}
-    with pytest.raises(ValueError, match=r"as many query heads as each other, got \[4, 8\]"):
+    with pytest.raises(ValueError, match=r"the same number of query heads, got \[4, 8\]"):
         fingerprint(config)
 
 

@@ -28,8 +28,8 @@ class AttachedModels:
 
     Attributes:
         layer_map: Tells their layers by parameters.
-        problem: Why the profile does not fit a model that was called and that it seems meant for,
-            or None.
+        problem: Why the profile does not fit the model that was called, where it seems meant for
+            it; else None.
         is_of_another: Whether that is because it is of another model; else no layers were found.
     """
 

@@ -153,8 +153,8 @@ class CompiledGraph:
             if layer is None:
                 raise ValueError(
                     f"the parameters of attention at {call.attention.path or 'the frame'} must "
-                    "belong to one layer of the model that is compiled, and belong to none. Give "
-                    "the backend that model, after changing its weights: "
+                    "belong to one layer of the model that is compiled, and belong to none. If its "
+                    "weights were replaced, make a new backend for it: "
                     "blindsight_backend(profile, model=model)."
                 )
             layers.append(layer)

@@ -16,7 +16,7 @@ from blindsight.template import Template, find_order_problem
 
 
 class BlindsightWarning(UserWarning):
-    """Something ran dense, or was left alone, that the profile would have made sparse."""
+    """Attention ran dense, more slowly, or on other images than the profile says; and why."""
 
 
 class HasForwards(Protocol):
@@ -63,7 +63,7 @@ def use_template(span_id: Tensor | Template, is_sink: Tensor | None = None) -> I
     """
     if isinstance(span_id, Template):
         if is_sink is not None:
-            raise ValueError("is_sink must be left out with a template, which has it, got one.")
+            raise ValueError("is_sink must be left out with a template, which has one, got both.")
         span_id, is_sink = span_id.tensors()
     given = ExplicitTemplate(_checked(span_id, is_sink))
     token = _given.set(given)

@@ -209,8 +209,8 @@ class Forwards:
             if past is not None and past.cuts_delimiter(pending) and not is_disabled():
                 self.warn_once(
                     "a chunk ended in the start delimiter of an image, which counted as text "
-                    "there: it saw all images before, and in a prompt that is prefilled whole it "
-                    "does not. Cut prompts elsewhere for the same numbers."
+                    "there, so it saw all earlier images; in a prompt that is prefilled whole it "
+                    "would not. Cut prompts elsewhere to get the same numbers."
                 )
             if past is None:
                 joined: History | None = SeenHistory(

@@ -53,7 +53,7 @@ class CacheInputs:
 
 
 class KeptKeys(NamedTuple):
-    """Where the keys of a graph's caches are when it has run, by position.
+    """Positions of the tensors that hold the caches' keys after a graph has run.
 
     Attributes:
         left: Outputs that hold them.

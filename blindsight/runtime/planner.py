@@ -82,7 +82,7 @@ class _Planner:
             mask=lifted.reason,
             categories="",
             rewritten=False,
-            reason=reason or "its heads keep what their categories keep",
+            reason=reason or "each head keeps what its category keeps",
             runs_of_graph=self.plan.runs,
         )
         self._state.verdicts.append(verdict)

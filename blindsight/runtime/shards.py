@@ -24,7 +24,7 @@ from blindsight.profile import Profile
 def shard_of_call(
     profile: Profile, call: Attention, inputs: list[fx.Node], model_weights: Iterable[Tensor] = ()
 ) -> tuple[int, int] | None:
-    """Return the rank and the number of ranks whose heads a call has, or None: the profile's own.
+    """Return (rank, number of ranks) of the heads a call computes; None if they are the profile's.
 
     Args:
         profile: Of the whole model, or of the heads of this rank.

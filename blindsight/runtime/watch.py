@@ -25,7 +25,7 @@ from blindsight.runtime.forwards import Forwards
 
 
 class _Hook:
-    """Reaches the forwards while that is there; a model that was stored has lost sight of it."""
+    """Holds a backend's forwards weakly; a model that was pickled drops it."""
 
     def __init__(self, forwards: Forwards, is_backend: Callable[[object], bool]) -> None:
         self._forwards: Callable[[], Forwards | None] = weakref.ref(forwards)
