@@ -238,7 +238,7 @@ class _Matcher:
         if not is_integer_comparison(part):
             return None
         loads = list(dict.fromkeys(loads_of(part)))
-        if len({(load[1], load[2][:-1]) for load in loads}) != 1:
+        if len({(load[1], load[2][:-1]) for load in loads}) != 1 or not loads[0][2]:
             return None
         positions, batch = loads[0][1], loads[0][2][:-1]
         tokens = {load[2][-1] for load in loads}

@@ -710,6 +710,11 @@ LOOK_ALIKES: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
         1,
         lambda x, data: (grid(x)[1] <= grid(x)[0]) ^ (grid(x)[1] == 0),
     ),
+    "chunks up to a number of data": (
+        2,
+        lambda x, data: (grid(x)[1] - grid(x)[0]) % 4 <= data[0, 0],
+    ),
+    "chunks up to a number": (2, lambda x, data: (grid(x)[1] + grid(x)[0]) // 4 <= data.amax()),
     "a group of keys or another": (
         1,
         lambda x, data: (grid(x)[1] <= grid(x)[0]) | ((data > 2) & (data < 9))[:, None, None],
