@@ -38,7 +38,7 @@ from blindsight.data.samples import Samples, load_samples
 from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks
 from blindsight.evaluation.prefill import Decoder
 from blindsight.evaluation.summary import Summary
-from blindsight.families import fingerprint
+from blindsight.fingerprints import fingerprint
 from blindsight.modules import digest_of_weights
 from blindsight.profile import Profile
 from blindsight.progress import quiet

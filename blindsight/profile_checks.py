@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from blindsight.categories import NUM_CATEGORIES, HeadCategory, summarize_categories
-from blindsight.families import attends
+from blindsight.configs import attends
+from blindsight.fingerprints import layer_types_of
 
 FORMAT = "blindsight-profile"
 VERSION = "1"
@@ -53,7 +54,7 @@ def check_fingerprint(fingerprint: Mapping[str, str], shape: tuple[int, ...]) ->
                 f"{name} must be a positive number, or one for each of {shape[0]} layers, got "
                 f"{fingerprint[name]!r}. {DAMAGED}"
             )
-    num_types = str(len(fingerprint["layer_types"].split(",")))
+    num_types = str(len(layer_types_of(fingerprint)))
     found = fingerprint["num_layers"], fingerprint["num_heads"], num_types
     if found != (str(shape[0]), str(shape[1]), str(shape[0])):
         raise ValueError(

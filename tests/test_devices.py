@@ -13,7 +13,7 @@ from blindsight import Profile, blindsight_backend, use_template
 from blindsight.evaluation.baselines import PruningMasking, WindowMasking
 from blindsight.evaluation.masked_model import ProfileMasking, _CategoryMasks
 from blindsight.evaluation.prefill import Decoder
-from blindsight.families import fingerprint
+from blindsight.fingerprints import fingerprint
 from blindsight.reference import reference_logits
 from models import Image, make_inputs, tiny_model
 

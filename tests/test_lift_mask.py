@@ -39,7 +39,7 @@ from blindsight.attention.base_mask import (
     facts_hold,
     is_plain_causal,
 )
-from blindsight.families import cache_argument
+from blindsight.configs import cache_argument
 from blindsight.passes.find_attention import find_attention
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import Lifted, lift_mask

@@ -23,9 +23,10 @@ from torch import Tensor, fx, nn
 
 from blindsight.calibration.measurements import Checkpoint, Measurements
 from blindsight.calibration.probe import Call, Losses, empty_losses, measure_losses
+from blindsight.configs import config_of, shares_keys, text_config, with_attention
 from blindsight.data.processors import inputs_on, model_inputs
 from blindsight.data.samples import Samples
-from blindsight.families import config_of, fingerprint, shares_keys, text_config, with_attention
+from blindsight.fingerprints import fingerprint, layer_types_of
 from blindsight.modules import digest_of_weights, in_eval_mode, plain_name
 from blindsight.passes.find_attention import Attention, find_attention, has_attention
 from blindsight.passes.graph import copy_graph_module
@@ -182,7 +183,7 @@ class Prober:
         self._towers = _towers_of(model, rule.layer_pattern)
         self._rule = rule
         shape = fingerprint(model)
-        self._layer_types = shape["layer_types"].split(",")
+        self._layer_types = layer_types_of(shape)
         self._num_heads = int(shape["num_heads"])
         self._next_token = next_token
         self._backend = _ProbeBackend(model, rule, Call if next_token else measure_losses)

@@ -19,19 +19,19 @@ from torch import Tensor, nn
 from blindsight.attention.interval_masks import BaseMask
 from blindsight.attention.intervals import groups_of_keys
 from blindsight.backend import blindsight_backend
-from blindsight.cost import count_visible
-from blindsight.data.processors import inputs_on
-from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks, Prompt, masked
-from blindsight.families import (
+from blindsight.configs import (
     CACHE_ARGUMENTS,
     cache_argument,
     cache_of,
     check_has_vision,
     config_of,
     text_config,
-    widths_of,
     with_attention,
 )
+from blindsight.cost import count_visible
+from blindsight.data.processors import inputs_on
+from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks, Prompt, masked
+from blindsight.fingerprints import layer_types_of, widths_of
 from blindsight.modules import find_decoder
 from blindsight.profile import Profile
 from blindsight.reference import attention_layers
@@ -97,7 +97,7 @@ class Decoder:
     Args:
         model: A transformers model with a vision part and a decoder.
         rule: How images are found in a prompt.
-        fingerprint: Of the model, see :func:`blindsight.families.fingerprint`.
+        fingerprint: Of the model, see :func:`blindsight.fingerprints.fingerprint`.
 
     Raises:
         ValueError: The model is not like that.
@@ -109,7 +109,7 @@ class Decoder:
         self.model = getattr(model, "_orig_mod", model)
         check_has_vision(self.model)
         self.rule = rule
-        self.layer_types = fingerprint["layer_types"].split(",")
+        self.layer_types = layer_types_of(fingerprint)
         self.head_dim, self.widths = widths_of(fingerprint)
         self.num_heads = int(fingerprint["num_heads"])
         self.layers = attention_layers(

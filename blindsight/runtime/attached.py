@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from blindsight.families import text_config
+from blindsight.configs import text_config
 from blindsight.profile import Profile
 from blindsight.runtime.calls import module_calls
 from blindsight.runtime.forwards import Forwards

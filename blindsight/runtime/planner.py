@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from blindsight.categories import summarize_categories
-from blindsight.families import DECODER_ATTENTION_CLASSES, forgets
+from blindsight.configs import forgets
+from blindsight.families import DECODER_ATTENTION_CLASSES
 from blindsight.passes.find_attention import (
     Attention,
     find_attention,

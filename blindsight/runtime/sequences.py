@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from blindsight.families import forgets
+from blindsight.configs import forgets
 from blindsight.runtime.cache_notes import CacheNote, Witness
 from blindsight.runtime.context import is_disabled
 from blindsight.runtime.history import History, Pending

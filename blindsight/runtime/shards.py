@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from blindsight.fingerprints import shard_of
 from blindsight.modules import plain_name
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import ancestors, fake_tensor
@@ -36,16 +37,16 @@ def shard_of_call(
         ValueError: It cannot be told which heads the call has, or they are not the profile's.
     """
     found = call.num_heads
-    shard = profile.fingerprint.get("shard")
+    shard = shard_of(profile.fingerprint)
     if found is None or (found == profile.num_heads and shard is None):
         return None
     weights = list(query_weights(call, inputs)) or list(model_weights)
     where = call.path or "a frame of its own"
     if shard is not None and found == profile.num_heads:
         # The user said which: what the weights tell must not contradict it.
-        rank, size = map(int, shard.split("/"))
+        rank, size = shard
         told = {place for weight in weights for place in _places(weight) if place[1] == size}
-        if len(told) == 1 and told != {(rank, size)}:
+        if len(told) == 1 and told != {shard}:
             raise ValueError(
                 f"the profile must be shard {told.pop()[0]} of {size} for the weights of attention "
                 f"at {where}, got shard {rank}. Give the whole profile, or the rank's own shard"
