@@ -17,11 +17,9 @@ from blindsight.calibration.visibility import (
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import add_placeholder, fake_tensor, placeholders
 from blindsight.passes.lift_mask import Lifted
+from blindsight.passes.replace_attention import TOKEN_INPUTS
 
 logger = logging.getLogger(__name__)
-
-# The inputs that the pass appends, in this order.
-PROBE_INPUTS = ("blindsight_span_id", "blindsight_is_sink")
 
 
 def probe_attention_pass(
@@ -51,7 +49,7 @@ def probe_attention_pass(
     del example_inputs
     if not attention:
         return gm
-    inputs = [add_placeholder(gm, name) for name in PROBE_INPUTS]
+    inputs = [add_placeholder(gm, name) for name in TOKEN_INPUTS]
     templates: dict[torch.device | None, list[fx.Node]] = {}
     visibilities: dict[object, fx.Node] = {}
     losses = []

@@ -26,7 +26,7 @@ from blindsight.passes.expressions import (
     loads_of,
     substitute,
 )
-from blindsight.passes.graph import fake_tensor, same_size
+from blindsight.passes.graph import fake_tensor, same_size, traced_value
 from blindsight.passes.mask_values import (
     CannotReadError,
     NotUnderstoodError,
@@ -189,7 +189,7 @@ class MaskReader:
 
     def _size(self, node: fx.Node) -> fx.Node:
         """Return one node for all that hold the same symbolic size."""
-        value = node.meta.get("example_value", node.meta.get("val"))
+        value = traced_value(node)
         if not isinstance(value, torch.SymInt):
             raise CannotReadError
         self._reading.add(node)

@@ -26,7 +26,7 @@ from blindsight.template import template_of_ids
 
 logger = logging.getLogger(__name__)
 
-# The inputs that the pass appends, in this order.
+# The inputs that rewritten graphs get, in this order; graphs that measure get the first two.
 TOKEN_INPUTS = ("blindsight_span_id", "blindsight_is_sink")
 HEAD_INPUTS = ("blindsight_heads", "blindsight_categories")
 

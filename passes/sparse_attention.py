@@ -26,7 +26,7 @@ from blindsight.cache_keys import source_digest
 from blindsight.families import DECODER_ATTENTION_CLASSES
 from blindsight.passes.find_attention import Attention, find_attention
 from blindsight.passes.find_inputs import find_input_ids
-from blindsight.passes.graph import add_placeholder, placeholders, source_name
+from blindsight.passes.graph import add_placeholder, input_name, placeholders
 from blindsight.passes.lift_mask import Lifted, lift_mask
 from blindsight.passes.replace_attention import TOKEN_INPUTS, replace_attention_pass
 from blindsight.profile import Profile
@@ -241,9 +241,10 @@ def _template(
     gm: fx.GraphModule, calls: Sequence[Attention], profile: Profile, *, add_inputs: bool
 ) -> tuple[fx.Node, fx.Node]:
     """Return the nodes of span_id and is_sink."""
-    given = [_input_named(gm, name) for name in ("span_id", "is_sink")]
-    if given[0] is not None and given[1] is not None:
-        return given[0], given[1]
+    # Of several inputs with one name the first counts.
+    inputs = {input_name(node): node for node in reversed(placeholders(gm))}
+    if "span_id" in inputs and "is_sink" in inputs:
+        return inputs["span_id"], inputs["is_sink"]
     at = find_input_ids(gm)
     if at is not None:
         for call in calls:
@@ -270,13 +271,6 @@ def _template(
         f"{', '.join(node.name for node in placeholders(gm))[:200]}. Compile a module that takes "
         "one of these, or say add_inputs=True."
     )
-
-
-def _input_named(gm: fx.GraphModule, name: str) -> fx.Node | None:
-    for node in placeholders(gm):
-        if (source_name(node).rpartition(".")[2] or node.name) == name:
-            return node
-    return None
 
 
 def _after_inputs(gm: fx.GraphModule) -> fx.Node:
