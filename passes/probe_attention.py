@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
+from blindsight.attention.base_mask import Tier
 from blindsight.calibration.probe import Call, Losses, measure_losses
 from blindsight.calibration.visibility import (
     visibility_of_expression,
@@ -95,10 +96,10 @@ def _visibility(
     """Add what is known of a mask, evaluated before what it reads may be overwritten."""
     known = None
     with gm.graph.inserting_before(proof.before):
-        if proof.tier == 1:
+        if proof.tier is Tier.INTERVALS:
             arguments = (proof.form, proof.facts, span_id, is_sink)
             known = gm.graph.call_function(visibility_of_form, arguments)
-        elif proof.tier == 2:
+        elif proof.tier is Tier.EXPRESSION:
             known = gm.graph.call_function(visibility_of_expression, (proof.expression, span_id))
     with gm.graph.inserting_before(call.node):
         return gm.graph.call_function(visibility_or_given, (known, call.attn_mask, span_id))

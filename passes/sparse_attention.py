@@ -13,7 +13,6 @@ import hashlib
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx
@@ -124,7 +123,7 @@ def rewrite(
     profile = _rows_of_rank(gm, calls, profile)
     for call in calls:
         layer = _layer_of(call, profile)
-        if layer is None or not profile.categories[layer].any() or _fixed_sizes(call)[1] == 1:
+        if layer is None or not profile.categories[layer].any() or _fixed_lengths(call)[0] == 1:
             continue
         chosen.append(call)
         layers.append(layer)
@@ -219,22 +218,27 @@ def _layer_of(call: Attention, profile: Profile) -> int | None:
     return layer
 
 
-def _fixed_sizes(call: Attention) -> tuple[int, int, int]:
-    """Return B, Q and K."""
-    sizes: dict[str, Any] = call.sizes(lambda size: size)  # type: ignore[arg-type, return-value]
+def _fixed_lengths(call: Attention) -> tuple[int, int]:
+    """Return Q and K.
+
+    Raises:
+        ValueError: They or B are symbolic, or not known.
+    """
+    num_queries, num_keys = call.lengths
+    sizes = {"batch": call.batch_size, "num_queries": num_queries, "num_keys": num_keys}
     if symbolic := [f"{name}={size}" for name, size in sizes.items() if not isinstance(size, int)]:
         raise ValueError(
             f"sizes of attention must be fixed, got {', '.join(symbolic)} at {call.path}. Trace "
             "without dynamic shapes, once for each length."
         )
-    return sizes["batch"], sizes["num_queries"], sizes["num_keys"]
+    return int(num_queries), int(num_keys)
 
 
 def _layout(categories: list[int], proof: Lifted, lowering: Lowering) -> Layout:
     if lowering is Lowering.FUSED:
         return fused_layout(categories)
-    proven = proof.tier == 1 and not proof.facts and proof.form is not None
-    return split_layout(categories, is_causal=bool(proven and is_plain_causal(proof.form or ())))
+    is_proven = proof.tier is Tier.INTERVALS and not proof.facts
+    return split_layout(categories, is_causal=is_proven and is_plain_causal(proof.form or ()))
 
 
 def _template(
@@ -248,7 +252,7 @@ def _template(
     at = find_input_ids(gm)
     if at is not None:
         for call in calls:
-            _, num_queries, num_keys = _fixed_sizes(call)
+            num_queries, num_keys = _fixed_lengths(call)
             if num_keys != num_queries:
                 raise ValueError(
                     f"attention at {call.path} must have as many keys as queries where the images "
