@@ -81,6 +81,11 @@ class Attention:
         return int(query[1]), int(key[1]), int(query[3])
 
     @property
+    def batch_size(self) -> int | torch.SymInt:
+        """B, as the graph knows it."""
+        return self._shapes[0][0]
+
+    @property
     def lengths(self) -> tuple[int | torch.SymInt, int | torch.SymInt]:
         """Q and K, as the graph knows them."""
         query, key = self._shapes

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from blindsight.passes.graph import fake_tensor, placeholders, source_name
+from blindsight.passes.graph import fake_tensor, input_name, placeholders
 
 
 def find_input_ids(gm: fx.GraphModule) -> int | None:
@@ -31,9 +31,7 @@ def find_axis_positions(gm: fx.GraphModule) -> int | None:
 def _find_input(gm: fx.GraphModule, name: str, fits: Callable[[torch.Tensor], bool]) -> int | None:
     for position, node in enumerate(placeholders(gm)):
         tensor = fake_tensor(node)
-        # An exported program names its inputs, Dynamo says where they come from.
-        named = source_name(node).rpartition(".")[2] or node.name
-        if named == name and tensor is not None and fits(tensor):
+        if input_name(node) == name and tensor is not None and fits(tensor):
             return position
     return None
 

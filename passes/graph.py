@@ -144,11 +144,14 @@ def add_placeholder(gm: fx.GraphModule, name: str) -> fx.Node:
     return node
 
 
+def traced_value(node: fx.Node) -> object:
+    """Return what a node gave when it was traced, by Dynamo or by ``torch.export``, if known."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
 def fake_tensor(node: object) -> Tensor | None:
-    """Return the fake tensor that Dynamo recorded for a node, if it is a tensor."""
-    if not isinstance(node, fx.Node):
-        return None
-    value = node.meta.get("example_value", node.meta.get("val"))
+    """Return the fake tensor that a node gave when it was traced, if it is a node with a tensor."""
+    value = traced_value(node) if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
 
 
@@ -158,6 +161,12 @@ def source_name(node: fx.Node) -> str:
     # A property in some versions of torch, a method in others.
     name = getattr(source, "name", "")
     return dotted_path(name() if callable(name) else name)
+
+
+def input_name(node: fx.Node) -> str:
+    """Return what the model calls a placeholder."""
+    # An exported program names its inputs, Dynamo says where they come from.
+    return source_name(node).rpartition(".")[2] or node.name
 
 
 def dotted_path(path: str) -> str:
@@ -214,6 +223,15 @@ def same_size(a: object, b: object) -> bool:
     return a == b
 
 
+def size_symbols(gm: fx.GraphModule) -> dict[object, fx.Node]:
+    """Return the placeholders that are symbolic sizes, by symbol."""
+    return {
+        value.node.expr: node
+        for node in placeholders(gm)
+        if isinstance(value := traced_value(node), torch.SymInt)
+    }
+
+
 def node_of_size(gm: fx.GraphModule, size: int | torch.SymInt) -> fx.Node | int:
     """Return what computes a size of the graph from its symbolic inputs, where nodes are inserted.
 
@@ -224,11 +242,7 @@ def node_of_size(gm: fx.GraphModule, size: int | torch.SymInt) -> fx.Node | int:
     if isinstance(size, int):
         return size
     tracer = fx.proxy.GraphAppendingTracer(gm.graph)
-    symbols = {
-        node.meta["example_value"].node.expr: fx.Proxy(node, tracer)
-        for node in placeholders(gm)
-        if isinstance(node.meta.get("example_value"), torch.SymInt)
-    }
+    symbols = {symbol: fx.Proxy(node, tracer) for symbol, node in size_symbols(gm).items()}
     found = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr)
     return found.node if isinstance(found, fx.Proxy) else int(found)
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from blindsight.passes.expressions import ARITHMETIC, NEGATED
-from blindsight.passes.graph import IN_PLACE_OPERATORS, fake_tensor
+from blindsight.passes.graph import IN_PLACE_OPERATORS, fake_tensor, traced_value
 from blindsight.passes.names import FILLS, name_of
 
 # Results that never share memory with an argument; what is in no table may.
@@ -50,8 +50,7 @@ def _may_share(node: fx.Node, parent: fx.Node) -> bool:
     result, argument = fake_tensor(node), fake_tensor(parent)
     if argument is None:
         # An element of what a split returned, say, or a size.
-        held = parent.meta.get("example_value", parent.meta.get("val"))
-        return isinstance(held, tuple | list)
+        return isinstance(traced_value(parent), tuple | list)
     if result is None:
         return node.op != "output"
     return result.dtype == argument.dtype or name_of(node).startswith("view")
@@ -75,3 +74,15 @@ def overwritten(node: fx.Node) -> list[fx.Node]:
     if all(isinstance(written, fx.Node) for written in found):
         return cast(list[fx.Node], found)
     return node.all_input_nodes
+
+
+def storage_of(node: object) -> int | None:
+    """Return a number that tells the memory of a node's tensor from others', as it was traced.
+
+    None where the node has no tensor, or one that does not show its memory, as in a vmap.
+    """
+    tensor = fake_tensor(node)
+    try:
+        return None if tensor is None else int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:
+        return None

@@ -25,6 +25,7 @@ from blindsight.passes.graph import (
     has_regions,
     inline_regions,
     placeholders,
+    size_symbols,
     source_name,
 )
 from blindsight.passes.lift_mask import lift_mask
@@ -52,7 +53,8 @@ class _Planner:
         copied = copy_graph_module(gm) if has_attention(gm) else gm
         if copied is not gm and has_regions(copied):
             copied = inline_regions(copied)
-        self.plan = Plan(copied, state.profile, input_ids=find_input_ids(gm), symbols=_symbols(gm))
+        symbols = {size: self._inputs.index(node) for size, node in size_symbols(gm).items()}
+        self.plan = Plan(copied, state.profile, input_ids=find_input_ids(gm), symbols=symbols)
         if self._profile.rule.video_token_ids:
             self.plan.video_grid = find_video_grid(gm)
             self.plan.positions = find_axis_positions(gm)
@@ -244,14 +246,6 @@ class _Planner:
         else:
             self._state.forwards.warn_once(f"left dense: {problem}.")
         return problem
-
-
-def _symbols(gm: fx.GraphModule) -> dict[object, int]:
-    return {
-        node.meta["example_value"].node.expr: position
-        for position, node in enumerate(placeholders(gm))
-        if isinstance(node.meta.get("example_value"), torch.SymInt)
-    }
 
 
 def _numbers(gm: fx.GraphModule) -> dict[str, int]:
