@@ -265,7 +265,7 @@ def decoder_of(model: nn.Module, profile: Profile) -> Decoder:
     check_has_vision(getattr(model, "_orig_mod", model))
     profile.validate(model)
     check_is_whole(model, "evaluation")
-    return Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    return Decoder(model, profile)
 
 
 def run_header(decoder: Decoder, samples: Samples, max_new_tokens: int | None) -> dict[str, str]:

@@ -45,7 +45,7 @@ def decoder_and_batch(
     family: str = "qwen2_5_vl", prompts: Any = PROMPTS
 ) -> tuple[Decoder, Batch, Profile]:
     model, profile = model_and_profile(family)
-    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    decoder = Decoder(model, profile)
     return decoder, decoder.prepare(make_inputs(family, prompts, pad_side="left")), profile
 
 
@@ -185,7 +185,7 @@ def test_a_decoder_that_was_put_in_has_a_config_of_its_own(family: str) -> None:
     expected = reference_logits(model, inputs, profile)
     model.model.language_model = copy.deepcopy(model.model.language_model)
     assert torch.equal(reference_logits(model, inputs, profile), expected)
-    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    decoder = Decoder(model, profile)
     batch = decoder.prepare(inputs)
     masks = ProfileMasking(profile.categories).masks(batch.prompt)
     found = decoder.prefill(batch, masks).logits

@@ -69,7 +69,7 @@ def refine(
     check_choice("by", by, UNITS)
     check_evidence(profile.evidence)
     profile.validate(model)
-    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    decoder = Decoder(model, profile)
     trials = _trials(profile, by)
     with in_eval_mode(model):
         found = mean_divergence(
