@@ -181,7 +181,7 @@ class Bench:
                 return EVERYTHING
 
         self.decoder.prefill(batch, cast(Masks, Measuring()))
-        return measurements_of(losses, prompt.num_tokens)
+        return measurements_of(losses)
 
     def refined(self, samples: Samples, *, by: str) -> Profile:
         """Return a profile that is calibrated and refined on some prompts."""

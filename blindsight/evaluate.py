@@ -26,6 +26,7 @@ from torch import nn
 import blindsight
 from blindsight.data.samples import Samples, load_samples
 from blindsight.error_text import check_choice
+from blindsight.evaluation.bootstrap import LEVEL
 from blindsight.evaluation.masked_model import Masking, ProfileMasking
 from blindsight.evaluation.outcomes import (
     Checkpoint,
@@ -42,7 +43,6 @@ from blindsight.profile import Profile
 from blindsight.runtime.shards import check_is_whole
 
 ENGINES = ("reference", "compiled")
-_LEVEL = 0.05  # a rate of 1 - _LEVEL ** (1 / n) shows in n questions, but for this share of cases
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,9 @@ class Evaluation:
             "included; the others are dense under any profile.",
         ]
         if self.sparse.num_changed == 0:
-            notes.append(
-                f"No answer changed; at 95 % fewer than {1 - _LEVEL ** (1 / number):.2%} would."
-            )
+            # More would have shown in so many questions, in all but 1 - LEVEL of cases.
+            bound = 1 - (1 - LEVEL) ** (1 / number)
+            notes.append(f"No answer changed; at 95 % fewer than {bound:.2%} would.")
         if self.timing is not None:
             found = self.timing
             notes.append(
@@ -160,7 +160,7 @@ class Evaluation:
                 f"{found.distance:.1e}, dense by {found.rounding:.1e} (rounding)."
             )
         notes.append(", ".join(f"{name} {value}" for name, value in self.conditions.items()) + ".")
-        return [line for note in notes for line in (f"- {note}",)]
+        return [f"- {note}" for note in notes]
 
 
 def evaluate(

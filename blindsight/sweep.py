@@ -26,7 +26,6 @@ from blindsight.evaluation.sweep_points import (
     BY_HEAD,
     MEANINGS,
     Plan,
-    Select,
     category_plans,
     selection_of,
     spread_budgets,
@@ -53,7 +52,6 @@ def sweep(
     repeats: int = 0,
     inner: str | Callable[..., Any] = "inductor",
     checkpoint: str | os.PathLike[str] | None = None,
-    select: Select | None = None,
     num_resamples: int = 10_000,
     seed: int = 0,
     progress: bool | None = None,
@@ -75,7 +73,6 @@ def sweep(
         repeats: Prefills that are timed of each kind, for each point by head; each compiles.
         inner: The backend that compiles the graphs that are timed.
         checkpoint: File of what is answered already; an interrupted run goes on from it.
-        select: What a budget selects; by default what calibration selects.
         num_resamples: Of the bootstrap.
         seed: Of the bootstrap.
         progress: See :func:`~blindsight.progress.progress_bar`.
@@ -86,7 +83,7 @@ def sweep(
     """
     profile, samples = Profile.of(profile), load_samples(samples)
     decoder = decoder_of(model, profile)
-    select = selection_of(profile) if select is None else select
+    select = selection_of(profile)
     if budgets is None:
         budgets = spread_budgets(profile.evidence, select, num_points)
     plans = category_plans(profile, budgets, select, num_seeds if baselines else 0, baselines)

@@ -205,7 +205,7 @@ class Prober:
         # Of layers without attention, and of prompts that no category restricts.
         nothing = empty_losses(len(mask), self._num_heads, torch.device("cpu"), num_gradients)
         of_all = {at: layers.get(at, nothing) for at in range(len(self._layer_types))}
-        return measurements_of(of_all, mask.sum(1), shares)
+        return measurements_of(of_all, shares)
 
     def _run(
         self, inputs: dict[str, Any], template: Template, mask: Tensor
@@ -330,14 +330,11 @@ def _untraced(modules: Sequence[nn.Module]) -> Iterator[None]:
                 module.forward = forward
 
 
-def measurements_of(
-    layers: Mapping[int, Losses], num_tokens: Tensor, shares: Tensor | None = None
-) -> Measurements:
+def measurements_of(layers: Mapping[int, Losses], shares: Tensor | None = None) -> Measurements:
     """Return the means over rows of what was measured of each layer.
 
     Args:
         layers: The losses of one batch, by layer.
-        num_tokens: ``[B]``, of each prompt, without padding.
         shares: ``[B, Y]``, the probabilities of the tokens that gradients are of.
     """
     stacked = Losses(
@@ -355,7 +352,6 @@ def measurements_of(
         effect = (squares.sum(-1) / 2).sqrt()
     return Measurements(
         num_rows=num_rows.float(),
-        share=(num_rows / num_tokens.cpu()).float(),
         error=relative.sqrt().float(),
         lost_mass=(stacked.lost / per_row).float(),
         mass=(stacked.mass / per_row).float(),

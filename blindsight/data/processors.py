@@ -22,8 +22,6 @@ def model_inputs(
     processor: Any,
     samples: Sequence[Sample],
     *,
-    prompt_only: bool = True,
-    add_generation_prompt: bool = True,
     padding_side: str = "left",
 ) -> dict[str, Any]:
     """Return the keyword arguments of a model's forward for a batch of samples.
@@ -31,9 +29,8 @@ def model_inputs(
     Args:
         processor: A processor of transformers, with a chat template, a tokenizer and an image
             processor; see :func:`load_processor`.
-        samples: One for each row of the batch.
-        prompt_only: Whether to leave out an assistant's answer at the end.
-        add_generation_prompt: Whether a prompt ends where the assistant's turn begins.
+        samples: One for each row of the batch. An assistant's answer at the end is left out: a
+            prompt ends where the assistant's turn begins.
         padding_side: ``"left"`` or ``"right"``.
 
     Returns:
@@ -51,14 +48,9 @@ def model_inputs(
             f"processor must take images, got a tokenizer, {type(processor).__name__}. Give the "
             "model's processor: blindsight.data.processors.load_processor(path)."
         )
-    answered = [not prompt_only and len(sample.prompt) < len(sample.messages) for sample in samples]
     texts = [
-        processor.apply_chat_template(
-            sample.messages if answer else sample.prompt,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt and not answer,
-        )
-        for sample, answer in zip(samples, answered, strict=True)
+        processor.apply_chat_template(sample.prompt, tokenize=False, add_generation_prompt=True)
+        for sample in samples
     ]
     tokenizer = getattr(processor, "tokenizer", processor)
     options: dict[str, Any] = {"return_tensors": "pt"}
