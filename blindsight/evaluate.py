@@ -32,12 +32,12 @@ from blindsight.evaluation.outcomes import (
     Checkpoint,
     Point,
     answer_samples,
-    write_text,
 )
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.evaluation.summary import Summary, by_task, percent, summarize, table
 from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill_once
 from blindsight.families import check_has_vision
+from blindsight.files import write_text
 from blindsight.modules import digest_of_weights, in_eval_mode
 from blindsight.profile import Profile
 from blindsight.runtime.shards import check_is_whole

@@ -290,6 +290,13 @@ def test_no_processor(tmp_path: Path) -> None:
         load_processor(tmp_path)
 
 
+def test_a_dataset_that_needs_datasets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert len(load_samples(folder)) == 5
+    with pytest.raises(ImportError, match=r"install blindsight\[calibrate\]"):
+        load_samples(folder / "img")
+
+
 def test_importing_blindsight_does_not_import_datasets() -> None:
     code = (
         "import sys, blindsight.data.samples, blindsight.cli, blindsight.calibrate\n"

@@ -38,6 +38,7 @@ def model_inputs(
 
     Raises:
         ValueError: The processor cannot do it; the message says why.
+        ImportError: A video is to be decoded, and nothing that does so is installed.
     """
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}.")
@@ -112,6 +113,7 @@ def load_processor(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         ValueError: There is no processor.
+        ImportError: It needs a package that is not installed.
     """
     from transformers import AutoConfig, AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -130,7 +132,11 @@ def load_processor(path: str | os.PathLike[str]) -> Any:
                 return without_videos(PROCESSOR_MAPPING[type(config)]).from_pretrained(name)
             except (AttributeError, TypeError):
                 raise error from None  # some cannot do without that part
-    except (ImportError, OSError, ValueError, KeyError) as error:
+    except ImportError as error:
+        raise ImportError(
+            f"the processor of {name!r} needs a package that is not installed: {on_one_line(error)}"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"model must have a processor, got none in {name!r}: {on_one_line(error)}"
         ) from error

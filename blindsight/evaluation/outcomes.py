@@ -23,7 +23,7 @@ from blindsight.data.rows import Sample
 from blindsight.data.samples import Samples
 from blindsight.evaluation.masked_model import Masking, Masks, Prompt
 from blindsight.evaluation.prefill import Batch, Decoder, Output
-from blindsight.files import write_whole
+from blindsight.files import write_text
 from blindsight.progress import progress_bar
 from blindsight.ranks import current_ranks
 
@@ -359,12 +359,6 @@ def divergence(dense: Tensor, other: Tensor) -> Tensor:
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file whole or not at all, in a folder that is made where missing."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text.encode())
 
 
 def _is_known(checkpoint: Checkpoint, point: Point, positions: Sequence[int]) -> bool:
