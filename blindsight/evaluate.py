@@ -26,13 +26,10 @@ from torch import nn
 import blindsight
 from blindsight.data.samples import Samples, load_samples
 from blindsight.error_text import check_choice
+from blindsight.evaluation.answering import Point, answer_samples
 from blindsight.evaluation.bootstrap import LEVEL
 from blindsight.evaluation.masked_model import Masking, ProfileMasking
-from blindsight.evaluation.outcomes import (
-    Checkpoint,
-    Point,
-    answer_samples,
-)
+from blindsight.evaluation.outcomes import OutcomeFile
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.evaluation.summary import Summary, by_task, percent, summarize, table
 from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill_once
@@ -207,7 +204,7 @@ def evaluate(
         raise ValueError(f"repeats must be at least 0, got {repeats}.")
     profile, samples = Profile.of(profile), load_samples(samples)
     decoder = decoder_of(model, profile)
-    known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
+    known = OutcomeFile(checkpoint, run_header(decoder, samples, max_new_tokens))
     tried = (torch.zeros_like(profile.categories), profile.categories)
     points = [point_of(ProfileMasking(categories), engine) for categories in tried]
     compiled = CompiledDecoder(decoder, profile, inner=inner) if engine == "compiled" else None
@@ -224,7 +221,7 @@ def evaluate(
             processor,
             samples,
             points if points[0].key != points[1].key else points[:1],
-            checkpoint=known,
+            known=known,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             prefill=None if compiled is None else run_compiled,

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from blindsight.categories import HeadCategory
 from blindsight.data.samples import load_samples
 from blindsight.evaluate import conditions, decoder_of, point_of, run_header
+from blindsight.evaluation.answering import answer_samples
 from blindsight.evaluation.masked_model import ProfileMasking
-from blindsight.evaluation.outcomes import Checkpoint, Outcome, answer_samples
+from blindsight.evaluation.outcomes import Outcome, OutcomeFile
 from blindsight.evaluation.summary import by_task, summarize
 from blindsight.evaluation.sweep_points import (
     BY_HEAD,
@@ -87,7 +88,7 @@ def sweep(
     if budgets is None:
         budgets = spread_budgets(profile.evidence, select, num_points)
     plans = category_plans(profile, budgets, select, num_seeds if baselines else 0, baselines)
-    known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
+    known = OutcomeFile(checkpoint, run_header(decoder, samples, max_new_tokens))
     dense_point = point_of(ProfileMasking(torch.zeros_like(profile.categories)))
 
     def answer(wanted: Sequence[Plan]) -> dict[str, list[Outcome]]:
@@ -99,7 +100,7 @@ def sweep(
             processor,
             samples,
             list(points.values()),
-            checkpoint=known,
+            known=known,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             progress=progress,

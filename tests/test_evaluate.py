@@ -18,9 +18,10 @@ from blindsight.cost import attention_flops
 from blindsight.data.processors import model_inputs
 from blindsight.data.samples import load_samples
 from blindsight.evaluate import Evaluation, evaluate
+from blindsight.evaluation.answering import divergence
 from blindsight.evaluation.bootstrap import Estimate, mean_over_tasks, paired_differences, share
 from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, ProfileMasking, masked
-from blindsight.evaluation.outcomes import Outcome, divergence
+from blindsight.evaluation.outcomes import Outcome
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.evaluation.summary import summarize
 from blindsight.evaluation.timing import check_distance, time_prefill

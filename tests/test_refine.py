@@ -11,8 +11,8 @@ import torch
 from blindsight.calibration.refine import mean_divergence, refine, reselect
 from blindsight.cli import main
 from blindsight.data.processors import model_inputs
+from blindsight.evaluation.answering import divergence
 from blindsight.evaluation.masked_model import ProfileMasking
-from blindsight.evaluation.outcomes import divergence
 from blindsight.evaluation.prefill import Decoder
 from blindsight.evaluation.sweep_points import selection_of
 from blindsight.profile import Profile

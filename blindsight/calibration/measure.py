@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from blindsight.calibration.measurements import Checkpoint, Measurements
+from blindsight.calibration.measurements import MeasurementFile, Measurements
 from blindsight.calibration.probe import Call, Losses, empty_losses, measure_losses
 from blindsight.data.processors import inputs_on, model_inputs
 from blindsight.data.samples import Samples
@@ -128,7 +128,7 @@ def _measure_own(
     saved = None
     parts: list[Measurements] = []
     if checkpoint is not None:
-        saved = Checkpoint(
+        saved = MeasurementFile(
             ranks.own(checkpoint),
             {
                 "process": ranks.name,

@@ -61,7 +61,7 @@ class Measurements:
         return cls(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)})
 
 
-class Checkpoint:
+class MeasurementFile:
     """A file with what was measured so far; it is whole at any time."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 from blindsight.data.processors import model_inputs
 from blindsight.data.samples import Samples
 from blindsight.evaluation.masked_model import ProfileMasking
-from blindsight.evaluation.outcomes import Checkpoint, Outcome
+from blindsight.evaluation.outcomes import Outcome, OutcomeFile
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.profile import Profile
 from blindsight.ranks import current_ranks
@@ -108,7 +108,7 @@ def time_prefill(
 
 
 def time_prefill_once(
-    known: Checkpoint,
+    known: OutcomeFile,
     decoder: Decoder,
     batch: Callable[[], Batch],
     profile: Profile,
