@@ -12,8 +12,9 @@ from torch import nn
 
 from blindsight.data.samples import Samples
 from blindsight.evaluate import decoder_of, point_of, run_header
+from blindsight.evaluation.answering import answer_samples
 from blindsight.evaluation.masked_model import ProfileMasking
-from blindsight.evaluation.outcomes import Checkpoint, answer_samples
+from blindsight.evaluation.outcomes import OutcomeFile
 from blindsight.evaluation.summary import Summary, summarize
 from blindsight.modules import in_eval_mode
 from blindsight.profile import Profile
@@ -41,7 +42,7 @@ def compare(
         raise ValueError(f"profiles must have one rule, got {len(rules)} among {list(profiles)}.")
     first = next(iter(profiles.values()))
     decoder = decoder_of(model, first)
-    known = Checkpoint(checkpoint, run_header(decoder, samples, None))
+    known = OutcomeFile(checkpoint, run_header(decoder, samples, None))
     dense = point_of(ProfileMasking(torch.zeros_like(first.categories)))
     points = {}
     for name, profile in profiles.items():
@@ -53,7 +54,7 @@ def compare(
             processor,
             samples,
             list({point.key: point for point in (dense, *points.values())}.values()),
-            checkpoint=known,
+            known=known,
             batch_size=batch_size,
         )
     before = outcomes[dense.key]

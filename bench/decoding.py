@@ -38,7 +38,7 @@ from blindsight import Profile, blindsight_backend
 from blindsight.ranks import local_device
 from blindsight.runtime import watch
 from blindsight.runtime.compiled_graph import CompiledGraph
-from blindsight.timer import Timer
+from blindsight.timer import wait_for
 
 RESULTS = Path(__file__).parent / "results" / "decoding.jsonl"
 IMAGE, START, END, TEXT = 3, 1, 2, 8  # ids of tokens
@@ -108,13 +108,13 @@ def prompt_of(num_images: int, device: str) -> dict[str, Tensor]:
 class Clock:
     """A streamer of ``generate``: when each token was there."""
 
-    def __init__(self, timer: Timer, begin: Callable[[], None]) -> None:
-        self._timer = timer
+    def __init__(self, device: torch.device, begin: Callable[[], None]) -> None:
+        self._device = device
         self._begin = begin
         self._times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        self._timer.wait()
+        wait_for(self._device)
         self._times.append(time.perf_counter())
         if len(self._times) == 2:  # the prompt itself, and what follows it
             self._begin()
@@ -141,7 +141,7 @@ def decode(
         model, inputs, kind, number: What decodes after which prompt on which cache how many tokens.
         begin: Called when the prompt has run.
     """
-    clock = Clock(Timer(inputs["input_ids"].device), begin)
+    clock = Clock(inputs["input_ids"].device, begin)
     model.generate(
         **inputs,
         max_new_tokens=number + 1,

@@ -38,7 +38,6 @@ from blindsight.data.samples import Samples, load_samples
 from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks
 from blindsight.evaluation.prefill import Decoder
 from blindsight.evaluation.summary import Summary
-from blindsight.fingerprints import fingerprint
 from blindsight.modules import digest_of_weights
 from blindsight.profile import Profile
 from blindsight.progress import quiet
@@ -124,7 +123,7 @@ class Bench:
         self.known = self.work / digest_of_weights(self.model)[:12]
         self.known.mkdir(parents=True, exist_ok=True)
         self.rule = rule_of(self.model)
-        self.decoder = Decoder(self.model, rule=self.rule, fingerprint=fingerprint(self.model))
+        self.decoder = Decoder(self.model, Profile.for_model(self.model, "dense", rule=self.rule))
 
     def samples(
         self,
@@ -182,7 +181,7 @@ class Bench:
                 return EVERYTHING
 
         self.decoder.prefill(batch, cast(Masks, Measuring()))
-        return measurements_of(losses, prompt.num_tokens)
+        return measurements_of(losses)
 
     def refined(self, samples: Samples, *, by: str) -> Profile:
         """Return a profile that is calibrated and refined on some prompts."""

@@ -27,22 +27,19 @@ import blindsight
 from blindsight.configs import check_has_vision
 from blindsight.data.samples import Samples, load_samples
 from blindsight.error_text import check_choice
+from blindsight.evaluation.answering import Point, answer_samples
+from blindsight.evaluation.bootstrap import LEVEL
 from blindsight.evaluation.masked_model import Masking, ProfileMasking
-from blindsight.evaluation.outcomes import (
-    Checkpoint,
-    Point,
-    answer_samples,
-    write_text,
-)
+from blindsight.evaluation.outcomes import OutcomeFile
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.evaluation.summary import Summary, by_task, percent, summarize, table
 from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill_once
+from blindsight.files import write_text
 from blindsight.modules import digest_of_weights, in_eval_mode
 from blindsight.profile import Profile
 from blindsight.runtime.shards import check_is_whole
 
 ENGINES = ("reference", "compiled")
-_LEVEL = 0.05  # a rate of 1 - _LEVEL ** (1 / n) shows in n questions, but for this share of cases
 
 
 @dataclass(frozen=True)
@@ -148,9 +145,9 @@ class Evaluation:
             "included; the others are dense under any profile.",
         ]
         if self.sparse.num_changed == 0:
-            notes.append(
-                f"No answer changed; at 95 % fewer than {1 - _LEVEL ** (1 / number):.2%} would."
-            )
+            # More would have shown in so many questions, in all but 1 - LEVEL of cases.
+            bound = 1 - (1 - LEVEL) ** (1 / number)
+            notes.append(f"No answer changed; at 95 % fewer than {bound:.2%} would.")
         if self.timing is not None:
             found = self.timing
             notes.append(
@@ -160,7 +157,7 @@ class Evaluation:
                 f"{found.distance:.1e}, dense by {found.rounding:.1e} (rounding)."
             )
         notes.append(", ".join(f"{name} {value}" for name, value in self.conditions.items()) + ".")
-        return [line for note in notes for line in (f"- {note}",)]
+        return [f"- {note}" for note in notes]
 
 
 def evaluate(
@@ -207,7 +204,7 @@ def evaluate(
         raise ValueError(f"repeats must be at least 0, got {repeats}.")
     profile, samples = Profile.of(profile), load_samples(samples)
     decoder = decoder_of(model, profile)
-    known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
+    known = OutcomeFile(checkpoint, run_header(decoder, samples, max_new_tokens))
     tried = (torch.zeros_like(profile.categories), profile.categories)
     points = [point_of(ProfileMasking(categories), engine) for categories in tried]
     compiled = CompiledDecoder(decoder, profile, inner=inner) if engine == "compiled" else None
@@ -224,7 +221,7 @@ def evaluate(
             processor,
             samples,
             points if points[0].key != points[1].key else points[:1],
-            checkpoint=known,
+            known=known,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             prefill=None if compiled is None else run_compiled,
@@ -265,7 +262,7 @@ def decoder_of(model: nn.Module, profile: Profile) -> Decoder:
     check_has_vision(getattr(model, "_orig_mod", model))
     profile.validate(model)
     check_is_whole(model, "evaluation")
-    return Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    return Decoder(model, profile)
 
 
 def run_header(decoder: Decoder, samples: Samples, max_new_tokens: int | None) -> dict[str, str]:

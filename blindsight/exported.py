@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from blindsight.data.processors import inputs_on
 from blindsight.error_text import first_line
-from blindsight.evaluation.prefill import Decoder
-from blindsight.modules import find_decoder
+from blindsight.modules import find_decoder, record_call
 from blindsight.passes.sparse_attention import rewrite
 from blindsight.profile import Profile
+from blindsight.runtime.context import disabled
 from blindsight.runtime.lowering import Lowering
 
 _TEMPLATE = ("span_id", "is_sink")
@@ -102,7 +103,7 @@ def decoder_inputs(model: nn.Module, profile: Profile, inputs: Mapping[str, Any]
     Args:
         model: A transformers model.
         profile: The profile of this model.
-        inputs: Of its forward, padded on the left.
+        inputs: Of its forward, padded on either side.
 
     Returns:
         ``inputs_embeds [B, Q, E]`` and what else the model gives its decoder, tensors or lists of
@@ -112,13 +113,15 @@ def decoder_inputs(model: nn.Module, profile: Profile, inputs: Mapping[str, Any]
     Raises:
         ValueError: The decoder takes more than tensors.
     """
-    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
-    with torch.no_grad():
-        batch = decoder.prepare(inputs)
+    model = getattr(model, "_orig_mod", model)
+    decoder = find_decoder(model, profile.rule.layer_pattern)
+    inputs = inputs_on(model, inputs)
+    with disabled():
+        recorded = record_call(model, decoder, inputs)
     # All logits are put out, whatever else the model can do.
     found = {
         name: value
-        for name, value in batch.decoder_inputs.items()
+        for name, value in recorded.items()
         if value is not None and name != "logits_to_keep"
     }
     tensors = {name: value for name, value in found.items() if _holds_tensors(value)}
@@ -132,8 +135,9 @@ def decoder_inputs(model: nn.Module, profile: Profile, inputs: Mapping[str, Any]
             f"the decoder of {type(model).__name__} must take tensors, got {others}. Export the "
             "whole model, where torch.export can trace it."
         )
-    template = dict(zip(_TEMPLATE, batch.prompt.template.tensors(), strict=True))
-    return {**tensors, **template}
+    device = next(decoder.parameters()).device
+    template = (x.to(device) for x in profile.rule.template_of_inputs(inputs).tensors())
+    return {**tensors, **dict(zip(_TEMPLATE, template, strict=True))}
 
 
 def _holds_tensors(value: object) -> bool:

@@ -23,6 +23,12 @@ def check_target(path: str | os.PathLike[str], name: str) -> None:
     raise ValueError(f"{name} must be a file in an existing folder, got {path}: {problem}.")
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text whole or not at all, in a folder that is made where it is missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text.encode())
+
+
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file whole or not at all: under another name, synced, and moved into place.
 

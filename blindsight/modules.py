@@ -1,14 +1,17 @@
-"""Modules of a model: found by their names, told by their weights, switched for a while."""
+"""Modules of a model: found by name, told apart by their weights, watched or switched a while."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+
+from blindsight.configs import CACHE_ARGUMENTS
 
 
 def plain_name(name: str) -> str:
@@ -30,6 +33,41 @@ def find_decoder(model: nn.Module, layer_pattern: str) -> nn.Module:
     raise ValueError(
         f"model must have decoder layers at {layer_pattern!r}, got {type(model).__name__}, which "
         "has none."
+    )
+
+
+class _Recorded(Exception):
+    """Ends a forward where the module would begin."""
+
+    def __init__(self, inputs: dict[str, Any]) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+def record_call(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a model's forward, uncompiled, until it calls one of its modules.
+
+    Returns:
+        The keyword arguments of that call, those of a cache left out.
+
+    Raises:
+        ValueError: The forward does not call the module.
+    """
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Recorded(kwargs)
+
+    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.compiler.set_stance("force_eager"), torch.no_grad():
+            model(**inputs, use_cache=False)
+    except _Recorded as recorded:
+        unwanted = ("use_cache", *CACHE_ARGUMENTS)
+        return {name: x for name, x in recorded.inputs.items() if name not in unwanted}
+    finally:
+        hook.remove()
+    raise ValueError(
+        f"{type(model).__name__} must call its {type(module).__name__} in a forward, and does not."
     )
 
 

@@ -17,6 +17,7 @@ import torch
 
 from blindsight.attention.interval_masks import keep_intervals
 from blindsight.categories import HeadCategory
+from blindsight.files import write_whole
 
 if TYPE_CHECKING:
     from blindsight.profile import Profile
@@ -363,6 +364,4 @@ def _save(figure: Any, path: str | os.PathLike[str]) -> None:
     # Without the time and version that they would carry, equal pictures are equal files.
     metadata = {"Software": None} if ending == "png" else None
     figure.savefig(buffer, format=ending, dpi=_DPI, facecolor="white", metadata=metadata)
-    from blindsight.files import write_whole
-
     write_whole(path, buffer.getvalue())

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from blindsight.ranks import current_ranks
 from blindsight.runtime.context import BlindsightWarning
+from blindsight.timer import wait_for
 
 
 def progress_bar(progress: bool | None = None, **options: Any) -> Any:
@@ -30,26 +31,22 @@ def progress_bar(progress: bool | None = None, **options: Any) -> Any:
 
 
 class Progress:
-    """A bar that says what is under way, and a clock."""
+    """A bar that says what is under way on a device, and a clock."""
 
-    def __init__(self, bar: Any) -> None:
+    def __init__(self, bar: Any, device: torch.device | str) -> None:
         self._bar = bar
+        self._device = device
 
     def __call__(self, description: str, function: Callable[[], Any]) -> tuple[Any, float]:
         """Return what the function returns, and the seconds it took."""
         self._bar.set_description(description)
-        _wait()
+        wait_for(self._device)
         start = time.perf_counter()
         result = function()
-        _wait()
+        wait_for(self._device)
         elapsed = time.perf_counter() - start
         self._bar.update()
         return result, elapsed
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ come back in the order of the samples: so the outcome is that of one process.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -120,9 +120,9 @@ def shared_run() -> Iterator[Ranks]:
             distributed.destroy_process_group()
 
 
-def is_launched_with_others(environment: Mapping[str, str] = os.environ) -> bool:
+def is_launched_with_others() -> bool:
     """Whether ``torchrun`` started this process and others."""
-    return "TORCHELASTIC_RUN_ID" in environment and int(environment.get("WORLD_SIZE", 1)) > 1
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def check_is_alone(command: str) -> None:

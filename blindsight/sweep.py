@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from blindsight.categories import HeadCategory
 from blindsight.data.samples import load_samples
 from blindsight.evaluate import conditions, decoder_of, point_of, run_header
+from blindsight.evaluation.answering import answer_samples
 from blindsight.evaluation.masked_model import ProfileMasking
-from blindsight.evaluation.outcomes import Checkpoint, Outcome, answer_samples
+from blindsight.evaluation.outcomes import Outcome, OutcomeFile
 from blindsight.evaluation.summary import by_task, summarize
 from blindsight.evaluation.sweep_points import (
     BY_HEAD,
     MEANINGS,
     Plan,
-    Select,
     category_plans,
     selection_of,
     spread_budgets,
@@ -53,7 +53,6 @@ def sweep(
     repeats: int = 0,
     inner: str | Callable[..., Any] = "inductor",
     checkpoint: str | os.PathLike[str] | None = None,
-    select: Select | None = None,
     num_resamples: int = 10_000,
     seed: int = 0,
     progress: bool | None = None,
@@ -75,7 +74,6 @@ def sweep(
         repeats: Prefills that are timed of each kind, for each point by head; each compiles.
         inner: The backend that compiles the graphs that are timed.
         checkpoint: File of what is answered already; an interrupted run goes on from it.
-        select: What a budget selects; by default what calibration selects.
         num_resamples: Of the bootstrap.
         seed: Of the bootstrap.
         progress: See :func:`~blindsight.progress.progress_bar`.
@@ -86,11 +84,11 @@ def sweep(
     """
     profile, samples = Profile.of(profile), load_samples(samples)
     decoder = decoder_of(model, profile)
-    select = selection_of(profile) if select is None else select
+    select = selection_of(profile)
     if budgets is None:
         budgets = spread_budgets(profile.evidence, select, num_points)
     plans = category_plans(profile, budgets, select, num_seeds if baselines else 0, baselines)
-    known = Checkpoint(checkpoint, run_header(decoder, samples, max_new_tokens))
+    known = OutcomeFile(checkpoint, run_header(decoder, samples, max_new_tokens))
     dense_point = point_of(ProfileMasking(torch.zeros_like(profile.categories)))
 
     def answer(wanted: Sequence[Plan]) -> dict[str, list[Outcome]]:
@@ -102,7 +100,7 @@ def sweep(
             processor,
             samples,
             list(points.values()),
-            checkpoint=known,
+            known=known,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             progress=progress,

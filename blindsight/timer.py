@@ -14,6 +14,13 @@ _BURST = 50.0  # milliseconds that calls in a row take, about: the host is ahead
 _LONGEST_BURST = 100  # calls
 
 
+def wait_for(*devices: torch.device | str) -> None:
+    """Wait until devices have done what they were given; a CPU has, always."""
+    for device in map(torch.device, devices):
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+
 class Timer:
     """Times calls: on a CPU by the wall clock, on a GPU by events.
 
@@ -25,17 +32,12 @@ class Timer:
         self._device = torch.device(device)
         self.on_gpu = self._device.type != "cpu"
 
-    def wait(self) -> None:
-        """Wait until the device is done."""
-        if self.on_gpu:
-            torch.accelerator.synchronize(self._device)
-
     def seconds(self, run: Callable[[], object]) -> float:
         """Return the wall-clock time of one call, until the device is done."""
-        self.wait()
+        wait_for(self._device)
         begin = time.perf_counter()
         run()
-        self.wait()
+        wait_for(self._device)
         return time.perf_counter() - begin
 
     def prepare(self, run: Callable[[], object]) -> Callable[[], float]:
@@ -47,7 +49,7 @@ class Timer:
             try:
                 run = _Replay.of(run)
             except RuntimeError:  # it waits for the device, or copies from the host
-                self.wait()
+                wait_for(self._device)
             estimate = min(self._of_burst(run, 1) for _ in range(2))
         number = max(1, min(_LONGEST_BURST, round(_BURST / estimate)))
         return lambda: self._of_burst(run, number)
@@ -55,7 +57,7 @@ class Timer:
     def _of_burst(self, run: Callable[[], object], number: int) -> float:
         make_event: Any = torch.cuda.Event
         begin, end = (make_event(enable_timing=True) for _ in range(2))
-        self.wait()
+        wait_for(self._device)
         begin.record()
         for _ in range(number):
             run()

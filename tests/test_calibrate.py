@@ -47,7 +47,6 @@ def measurements_of_errors(error: torch.Tensor) -> Measurements:
     num, layers, heads, _ = error.shape
     return Measurements(
         num_rows=torch.full((num,), 10.0),
-        share=torch.full((num,), 0.5),
         error=error,
         lost_mass=error / 2,
         mass=torch.full((num, layers, heads, 4), 0.25),

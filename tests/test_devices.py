@@ -13,7 +13,6 @@ from blindsight import Profile, blindsight_backend, use_template
 from blindsight.evaluation.baselines import PruningMasking, WindowMasking
 from blindsight.evaluation.masked_model import ProfileMasking, _CategoryMasks
 from blindsight.evaluation.prefill import Decoder
-from blindsight.fingerprints import fingerprint
 from blindsight.reference import reference_logits
 from models import Image, make_inputs, tiny_model
 
@@ -112,7 +111,7 @@ def test_pairs_are_counted_on_a_gpu() -> None:
 
 def evaluated(model: Any, inputs: dict[str, torch.Tensor], profile: Profile) -> list[torch.Tensor]:
     """What evaluation and its baselines make of a prompt, and the reference."""
-    decoder = Decoder(model, rule=profile.rule, fingerprint=fingerprint(model))
+    decoder = Decoder(model, profile)
     batch = decoder.prepare(inputs)
     found = [reference_logits(model, inputs, profile)]
     for masking in (ProfileMasking(profile.categories), WindowMasking(0.7), PruningMasking(0.8)):

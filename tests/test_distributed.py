@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from blindsight import Profile, blindsight_backend
 from blindsight.calibration import measure
 from blindsight.cli import main
-from blindsight.evaluation.outcomes import Checkpoint, Outcome
+from blindsight.evaluation.outcomes import Outcome, OutcomeFile
 from blindsight.evaluation.prefill import Decoder
 from blindsight.ranks import Ranks, _ranks, check_is_alone
 from models import generation_options, tiny_model, valid_positions, without_vision
@@ -449,10 +449,10 @@ def names() -> tuple[str, str]:
 
 
 def test_parts_of_another_number_of_processes_are_never_mixed(tmp_path: Path) -> None:
-    def opened(ranks: Ranks) -> Checkpoint:
+    def opened(ranks: Ranks) -> OutcomeFile:
         token = _ranks.set(ranks)
         try:
-            return Checkpoint(tmp_path / "answers", {"samples": "x"})
+            return OutcomeFile(tmp_path / "answers", {"samples": "x"})
         finally:
             _ranks.reset(token)
 

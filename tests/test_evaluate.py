@@ -18,9 +18,10 @@ from blindsight.cost import attention_flops
 from blindsight.data.processors import model_inputs
 from blindsight.data.samples import load_samples
 from blindsight.evaluate import Evaluation, evaluate
+from blindsight.evaluation.answering import divergence
 from blindsight.evaluation.bootstrap import Estimate, mean_over_tasks, paired_differences, share
 from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, ProfileMasking, masked
-from blindsight.evaluation.outcomes import Outcome, divergence
+from blindsight.evaluation.outcomes import Outcome
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.evaluation.summary import summarize
 from blindsight.evaluation.timing import check_distance, time_prefill
@@ -45,7 +46,7 @@ def decoder_and_batch(
     family: str = "qwen2_5_vl", prompts: Any = PROMPTS
 ) -> tuple[Decoder, Batch, Profile]:
     model, profile = model_and_profile(family)
-    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    decoder = Decoder(model, profile)
     return decoder, decoder.prepare(make_inputs(family, prompts, pad_side="left")), profile
 
 
@@ -185,7 +186,7 @@ def test_a_decoder_that_was_put_in_has_a_config_of_its_own(family: str) -> None:
     expected = reference_logits(model, inputs, profile)
     model.model.language_model = copy.deepcopy(model.model.language_model)
     assert torch.equal(reference_logits(model, inputs, profile), expected)
-    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    decoder = Decoder(model, profile)
     batch = decoder.prepare(inputs)
     masks = ProfileMasking(profile.categories).masks(batch.prompt)
     found = decoder.prefill(batch, masks).logits

@@ -361,7 +361,7 @@ def test_calibration_counts_and_runs_the_masks_of_the_model(family: str) -> None
     inputs = make_inputs(family, NUM_IMAGES)
     profile = profile_of(model, family)
     masks = masks_of(profile, inputs)
-    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    decoder = Decoder(model, profile)
     batch = decoder.prepare(inputs)
     masking = ProfileMasking(profile.categories)
     found = decoder.prefill(batch, masking.masks(batch.prompt)).logits
@@ -491,7 +491,7 @@ def test_pairs_of_wider_heads_cost_more() -> None:
     found = profile_of_measurements(
         model, measured, rule=profile.rule, criterion="output_error", budget=1e9
     )
-    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    decoder = Decoder(model, profile)
     prompt = decoder.prepare(inputs).prompt
     dense, sparse = (
         float(ProfileMasking(codes).masks(prompt).count_pairs())
@@ -514,7 +514,7 @@ def test_a_reference_of_the_last_logits_alone(family: str) -> None:
 def test_experts_count_as_far_as_they_are_used() -> None:
     model = tiny_model("qwen3_vl_moe")
     profile = profile_of(model, "qwen3_vl_moe")
-    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    decoder = Decoder(model, profile)
     hidden, experts = 64, 32
     config = model.config.get_text_config()
     attention = 2 * hidden * 64 + 2 * hidden * 32

@@ -169,12 +169,16 @@ def test_a_file_is_read_by_the_processor_and_sampled_as_asked(
     assert list(map(int, found)) == [1 if samples_itself else 12, 3, 2]
     metadata = [given["video_metadata"][0] for given in processor.video_processor.given]
     assert list(metadata[1].frames_indices) == [0, 4, 8, 12, 16, 20]
-    for at, message in (
-        (3, "a.mp4 must be .*: num_frames must be at most 24, which it has, got 25"),
-        (4, "broken.mp4 must be a video that can be read and sampled: no frames. Or give"),
-        (5, r"unknown.mp4 needs a decoder of videos: no such library. Install one .*\[video\]"),
+    for at, kind, message in (
+        (3, ValueError, "a.mp4 must be .*: num_frames must be at most 24, which it has, got 25"),
+        (
+            4,
+            ValueError,
+            "broken.mp4 must be a video that can be read and sampled: no frames. Or give",
+        ),
+        (5, ImportError, r"unknown.mp4 needs a decoder of videos: no such library. .*\[video\]"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(kind, match=message):
             model_inputs(processor, [samples[at]])
     in_bytes = load_samples([row("video", video={"bytes": content, "path": "a", "fps": 2})])
     assert int(model_inputs(processor, [in_bytes[0]])["video_grid_thw"][0, 0]) == 3

@@ -318,7 +318,7 @@ def test_heads_of_a_kind_are_told() -> None:
     losses = measure_losses(
         query, key[None, None], value, output, visibility, span_id, is_sink, scale=1.0
     )
-    measurements = measurements_of({0: losses}, torch.tensor([num_tokens]))
+    measurements = measurements_of({0: losses})
     evidence = summarize(measurements)
     for criterion, allocation in (
         ("output_error", "per_head"),

@@ -11,8 +11,8 @@ import torch
 from blindsight.calibration.refine import mean_divergence, refine, reselect
 from blindsight.cli import main
 from blindsight.data.processors import model_inputs
+from blindsight.evaluation.answering import divergence
 from blindsight.evaluation.masked_model import ProfileMasking
-from blindsight.evaluation.outcomes import divergence
 from blindsight.evaluation.prefill import Decoder
 from blindsight.evaluation.sweep_points import selection_of
 from blindsight.profile import Profile
@@ -70,7 +70,7 @@ def test_the_last_layer_never_matters() -> None:
 def test_a_layers_effect_is_shared_out_by_squared_error() -> None:
     model, profile = model_and_profile()
     effect = run(by="layer").evidence["effect"].double()
-    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    decoder = Decoder(model, profile)
     sink = torch.zeros(NUM_LAYERS, NUM_HEADS, dtype=torch.uint8)
     sink[0] = 1
     (whole,) = mean_divergence(decoder, tiny_processor(), samples(5), [sink]).tolist()
@@ -110,7 +110,7 @@ def test_batches_do_not_matter() -> None:
 
 def test_the_dense_model_has_no_divergence() -> None:
     model, profile = model_and_profile()
-    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    decoder = Decoder(model, profile)
     dense = torch.zeros(NUM_LAYERS, NUM_HEADS, dtype=torch.uint8)
     assert mean_divergence(decoder, tiny_processor(), samples(2), [dense]).tolist() == [0.0]
     assert ProfileMasking(dense).key == ProfileMasking(dense.clone()).key

@@ -263,8 +263,9 @@ def test_inputs_run(family: str) -> None:
         with torch.no_grad():
             assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
     alone = model_inputs(processor, [samples[0]])
-    whole = model_inputs(processor, [samples[0]], prompt_only=False)
-    assert whole["input_ids"].shape[1] > alone["input_ids"].shape[1]
+    without_answer = load_samples([{**memory_rows()[0], "messages": messages("question 0")}])
+    expected = model_inputs(processor, [without_answer[0]])
+    assert torch.equal(alone["input_ids"], expected["input_ids"])
     with pytest.raises(ValueError, match="padding_side must be"):
         model_inputs(processor, rows, padding_side="both")
     processor.tokenizer.pad_token = None
@@ -287,6 +288,13 @@ def test_processors_come_back_without_torchvision(tmp_path: Path) -> None:
 def test_no_processor(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model must have a processor, got none in"):
         load_processor(tmp_path)
+
+
+def test_a_dataset_that_needs_datasets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert len(load_samples(folder)) == 5
+    with pytest.raises(ImportError, match=r"install blindsight\[calibrate\]"):
+        load_samples(folder / "img")
 
 
 def test_importing_blindsight_does_not_import_datasets() -> None:

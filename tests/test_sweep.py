@@ -63,7 +63,7 @@ def model_and_profile(family: str = "qwen2_5_vl") -> tuple[Any, Profile]:
 
 def decoder_and_batch(family: str = "qwen2_5_vl", prompts: Any = PROMPTS) -> tuple[Decoder, Batch]:
     model, profile = model_and_profile(family)
-    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    decoder = Decoder(model, profile)
     side = "left" if len(prompts) > 1 else None
     return decoder, decoder.prepare(make_inputs(family, prompts, pad_side=side))
 

@@ -382,5 +382,5 @@ def test_videos_are_measured_and_evaluated() -> None:
     prober._backend.begin = lambda template: (seen.append(template), begin(template))[1]
     prober(inputs)
     assert torch.equal(seen[0].span_id.long(), span_id)
-    batch = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint).prepare(inputs)
+    batch = Decoder(model, profile).prepare(inputs)
     assert torch.equal(batch.prompt.template.span_id.long(), span_id)

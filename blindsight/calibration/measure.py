@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from blindsight.calibration.measurements import Checkpoint, Measurements
+from blindsight.calibration.measurements import MeasurementFile, Measurements
 from blindsight.calibration.probe import Call, Losses, empty_losses, measure_losses
 from blindsight.configs import config_of, shares_keys, text_config, with_attention
 from blindsight.data.processors import inputs_on, model_inputs
@@ -129,7 +129,7 @@ def _measure_own(
     saved = None
     parts: list[Measurements] = []
     if checkpoint is not None:
-        saved = Checkpoint(
+        saved = MeasurementFile(
             ranks.own(checkpoint),
             {
                 "process": ranks.name,
@@ -206,7 +206,7 @@ class Prober:
         # Of layers without attention, and of prompts that no category restricts.
         nothing = empty_losses(len(mask), self._num_heads, torch.device("cpu"), num_gradients)
         of_all = {at: layers.get(at, nothing) for at in range(len(self._layer_types))}
-        return measurements_of(of_all, mask.sum(1), shares)
+        return measurements_of(of_all, shares)
 
     def _run(
         self, inputs: dict[str, Any], template: Template, mask: Tensor
@@ -331,14 +331,11 @@ def _untraced(modules: Sequence[nn.Module]) -> Iterator[None]:
                 module.forward = forward
 
 
-def measurements_of(
-    layers: Mapping[int, Losses], num_tokens: Tensor, shares: Tensor | None = None
-) -> Measurements:
+def measurements_of(layers: Mapping[int, Losses], shares: Tensor | None = None) -> Measurements:
     """Return the means over rows of what was measured of each layer.
 
     Args:
         layers: The losses of one batch, by layer.
-        num_tokens: ``[B]``, of each prompt, without padding.
         shares: ``[B, Y]``, the probabilities of the tokens that gradients are of.
     """
     stacked = Losses(
@@ -356,7 +353,6 @@ def measurements_of(
         effect = (squares.sum(-1) / 2).sqrt()
     return Measurements(
         num_rows=num_rows.float(),
-        share=(num_rows / num_tokens.cpu()).float(),
         error=relative.sqrt().float(),
         lost_mass=(stacked.lost / per_row).float(),
         mass=(stacked.mass / per_row).float(),

@@ -30,7 +30,6 @@ class Measurements:
 
     Attributes:
         num_rows: ``[N]`` float32, those rows; 0 where a prompt has fewer than two images.
-        share: ``[N]`` float32, their share of the prompt's tokens.
         error: ``[N, L, H, C]`` float32, the norm of what a category changes of a head's output,
             relative to the norm of that.
         lost_mass: ``[N, L, H, C]`` float32, the mean attention weight that a category hides.
@@ -43,7 +42,6 @@ class Measurements:
     """
 
     num_rows: Tensor
-    share: Tensor
     error: Tensor
     lost_mass: Tensor
     mass: Tensor
@@ -63,7 +61,7 @@ class Measurements:
         return cls(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)})
 
 
-class Checkpoint:
+class MeasurementFile:
     """A file with what was measured so far; it is whole at any time."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:

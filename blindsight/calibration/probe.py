@@ -176,8 +176,9 @@ def _count_pairs(template: Template, visibility: Visibility) -> Tensor:
     """Count under the model's own mask; one that is no intervals counts as causal."""
     base = visibility.intervals()
     if base is None:
-        tokens = range(len(template.span_id))
-        valid = [visibility.diagonal(b, 0, template.num_tokens)[0].any(0) for b in tokens]
+        itself = torch.arange(template.num_tokens, device=template.span_id.device)
+        prompts = range(len(template.span_id))
+        valid = [visibility.of(b, itself, itself)[0].any(0) for b in prompts]
         return count_visible(template, key_valid=torch.stack(valid))
     return count_visible(
         template, base_lower=base.lower, base_upper=base.upper, key_valid=base.valid
@@ -363,10 +364,11 @@ class _Row:
         stop = first + query.shape[1]
         by_offset = group in (_OTHER_SINKS, _OTHERS)
         partial = self._nothing(query, by_offset)
+        rows = torch.arange(first, stop, device=query.device)[:, None]
         for begin, end in self._blocks(first, stop, group, run):
             scores = self._scores(query, self._sorted_key[:, begin:end])
             columns = self._layout.order[begin:end]
-            scores = _masked(scores, self._visibility.block(self._b, first, stop, columns))
+            scores = _masked(scores, self._visibility.of(self._b, rows, columns))
             highest = scores.amax(-1)
             weights = _exp(scores - highest[..., None])
             values = self._sorted_value[:, begin:end].to(self._dtype)
@@ -385,7 +387,8 @@ class _Row:
             x[:, begin:end].to(self._dtype).repeat_interleave(self._group_size, dim=0)
             for x in (self._key, self._value)
         )
-        scores = _masked((query * key).sum(-1), self._visibility.diagonal(self._b, begin, end))
+        rows = torch.arange(begin, end, device=query.device)
+        scores = _masked((query * key).sum(-1), self._visibility.of(self._b, rows, rows))
         scores = scores.masked_fill(self._layout.is_sink[begin:end], float("-inf"))
         total = torch.isfinite(scores).to(self._dtype)
         return _Partial(scores, total, value * total[..., None])

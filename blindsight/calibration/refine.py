@@ -22,8 +22,8 @@ from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.data.processors import model_inputs
 from blindsight.data.samples import Samples, load_samples
 from blindsight.error_text import check_choice
+from blindsight.evaluation.answering import divergence
 from blindsight.evaluation.masked_model import ProfileMasking
-from blindsight.evaluation.outcomes import divergence
 from blindsight.evaluation.prefill import Decoder
 from blindsight.modules import in_eval_mode
 from blindsight.profile import Profile
@@ -69,7 +69,7 @@ def refine(
     check_choice("by", by, UNITS)
     check_evidence(profile.evidence)
     profile.validate(model)
-    decoder = Decoder(model, rule=profile.rule, fingerprint=profile.fingerprint)
+    decoder = Decoder(model, profile)
     trials = _trials(profile, by)
     with in_eval_mode(model):
         found = mean_divergence(

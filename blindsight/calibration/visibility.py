@@ -31,22 +31,18 @@ from blindsight.attention.packing import first_span_of, is_packed
 class Visibility(Protocol):
     """What one mask allows."""
 
-    def block(self, b: int, begin: int, end: int, columns: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return what is allowed ``[Hm, r, c]`` bool, and what is added to the scores, if any.
+    def of(self, b: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return whether rows may see columns ``[Hm, *]``, and what is added to the scores, if any.
 
         Args:
             b: Which prompt of the batch.
-            begin, end: Its rows ``begin..end - 1``.
-            columns: ``[c]`` int64, tokens in any order.
+            rows, columns: int64, tokens in any order, of shapes that broadcast to ``[*]``:
+                ``[r, 1]`` and ``[c]`` for a block.
         """
         ...
 
-    def diagonal(self, b: int, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
-        """Return the same for each row and its own column, ``[Hm, r]``."""
-        ...
-
     def extent(self, b: int, begin: int, end: int) -> tuple[int, int]:
-        """Return columns outside of which no row is allowed anything."""
+        """Return the first and last column that any of the rows ``begin..end - 1`` may see."""
         ...
 
     def first_span(self, b: int) -> Tensor | None:
@@ -76,20 +72,12 @@ class IntervalVisibility:
         # read on the host, block by block
         self._bounds = [(x.lower.cpu(), x.upper.cpu()) for x in base.of_groups()]
 
-    def block(self, b: int, begin: int, end: int, columns: Tensor) -> tuple[Tensor, None]:
-        inside = torch.zeros((end - begin, len(columns)), dtype=torch.bool, device=columns.device)
+    def of(self, b: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, None]:
+        inside = torch.zeros((), dtype=torch.bool, device=columns.device)
         for base, group in zip(self._base.of_groups(), self._groups[b], strict=True):
-            lower, upper = (side[b, begin:end, None] for side in (base.lower, base.upper))
-            inside |= (lower <= columns) & (columns <= upper) & group[columns]
+            lower, upper = base.lower[b, rows], base.upper[b, rows]
+            inside = inside | ((lower <= columns) & (columns <= upper) & group[columns])
         return (inside & self._base.valid[b, columns])[None], None
-
-    def diagonal(self, b: int, begin: int, end: int) -> tuple[Tensor, None]:
-        itself = torch.arange(begin, end, device=self._groups.device)
-        inside = torch.zeros_like(itself, dtype=torch.bool)
-        for base, group in zip(self._base.of_groups(), self._groups[b], strict=True):
-            lower, upper = (side[b, begin:end] for side in (base.lower, base.upper))
-            inside |= (lower <= itself) & (itself <= upper) & group[begin:end]
-        return (inside & self._base.valid[b, begin:end])[None], None
 
     def extent(self, b: int, begin: int, end: int) -> tuple[int, int]:
         bounds = [(lower[b, begin:end], upper[b, begin:end]) for lower, upper in self._bounds]
@@ -107,23 +95,17 @@ class ElementVisibility:
     """A mask that is read, or computed, element by element.
 
     Args:
-        elements: ``(b, rows [r, 1], columns [c]) -> [Hm, r, c]``, bool, or float that is added to
-            the scores.
-        span_id: ``[B, T]``.
+        elements: ``(b, rows, columns) -> [Hm, *]`` as for :meth:`Visibility.of`, bool, or float
+            that is added to the scores.
+        num_tokens: T.
     """
 
-    def __init__(self, elements: Any, span_id: Tensor) -> None:
+    def __init__(self, elements: Any, num_tokens: int) -> None:
         self._elements = elements
-        self._num_tokens = span_id.shape[1]
-        self._device = span_id.device
+        self._num_tokens = num_tokens
 
-    def block(self, b: int, begin: int, end: int, columns: Tensor) -> tuple[Tensor, Tensor | None]:
-        rows = torch.arange(begin, end, device=columns.device)
-        return _split(self._elements(b, rows[:, None], columns))
-
-    def diagonal(self, b: int, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
-        rows = torch.arange(begin, end, device=self._device)
-        return _split(self._elements(b, rows, rows))
+    def of(self, b: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _split(self._elements(b, rows, columns))
 
     def extent(self, b: int, begin: int, end: int) -> tuple[int, int]:
         return 0, self._num_tokens - 1
@@ -173,7 +155,7 @@ def visibility_of_expression(expression: Expression, span_id: Tensor) -> Visibil
         allowed = torch.as_tensor(allowed, dtype=torch.bool, device=columns.device)
         return (allowed | (rows < 0) | (columns < 0))[None]  # of their full shape
 
-    return ElementVisibility(elements, span_id)
+    return ElementVisibility(elements, span_id.shape[1])
 
 
 def visibility_of_tensor(attn_mask: Tensor, span_id: Tensor) -> Visibility:
@@ -187,7 +169,7 @@ def visibility_of_tensor(attn_mask: Tensor, span_id: Tensor) -> Visibility:
         found: Tensor = mask[b][:, rows, columns]
         return found
 
-    return ElementVisibility(elements, span_id)
+    return ElementVisibility(elements, num_tokens)
 
 
 def visibility_or_given(

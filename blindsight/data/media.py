@@ -234,6 +234,7 @@ def video_arguments(processor: Any, videos: Sequence[Sequence[Video]]) -> dict[s
 
     Raises:
         ValueError: The processor takes no videos, or a file cannot be read.
+        ImportError: Nothing that decodes videos is installed.
     """
     part = getattr(processor, "video_processor", None)
     if part is None:
@@ -269,7 +270,7 @@ def _frames_of(video: Video, video_processor: Any) -> tuple[Any, Any]:
         with _as_file(video) as path:
             return cast("tuple[Any, Any]", _decode(path, sample, video_processor))
     except ImportError as error:
-        raise ValueError(
+        raise ImportError(
             f"{name} needs a decoder of videos: {on_one_line(error)} Install one "
             '(pip install "blindsight[video]"), or give the frames as images.'
         ) from error

@@ -22,8 +22,6 @@ def model_inputs(
     processor: Any,
     samples: Sequence[Sample],
     *,
-    prompt_only: bool = True,
-    add_generation_prompt: bool = True,
     padding_side: str = "left",
 ) -> dict[str, Any]:
     """Return the keyword arguments of a model's forward for a batch of samples.
@@ -31,9 +29,8 @@ def model_inputs(
     Args:
         processor: A processor of transformers, with a chat template, a tokenizer and an image
             processor; see :func:`load_processor`.
-        samples: One for each row of the batch.
-        prompt_only: Whether to leave out an assistant's answer at the end.
-        add_generation_prompt: Whether a prompt ends where the assistant's turn begins.
+        samples: One for each row of the batch. An assistant's answer at the end is left out: a
+            prompt ends where the assistant's turn begins.
         padding_side: ``"left"`` or ``"right"``.
 
     Returns:
@@ -41,6 +38,7 @@ def model_inputs(
 
     Raises:
         ValueError: The processor cannot do it; the message says why.
+        ImportError: A video is to be decoded, and nothing that does so is installed.
     """
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}.")
@@ -51,14 +49,9 @@ def model_inputs(
             f"processor must take images, got a tokenizer, {type(processor).__name__}. Give the "
             "model's processor: blindsight.data.processors.load_processor(path)."
         )
-    answered = [not prompt_only and len(sample.prompt) < len(sample.messages) for sample in samples]
     texts = [
-        processor.apply_chat_template(
-            sample.messages if answer else sample.prompt,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt and not answer,
-        )
-        for sample, answer in zip(samples, answered, strict=True)
+        processor.apply_chat_template(sample.prompt, tokenize=False, add_generation_prompt=True)
+        for sample in samples
     ]
     tokenizer = getattr(processor, "tokenizer", processor)
     options: dict[str, Any] = {"return_tensors": "pt"}
@@ -120,6 +113,7 @@ def load_processor(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         ValueError: There is no processor.
+        ImportError: It needs a package that is not installed.
     """
     from transformers import AutoConfig, AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -138,7 +132,11 @@ def load_processor(path: str | os.PathLike[str]) -> Any:
                 return without_videos(PROCESSOR_MAPPING[type(config)]).from_pretrained(name)
             except (AttributeError, TypeError):
                 raise error from None  # some cannot do without that part
-    except (ImportError, OSError, ValueError, KeyError) as error:
+    except ImportError as error:
+        raise ImportError(
+            f"the processor of {name!r} needs a package that is not installed: {on_one_line(error)}"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"model must have a processor, got none in {name!r}: {on_one_line(error)}"
         ) from error

@@ -109,6 +109,7 @@ def load_samples(
     Raises:
         ValueError: There is no such dataset, it is empty, or its rows are of another kind than
             :mod:`blindsight.data.rows` says.
+        ImportError: Reading it takes ``datasets``, which is not installed.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 sample, got {limit}.")
@@ -167,7 +168,7 @@ def _load_dataset(path: Path, name: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise ValueError(
+        raise ImportError(
             f"dataset must be a JSON-lines file, or a folder with data.jsonl, got {name!r}. For "
             "other datasets install blindsight[calibrate]."
         ) from None

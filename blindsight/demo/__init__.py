@@ -63,7 +63,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
         progress_bar(total=steps, leave=False, bar_format="{l_bar}{bar}| {elapsed}") as bar,
     ):
         bar.set_description("building the prompts")
-        progress = Progress(bar)
+        progress = Progress(bar, options.device)
         answers = speed = None
         if asks and problem is None:
             answers = answer_questions(

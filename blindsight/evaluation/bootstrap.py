@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-LEVEL = 0.95
+LEVEL = 0.95  # of all intervals
 Floats = npt.NDArray[np.float64]
 
 
 class Estimate(NamedTuple):
-    """A value and its interval, at a level of 95 % unless said otherwise."""
+    """A value and its interval, at a level of 95 %."""
 
     value: float
     low: float
@@ -43,14 +43,14 @@ class Differences(NamedTuple):
     worst: Estimate
 
 
-def share(num_right: int, num: int, *, level: float = LEVEL) -> Estimate:
+def share(num_right: int, num: int) -> Estimate:
     """Return a share and its interval by Wilson's score, which is right near 0 and 1 too.
 
     E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927.
     """
     if not 0 <= num_right <= num or num == 0:
         raise ValueError(f"num_right must be 0..num of at least 1, got {num_right} of {num}.")
-    z = NormalDist().inv_cdf((1 + level) / 2)
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     found = num_right / num
     center = (found + z**2 / (2 * num)) / (1 + z**2 / num)
     half = z / (1 + z**2 / num) * np.sqrt(found * (1 - found) / num + z**2 / (4 * num**2))
@@ -76,7 +76,6 @@ def paired_differences(
     *,
     num_resamples: int = 10_000,
     seed: int = 0,
-    level: float = LEVEL,
 ) -> Differences:
     """Return ``after - before`` by the paired bootstrap: questions are drawn, with both answers.
 
@@ -87,7 +86,6 @@ def paired_differences(
         before, after: By task, the score of every question, in the same order.
         num_resamples: How often the questions are drawn anew.
         seed: Of the draws.
-        level: Of the intervals.
 
     Raises:
         ValueError: The two are not of the same questions.
@@ -110,11 +108,10 @@ def paired_differences(
         ]
     )  # [tasks, resamples]
     tasks = {
-        task: _estimate(value, row, level)
-        for task, value, row in zip(values, means, drawn, strict=True)
+        task: _estimate(value, row) for task, value, row in zip(values, means, drawn, strict=True)
     }
-    mean = _estimate(float(np.mean(means)), drawn.mean(0), level)
-    return Differences(tasks, mean, _estimate(min(means), drawn.min(0), level))
+    mean = _estimate(float(np.mean(means)), drawn.mean(0))
+    return Differences(tasks, mean, _estimate(min(means), drawn.min(0)))
 
 
 def _resampled_means(scores: Floats, random: np.random.Generator, num_resamples: int) -> Floats:
@@ -128,6 +125,6 @@ def _resampled_means(scores: Floats, random: np.random.Generator, num_resamples:
     return means
 
 
-def _estimate(value: float, drawn: Floats, level: float) -> Estimate:
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+def _estimate(value: float, drawn: Floats) -> Estimate:
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high))

@@ -20,7 +20,6 @@ from blindsight.attention.interval_masks import BaseMask
 from blindsight.attention.intervals import groups_of_keys
 from blindsight.backend import blindsight_backend
 from blindsight.configs import (
-    CACHE_ARGUMENTS,
     cache_argument,
     cache_of,
     check_has_vision,
@@ -31,13 +30,13 @@ from blindsight.configs import (
 from blindsight.cost import count_visible
 from blindsight.data.processors import inputs_on
 from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks, Prompt, masked
-from blindsight.fingerprints import layer_types_of, widths_of
-from blindsight.modules import find_decoder
+from blindsight.fingerprints import widths_of
+from blindsight.modules import find_decoder, record_call
 from blindsight.profile import Profile
 from blindsight.reference import attention_layers
 from blindsight.runtime.context import disabled, use_template
 from blindsight.runtime.given_mask import intervals_or_groups
-from blindsight.template import IMAGE, Template, TemplateRule
+from blindsight.template import IMAGE, Template
 
 # Config attributes that say to how many experts a token goes.
 _EXPERTS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
@@ -65,14 +64,6 @@ class Output(NamedTuple):
     cache: Any
 
 
-class _Recorded(Exception):
-    """Ends a forward where the decoder would begin."""
-
-    def __init__(self, inputs: dict[str, Any]) -> None:
-        super().__init__()
-        self.inputs = inputs
-
-
 class _SeenError(Exception):
     """Ends a forward of the decoder where all of its masks were seen."""
 
@@ -96,22 +87,19 @@ class Decoder:
 
     Args:
         model: A transformers model with a vision part and a decoder.
-        rule: How images are found in a prompt.
-        fingerprint: Of the model, see :func:`blindsight.fingerprints.fingerprint`.
+        profile: A profile of this model; its categories do not matter.
 
     Raises:
         ValueError: The model is not like that.
     """
 
-    def __init__(
-        self, model: nn.Module, *, rule: TemplateRule, fingerprint: Mapping[str, str]
-    ) -> None:
+    def __init__(self, model: nn.Module, profile: Profile) -> None:
         self.model = getattr(model, "_orig_mod", model)
         check_has_vision(self.model)
-        self.rule = rule
-        self.layer_types = layer_types_of(fingerprint)
-        self.head_dim, self.widths = widths_of(fingerprint)
-        self.num_heads = int(fingerprint["num_heads"])
+        self.rule = rule = profile.rule
+        self.layer_types = profile.layer_types
+        self.head_dim, self.widths = widths_of(profile.fingerprint)
+        self.num_heads = profile.num_heads
         self.layers = attention_layers(
             self.model, rule.layer_pattern, with_attention(self.layer_types)
         )
@@ -162,7 +150,8 @@ class Decoder:
         valid = inputs.get("attention_mask", torch.ones_like(ids)).bool().to(self.device)
         if not bool(valid[:, -1].all()):
             raise ValueError("prompts must be padded on the left, got padding at the end.")
-        decoder_inputs = self._record(inputs)
+        with masked(self.model, self.layers, None):  # masks that are made before are explicit too
+            decoder_inputs = record_call(self.model, self.decoder, inputs)
         batch = Batch(self._prompt(inputs, valid, decoder_inputs), inputs, decoder_inputs)
         if not self._is_checked:
             self._check(batch)
@@ -289,23 +278,6 @@ class Decoder:
                 f"type {layer_type} is not. This family cannot be evaluated yet."
             )
         return base
-
-    def _record(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Recorded(kwargs)
-
-        hook = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            with masked(self.model, self.layers, None):
-                self.model(**inputs, use_cache=False)
-        except _Recorded as recorded:
-            unwanted = ("use_cache", *CACHE_ARGUMENTS)
-            return {name: x for name, x in recorded.inputs.items() if name not in unwanted}
-        finally:
-            hook.remove()
-        raise ValueError(
-            f"{type(self.model).__name__} must call its decoder in a forward, and does not."
-        )
 
     def _check(self, batch: Batch) -> None:
         found = self.prefill(batch, None).logits

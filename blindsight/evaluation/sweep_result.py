@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from blindsight.evaluation.outcomes import write_text
 from blindsight.evaluation.summary import Summary, percent, table
 from blindsight.evaluation.sweep_points import MEANINGS, RANDOM
 from blindsight.evaluation.timing import Timing
+from blindsight.files import write_text
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch
 from blindsight.data.processors import model_inputs
 from blindsight.data.samples import Samples
 from blindsight.evaluation.masked_model import ProfileMasking
-from blindsight.evaluation.outcomes import Checkpoint, Outcome
+from blindsight.evaluation.outcomes import Outcome, OutcomeFile
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.profile import Profile
 from blindsight.ranks import current_ranks
 from blindsight.runtime.inner import name_for_files
+from blindsight.timer import wait_for
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,10 @@ def time_prefill(
         seconds: dict[bool, list[float]] = {True: [], False: []}
         for at in range(2 * repeats):
             dense = at % 2 == 0
-            _wait(decoder.devices)
+            wait_for(*decoder.devices)
             begin = time.perf_counter()
             compiled.prefill(batch, dense=dense)
-            _wait(decoder.devices)
+            wait_for(*decoder.devices)
             seconds[dense].append(time.perf_counter() - begin)
         return Timing(
             num_tokens=int(batch.prompt.num_tokens.max()),
@@ -107,7 +108,7 @@ def time_prefill(
 
 
 def time_prefill_once(
-    known: Checkpoint,
+    known: OutcomeFile,
     decoder: Decoder,
     batch: Callable[[], Batch],
     profile: Profile,
@@ -171,9 +172,3 @@ def _runs(compiled: CompiledDecoder) -> dict[str, int]:
         for how, number in row.runs.items():
             runs[how] = runs.get(how, 0) + number
     return runs
-
-
-def _wait(devices: Iterable[torch.device]) -> None:
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from blindsight.attention.attend import Group
+from blindsight.files import write_whole
 
 HEAD_DIM = 128  # that times are given for; attention takes time in proportion
 
@@ -87,9 +88,7 @@ def save_costs(device: torch.device, dtype: torch.dtype, costs: Costs) -> Path:
     }
     name = str(dtype).removeprefix("torch.")
     known.setdefault(device_name(device), {})[name] = asdict(costs)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(known, file, indent=2)
-    os.replace(file.name, path)
+    write_whole(path, json.dumps(known, indent=2).encode())
     _load.cache_clear()
     return path
 

@@ -1,0 +1,243 @@
+"""Answer questions under many maskings.
+
+Every batch of prompts is prepared once and answered under every masking.
+
+Shapes: B batch, T tokens of the prompts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from blindsight.data.processors import model_inputs
+from blindsight.data.rows import Sample
+from blindsight.data.samples import Samples
+from blindsight.evaluation.masked_model import Masking, Masks, Prompt
+from blindsight.evaluation.outcomes import Outcome, OutcomeFile
+from blindsight.evaluation.prefill import Batch, Decoder, Output
+from blindsight.progress import progress_bar
+from blindsight.ranks import current_ranks
+
+NO_TASK = "all"
+_BATCHES_AT_ONCE = 8  # opened together and sorted by length, so that little is padding
+
+
+class Point(NamedTuple):
+    """A masking, and what it is called."""
+
+    key: str
+    masking: Masking
+
+
+Prefill = Callable[[Batch, Point, Masks, bool], Output]
+
+
+def answer_samples(
+    decoder: Decoder,
+    processor: Any,
+    samples: Samples,
+    points: Sequence[Point],
+    *,
+    known: OutcomeFile,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    prefill: Prefill | None = None,
+    progress: bool | None = None,
+) -> dict[str, list[Outcome]]:
+    """Answer all samples under all maskings; return the outcomes of each point, by sample.
+
+    Answers are decoded greedily. Where the expected answer is one token, the prefill's logits
+    give it and nothing is decoded.
+
+    Args:
+        decoder: The model.
+        processor: Its processor.
+        samples: With answers; those that are known for all points are not opened.
+        points: The first is what the others are compared with.
+        known: What is known already, and where the rest is written.
+        batch_size: Prompts at once, padded on the left.
+        max_new_tokens: Of an answer; by default as many as the expected answer has, and what would
+            follow is not looked at.
+        prefill: How a batch is run under a masking; by default with explicit masks.
+        progress: See :func:`~blindsight.progress.progress_bar`.
+
+    Raises:
+        ValueError: A sample has no answer, or none of the first samples has an image.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    samples.check()
+    run = prefill or (lambda b, _, masks, use_cache: decoder.prefill(b, masks, use_cache=use_cache))
+
+    def work() -> None:
+        total = len(samples) * len(points)
+        with progress_bar(progress, total=total, unit="answer", leave=False) as bar:
+            for questions, missing in _batches_left(samples, points, known, batch_size, bar):
+                for outcomes in _answer_batch(
+                    decoder,
+                    processor,
+                    questions,
+                    missing,
+                    dense=points[0],
+                    run=run,
+                    max_new_tokens=max_new_tokens,
+                ):
+                    known.add(outcomes)
+                    bar.update(len(outcomes))
+
+    current_ranks().gather(work)
+    known.merge()
+    return {
+        point.key: [known.outcomes(point.key)[at] for at in range(len(samples))] for point in points
+    }
+
+
+def _batches_left(
+    samples: Samples, points: Sequence[Point], known: OutcomeFile, batch_size: int, bar: Any
+) -> Iterator[tuple[dict[int, Sample], list[Point]]]:
+    """Yield batches of questions, by position, and the points that this process lacks of each.
+
+    Every batch is the one that a process alone would make. What is known already, or is another
+    process's, counts as done on the bar.
+    """
+    ranks = current_ranks()
+    for window in _chunks(range(len(samples)), batch_size * _BATCHES_AT_ONCE):
+        if all(known.has(point.key, window) for point in points):
+            bar.update(len(points) * len(window))
+            continue
+        opened = {at: _checked(samples[at]) for at in window}
+        if window[0] == 0:
+            _check_has_images(opened.values())
+        order = sorted(opened, key=lambda at: (_length(opened[at]), at))
+        for number, chosen in enumerate(_chunks(order, batch_size), start=window[0] // batch_size):
+            missing = [point for point in points if not known.has(point.key, chosen)]
+            if not ranks.has(number):
+                missing = []
+            bar.update((len(points) - len(missing)) * len(chosen))
+            if missing:
+                yield {at: opened[at] for at in chosen}, missing
+
+
+def _answer_batch(
+    decoder: Decoder,
+    processor: Any,
+    questions: Mapping[int, Sample],
+    points: Sequence[Point],
+    *,
+    dense: Point,
+    run: Prefill,
+    max_new_tokens: int | None,
+) -> Iterator[list[Outcome]]:
+    """Yield the outcomes of one batch under each of the points; ``dense`` is compared with."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    stop_ids = _stop_ids(decoder.model, tokenizer)
+    batch = decoder.prepare(model_inputs(processor, list(questions.values())))
+    limits = [_num_tokens(tokenizer, sample, max_new_tokens) for sample in questions.values()]
+    expected = run(batch, dense, dense.masking.masks(batch.prompt), False).logits
+    for point in points:
+        masks = point.masking.masks(batch.prompt)
+        output = run(batch, point, masks, max(limits) > 1)
+        tokens = decoder.decode(batch, masks, output, max_new_tokens=max(limits), stop_ids=stop_ids)
+        answers = [
+            _text(tokenizer, row[:limit], stop_ids)
+            for row, limit in zip(tokens.tolist(), limits, strict=True)
+        ]
+        kl = divergence(expected, output.logits)
+        yield _outcomes(point, questions, answers, kl, batch.prompt, masks)
+
+
+def _outcomes(
+    point: Point,
+    asked: Mapping[int, Sample],
+    answers: Sequence[str],
+    kl: Tensor,
+    prompt: Prompt,
+    masks: Masks,
+) -> list[Outcome]:
+    spans = prompt.template.span_id.max(1).values
+    counts = torch.stack([prompt.num_tokens, spans, masks.count_pairs(), masks.count_rows()], 1)
+    outcomes = []
+    for row, (at, sample) in enumerate(asked.items()):
+        num_tokens, num_spans, pairs, rows = counts[row].tolist()
+        outcomes.append(
+            Outcome(
+                point=point.key,
+                sample=at,
+                task=NO_TASK if sample.task is None else sample.task,
+                answer=answers[row],
+                is_right=answers[row] == normalise(sample.answer or ""),
+                kl=float(kl[row]),
+                num_tokens=num_tokens,
+                num_spans=num_spans,
+                pairs=pairs,
+                rows=rows,
+            )
+        )
+    return outcomes
+
+
+def normalise(answer: str) -> str:
+    """Return what is compared of an answer."""
+    return " ".join(answer.split()).casefold()
+
+
+def divergence(dense: Tensor, other: Tensor) -> Tensor:
+    """Return KL(dense || other) of logits ``[B, V]`` in nats, ``[B]`` float64."""
+    log_p, log_q = (logits.double().log_softmax(-1) for logits in (dense, other))
+    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
+
+
+def _checked(sample: Sample) -> Sample:
+    if sample.answer is None:
+        raise ValueError(
+            f"sample {sample.index} must have an answer, got none. Add an 'answer' to the row, or "
+            "end its messages with the assistant's."
+        )
+    return sample
+
+
+def _check_has_images(samples: Collection[Sample]) -> None:
+    if not any(sample.images or sample.videos for sample in samples):
+        raise ValueError(
+            f"samples must have images or videos, got none in the first {len(samples)}. A profile "
+            "changes nothing in prompts without."
+        )
+
+
+def _length(sample: Sample) -> tuple[int, int]:
+    """Order samples about as their prompts' lengths do."""
+    text = sum(
+        len(str(entry.get("text", ""))) for turn in sample.prompt for entry in turn["content"]
+    )
+    pixels = sum(image.width * image.height for image in sample.images)
+    return pixels + sum(video.size for video in sample.videos), text
+
+
+def _num_tokens(tokenizer: Any, sample: Sample, max_new_tokens: int | None) -> int:
+    if max_new_tokens is not None:
+        return max_new_tokens
+    return max(1, len(tokenizer(sample.answer, add_special_tokens=False)["input_ids"]))
+
+
+def _stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    configs = (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer)
+    found: set[int] = set()
+    for config in configs:
+        ids = getattr(config, "eos_token_id", None)
+        found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    return sorted(found)
+
+
+def _text(tokenizer: Any, tokens: list[int], stop_ids: Sequence[int]) -> str:
+    end = next((at for at, token in enumerate(tokens) if token in stop_ids), len(tokens))
+    return normalise(tokenizer.decode(tokens[:end], skip_special_tokens=True))
+
+
+def _chunks(positions: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (positions[begin : begin + size] for begin in range(0, len(positions), size))
