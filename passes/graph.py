@@ -11,11 +11,6 @@ from torch import Tensor, fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-# Names in the operator module that write into their first argument.
-IN_PLACE_OPERATORS = {
-    *("setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
-    *("iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "iconcat"),
-}
 # Attributes that Dynamo keeps on the graph module and AOTAutograd reads from it.
 _DYNAMO_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks")
 
@@ -93,34 +88,6 @@ def module_of(node: fx.Node) -> tuple[str, str]:
     path, module_class = list(stack.values())[-1]
     name = module_class if isinstance(module_class, str) else module_class.__name__
     return dotted_path(path), name.rpartition(".")[2]
-
-
-def erase_unused(gm: fx.GraphModule, candidates: list[fx.Node]) -> None:
-    """Erase those of the candidates, and of what they alone used, that nobody reads any more.
-
-    Never a sweep over the whole graph: ``eliminate_dead_code`` also deletes calls that are there
-    for their effect, such as those which enter and leave a vmap.
-    """
-    erased: set[fx.Node] = set()
-    while candidates:
-        node = candidates.pop()
-        is_call = node.op in ("call_function", "call_method") and node not in erased
-        if is_call and not node.users and not acts(node):
-            candidates.extend(node.all_input_nodes)
-            gm.graph.erase_node(node)
-            erased.add(node)
-
-
-def acts(node: fx.Node) -> bool:
-    """Whether a node may have an effect other than its result."""
-    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
-        return True
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    name = getattr(node.target, "__name__", "")
-    if getattr(node.target, "__module__", "") == "_operator":
-        return name in IN_PLACE_OPERATORS
-    return name.endswith("_") or "nesting" in name
 
 
 def same_size(a: object, b: object) -> bool:
