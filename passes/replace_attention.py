@@ -19,8 +19,9 @@ from blindsight.attention.mask_forms import (
 )
 from blindsight.attention.mask_operator import ordered_mask_by_operator, sorted_mask_by_operator
 from blindsight.passes.find_attention import Attention
-from blindsight.passes.graph import add_placeholder, erase_unused, fake_tensor, node_of_size
+from blindsight.passes.graph import add_placeholder, fake_tensor, node_of_size
 from blindsight.passes.lift_mask import Lifted
+from blindsight.passes.memory import acts
 from blindsight.template import template_of_ids
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def replace_attention_pass(
         call.node.replace_all_uses_with(output)
         outputs[call.node] = output
     # Not before: the masks of later calls are put before nodes that earlier calls may have needed.
-    erase_unused(gm, [call.node for call in attention])
+    _erase_unused(gm, [call.node for call in attention])
     gm.graph.lint()
     gm.recompile()
     logger.info("replaced %d attention calls, %d masks", len(attention), len(masks))
@@ -190,3 +191,19 @@ def _call(
             node.meta[name] = origin.node.meta[name]
     node.meta["blindsight"] = f"{function.__name__} of {origin.path or 'the frame'}"
     return node
+
+
+def _erase_unused(gm: fx.GraphModule, candidates: list[fx.Node]) -> None:
+    """Erase those of the candidates, and of what they alone used, that nobody reads any more.
+
+    Never a sweep over the whole graph: ``eliminate_dead_code`` also deletes calls that are there
+    for their effect, such as those which enter and leave a vmap.
+    """
+    erased: set[fx.Node] = set()
+    while candidates:
+        node = candidates.pop()
+        is_call = node.op in ("call_function", "call_method") and node not in erased
+        if is_call and not node.users and not acts(node):
+            candidates.extend(node.all_input_nodes)
+            gm.graph.erase_node(node)
+            erased.add(node)

@@ -22,8 +22,8 @@ from torch import Tensor, fx
 
 from blindsight.attention.attend import attend, attend_in_region
 from blindsight.attention.region import call_in_region
-from blindsight.passes.graph import acts, fake_tensor, module_of
-from blindsight.passes.memory import storage_of
+from blindsight.passes.graph import fake_tensor, module_of
+from blindsight.passes.memory import acts, storage_of
 
 logger = logging.getLogger(__name__)
 

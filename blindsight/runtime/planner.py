@@ -22,12 +22,11 @@ from blindsight.passes.find_key_cache import find_key_cache
 from blindsight.passes.graph import (
     copy_graph_module,
     fake_tensor,
-    has_regions,
-    inline_regions,
     placeholders,
     size_symbols,
     source_name,
 )
+from blindsight.passes.inline_regions import has_regions, inline_regions
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.report import Verdict
 from blindsight.runtime.layers import compact, layer_of_path
