@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -12,10 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from blindsight.configs import text_config
 from blindsight.profile import Profile
-from blindsight.runtime.calls import module_calls
+from blindsight.runtime.calls import eager_calls, inner_calls, module_calls
 from blindsight.runtime.forwards import Forwards
 from blindsight.runtime.layers import LayerMap, compact
-from blindsight.runtime.watch import observe_call, watch_forward
+from blindsight.runtime.watch import observe_call, shows_tokens, watch_forward
 
 
 class AttachedModels:
@@ -41,6 +42,7 @@ class AttachedModels:
         self._forwards = forwards
         self._is_backend = is_backend
         self._parts: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of the models, and they
+        self._watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._others: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.problem: str | None = None
         self.is_of_another = False
@@ -66,26 +68,41 @@ class AttachedModels:
             )
         self.layer_map.add(model)
         self._parts.update(model.modules())
+        self._watched.add(model)
         self._hooks += watch_forward(model, self._forwards, self._is_backend)
 
     def find(self) -> None:
-        """Attach to the outermost model of the profile that is being called, if any is."""
+        """Attach to the model of the profile that is being called, if any is.
+
+        Where modules around it run uncompiled they may give it other tokens than they are given,
+        so it is the innermost of those that are given any; else the outermost of all.
+        """
+        for call, module in eager_calls():
+            model = getattr(module, "_orig_mod", module)
+            if model in self._watched:
+                return
+            if shows_tokens(call) and self._attach_found(model, call):
+                return
         for call, module in module_calls():
             model = getattr(module, "_orig_mod", module)
-            with self._lock:
-                if model in self._parts:
-                    return
-                if model in self._others:
-                    continue
+            if model in self._parts or self._attach_found(model, call):
+                return
+
+    def _attach_found(self, model: nn.Module, call: FrameType) -> bool:
+        """Attach to a model that is being called, if it is the profile's."""
+        with self._lock:
+            if model in self._others:
+                return False
+            if model not in self._watched:
                 try:
                     self.attach(model)
                 except ValueError as error:
                     self._others.add(model)
                     if self.problem is None:
                         self._note_problem(model, str(error).removesuffix("."))
-                    continue
-            observe_call(self._forwards, call)
-            return
+                    return False
+        observe_call(self._forwards, call)
+        return True
 
     def _note_problem(self, model: nn.Module, problem: str) -> None:
         """Keep why a profile does not fit a model, if it seems meant for it.
@@ -119,9 +136,8 @@ class AttachedModels:
         self.find()
         if self._forwards.pending is not None:
             return
-        models = self.layer_map.models
-        for call, module in module_calls():
-            if any(module is model for model in models):  # called before its hooks were there
+        for call, module in inner_calls():
+            if module in self._watched:  # called before its hooks were there
                 observe_call(self._forwards, call)
                 return
 

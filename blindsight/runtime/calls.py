@@ -23,6 +23,26 @@ def inner_calls() -> Iterator[tuple[FrameType, nn.Module]]:
         frame = frame.f_back
 
 
+def eager_calls() -> list[tuple[FrameType, nn.Module]]:
+    """Return the running calls that are not within a compiled function, the innermost first."""
+    found: list[tuple[FrameType, nn.Module]] = []
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if callable(dynamo_callback(frame)):
+            found.clear()
+        elif frame.f_code is nn.Module._wrapped_call_impl.__code__:
+            found.append((frame, frame.f_locals["self"]))
+        frame = frame.f_back
+    return found
+
+
+def dynamo_callback(frame: FrameType) -> object:
+    """Return what Dynamo calls for the frames of a compiled function, if a frame is one's."""
+    if frame.f_globals.get("__name__") != "torch._dynamo.eval_frame":
+        return None
+    return getattr(frame.f_locals.get("self"), "callback", None)
+
+
 def has_returned(call: FrameType | None) -> bool:
     """Whether a call is over, if it is known; lets go of what it held."""
     if call is None:

@@ -108,8 +108,10 @@ class Forwards:
             input_ids: ``[B, Q]``, where it is given any.
             is_compiled: Whether the whole forward is compiled with this backend, if that is asked.
         """
-        if self._watched is not None:
-            return  # within another model's, which knows better
+        if self._watched is not None:  # within a call that is watched, too
+            if input_ids is not None:
+                self.observe(input_ids)
+            return
         self._thread.watched, self._thread.decoder_ran = _Watched(is_compiled, call), False
         self._thread.pending = None if input_ids is None else Pending.of(input_ids, self.rule, call)
 
@@ -126,7 +128,8 @@ class Forwards:
             if same and not is_over and (pending.call is not None or not pending.served):
                 return
             is_repeated = same and not pending.served  # a call that failed
-            if not (watched or is_repeated or pending.is_gone):
+            goes_on = pending.call is not None and not is_over  # what it gives the model is new
+            if not (watched or is_repeated or goes_on or pending.is_gone):
                 self._check_served(pending, certain=False)
         self._thread.pending = Pending.of(input_ids, self.rule, self._call_of_model())
 

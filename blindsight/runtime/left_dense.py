@@ -35,9 +35,11 @@ def layers_of_forward(missing: Iterable[int], never: Iterable[int], *, certain: 
         f"the attention of layers {compact(sorted(missing))} of the profile did not run through "
         "this backend, so it was dense"
         + (f" (layers {compact(never_met)} were never met)" if never_met else "")
-        + ". Load the model with attn_implementation='sdpa', call it without output_attentions, "
-        "and set no stance of torch.compiler that compiles nothing new. If torch._dynamo warned "
-        f"of its recompile_limit: {_RAISE_LIMIT}"
+        + ". Load the model with attn_implementation='sdpa', call it without output_attentions "
+        "and without gradient checkpointing (model.eval()), and set no stance of torch.compiler "
+        "that compiles nothing new. generate(compile_config=...) compiles decoding alone: compile "
+        "the model in place, model.compile(backend=backend). "
+        f"If torch._dynamo warned of its recompile_limit: {_RAISE_LIMIT}"
         + ("" if certain else " If the last forward ended with an error of its own, call again.")
     )
 

@@ -70,6 +70,23 @@ class KeptKeys(NamedTuple):
     found: tuple[int, ...]
 
 
+class Sizes(NamedTuple):
+    """Sizes of a graph's attention in one call.
+
+    Attributes:
+        batch: B.
+        num_queries: Q of the first attention call.
+        num_keys: The largest K.
+        see_all: Whether each attention call has at least as many keys as any has queries: where
+            some have fewer, tokens were dropped on the way, or keys are of something else.
+    """
+
+    batch: int
+    num_queries: int
+    num_keys: int
+    see_all: bool
+
+
 @dataclass
 class Plan:
     """What is known of a graph before it runs.
@@ -80,6 +97,7 @@ class Plan:
         calls: The decoder's attention that may be rewritten.
         problem: Why the profile cannot be applied (strict), or None.
         input_ids: Position of the input that shows the prompt's tokens, or None.
+        embeds_other_tokens: Whether the graph makes other tokens of these, and runs on them.
         video_grid, positions: Positions of inputs that show the frames of its videos, or None.
         runs_head: Whether the graph computes logits: when it runs, the decoder has run.
         caches: Those of its layers. The first tells the sequence's history.
@@ -94,6 +112,7 @@ class Plan:
     calls: list[PlannedCall] = field(default_factory=list)
     problem: str | None = None
     input_ids: int | None = None
+    embeds_other_tokens: bool = False
     video_grid: int | None = None
     positions: int | None = None
     runs_head: bool = False
@@ -112,6 +131,12 @@ class Plan:
     def cache(self) -> CacheInputs:
         """The cache that stands for all."""
         return self.caches[0] if self.caches else CacheInputs()
+
+    @cached_property
+    def repeats_layers(self) -> bool:
+        """Whether a layer attends twice: it is not known whose tokens are whose."""
+        layers = [call.layer for call in self.calls if call.layer is not None]
+        return len(set(layers)) < len(layers)
 
     @cached_property
     def kept_keys(self) -> KeptKeys:
@@ -147,16 +172,29 @@ class Plan:
         batch, _, num_queries, _ = _shape(self.calls[0].attention.query)
         return batch, num_queries
 
-    def sizes(self, args: Sequence[Any]) -> tuple[int, int, int]:
-        """Return B, Q and the largest K of the graph's attention, for these inputs."""
-        batch, num_queries, *keys = self._sizes(*[args[at] for at in self.symbols.values()])
-        return batch, num_queries, max(keys)
+    def sizes(self, args: Sequence[Any]) -> Sizes:
+        """Return the sizes of the graph's attention for these inputs."""
+        batch, *lengths = self._sizes(*[args[at] for at in self.symbols.values()])
+        queries, keys = lengths[: self._num_query_sizes], lengths[self._num_query_sizes :]
+        return Sizes(batch, queries[0], max(keys), min(keys) >= max(queries))
+
+    @cached_property
+    def _lengths(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Every Q that there is, the first call's first, and every K, once."""
+        lengths = [tuple(map(expression_of, call.attention.lengths)) for call in self.calls]
+        queries, keys = (tuple(dict.fromkeys(each)) for each in zip(*lengths, strict=True))
+        return queries, keys
 
     @cached_property
     def _sizes(self) -> Callable[..., Sequence[int]]:
-        """A function of the symbols' values: B, Q, and every K that there is, once."""
-        keys = {expression_of(_shape(call.attention.key)[2]): None for call in self.calls}
-        return compiled_sizes([*map(expression_of, self.query_sizes), *keys], list(self.symbols))
+        """A function of the symbols' values: B, and these lengths."""
+        batch, _ = self.query_sizes
+        queries, keys = self._lengths
+        return compiled_sizes([expression_of(batch), *queries, *keys], list(self.symbols))
+
+    @cached_property
+    def _num_query_sizes(self) -> int:
+        return len(self._lengths[0])
 
     def _function_of(self, size: int | torch.SymInt) -> Callable[..., int]:
         """Return a size as a function of the symbols' values; substituting takes long."""

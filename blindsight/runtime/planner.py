@@ -17,7 +17,12 @@ from blindsight.passes.find_attention import (
     find_eager_attention,
     has_attention,
 )
-from blindsight.passes.find_inputs import find_axis_positions, find_input_ids, find_video_grid
+from blindsight.passes.find_inputs import (
+    embeds_other_tokens,
+    find_axis_positions,
+    find_input_ids,
+    find_video_grid,
+)
 from blindsight.passes.find_key_cache import find_key_cache
 from blindsight.passes.graph import (
     copy_graph_module,
@@ -54,6 +59,8 @@ class _Planner:
             copied = inline_regions(copied)
         symbols = {size: self._inputs.index(node) for size, node in size_symbols(gm).items()}
         self.plan = Plan(copied, state.profile, input_ids=find_input_ids(gm), symbols=symbols)
+        if self.plan.input_ids is not None:
+            self.plan.embeds_other_tokens = embeds_other_tokens(copied, self.plan.input_ids)
         if self._profile.rule.video_token_ids:
             self.plan.video_grid = find_video_grid(gm)
             self.plan.positions = find_axis_positions(gm)
@@ -121,8 +128,9 @@ class _Planner:
                     return None, "not the decoder's"
                 return None, self._refuse(
                     f"the weights of attention at {where} must be parameters of the model, whose "
-                    "layers they tell, and are other tensors. Where accelerate offloads weights "
-                    "to a CPU or disk, give the model less memory to be spread over, or more GPUs"
+                    "layers they tell, and are other tensors. Call it without output_attentions; "
+                    "where accelerate offloads weights to a CPU or disk, give the model less "
+                    "memory to be spread over, or more GPUs"
                 )
         elif layer is None:
             if not known_class and not self._resembles_decoder(attention):

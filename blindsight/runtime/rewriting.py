@@ -266,7 +266,7 @@ class Rewriter:
             return MaskForm.EXPRESSED
         if any_length:
             return MaskForm.SORTED
-        return best_form(history, self._plan.sizes(args)[1], categories, self._device())
+        return best_form(history, self._plan.sizes(args).num_queries, categories, self._device())
 
     def _capacity(self, at: int, args: Sequence[Any]) -> Capacity:
         size_of, device = self._plan.size_of(args), self._plan.device

@@ -14,7 +14,7 @@ from blindsight.configs import forgets
 from blindsight.runtime.cache_notes import CacheNote, Witness
 from blindsight.runtime.context import is_disabled
 from blindsight.runtime.history import History, Pending
-from blindsight.runtime.plan import DENSE_HEADS, Plan
+from blindsight.runtime.plan import DENSE_HEADS, Plan, Sizes
 from blindsight.runtime.state import BackendState
 
 _NO_IMAGE_QUERY = "no query in a second image"
@@ -37,25 +37,23 @@ class _Call(NamedTuple):
     Attributes:
         args: The inputs of the graph.
         layers: The layer of each attention call.
-        batch, num_queries, num_keys: B, Q, and the largest K.
+        sizes: Of its attention.
         pending: The tokens of the forward under way, if they were seen.
     """
 
     args: Sequence[Any]
     layers: tuple[int, ...]
-    batch: int
-    num_queries: int
-    num_keys: int
+    sizes: Sizes
     pending: Pending | None
 
     @property
     def is_alone(self) -> bool:
         """Whether there are no keys but the call's own."""
-        return self.num_keys == self.num_queries
+        return self.sizes.num_keys == self.sizes.num_queries
 
     @property
     def decodes(self) -> bool:
-        return self.num_queries == 1 and self.pending is not None and self.pending.is_text
+        return self.sizes.num_queries == 1 and self.pending is not None and self.pending.is_text
 
 
 class Known(NamedTuple):
@@ -99,7 +97,7 @@ class Sequences:
         if explicit is None and pending is None:
             self._state.models.look_for_prompt()
             pending = self._forwards.pending
-        call = _Call(args, layers, *self._plan.sizes(args), pending)
+        call = _Call(args, layers, self._plan.sizes(args), pending)
         past = None if explicit is None else self._past_beyond(explicit, call)
         if past is not None:
             explicit = None
@@ -110,6 +108,10 @@ class Sequences:
         else:
             self._check(explicit, call, past)
             history, unknown = explicit, ""
+        if not call.sizes.see_all:
+            history, unknown = None, "some of its attention is of other tokens than the prompt's"
+        elif self._plan.repeats_layers:
+            history, unknown = None, "a layer runs twice in one graph, maybe for several prompts"
         is_text = explicit is None and pending is not None and pending.is_text
         return Known(history, self._dense_because(call, history, unknown, is_text=is_text), past)
 
@@ -195,7 +197,7 @@ class Sequences:
 
     def _past_beyond(self, explicit: History, call: _Call) -> Past | None:
         """Return what is in the cache, if a text token follows the prompt of the template."""
-        if call.num_queries != 1 or call.pending is None or call.pending.has_images:
+        if call.sizes.num_queries != 1 or call.pending is None or call.pending.has_images:
             return None
         past = self._past(call, None)
         expected = self._num_tokens(call, past)
@@ -203,7 +205,7 @@ class Sequences:
 
     def _check(self, explicit: History, call: _Call, past: Past) -> None:
         """Check that a template given by hand is of the whole sequence."""
-        batch, num_queries = call.batch, call.num_queries
+        batch, num_queries = call.sizes.batch, call.sizes.num_queries
         expected = self._num_tokens(call, past)
         if expected is not None and (batch, expected) != (explicit.batch, explicit.num_tokens):
             raise ValueError(
@@ -218,10 +220,13 @@ class Sequences:
         pending = call.pending
         if pending is None:
             return None, "input_ids were not seen and no template was given"
-        if tuple(pending.kinds.shape) != (call.batch, call.num_queries):
+        if self._plan.embeds_other_tokens:
+            return None, "the tokens that are embedded are others than the model's input_ids"
+        batch, num_queries, *_ = call.sizes
+        if tuple(pending.kinds.shape) != (batch, num_queries):
             raise ValueError(
-                f"input_ids must have the shape of the decoder's queries, {call.batch} x "
-                f"{call.num_queries} tokens, got {' x '.join(map(str, pending.kinds.shape))}. Give "
+                f"input_ids must have the shape of the decoder's queries, {batch} x "
+                f"{num_queries} tokens, got {' x '.join(map(str, pending.kinds.shape))}. Give "
                 "the template of the whole sequence: blindsight.use_template(span_id, is_sink)."
             )
         history = self._forwards.history(pending, past.history) if past.is_known else None
@@ -236,12 +241,17 @@ class Sequences:
         if is_text:
             return _NO_IMAGE_QUERY
         if history is None:
-            self._forwards.warn_once(
-                f"prefill ran dense: {unknown}. Give the template of the whole sequence: "
+            advice = (
+                "Give the template of the whole sequence: "
                 "blindsight.use_template(span_id, is_sink)."
             )
+            if call.sizes.see_all and self._plan.repeats_layers:
+                advice = "Compile the model that is called twice, not what calls it."
+            elif not call.sizes.see_all:
+                advice = "Compile the whole model with all of its tokens."
+            self._forwards.warn_once(f"prefill ran dense: {unknown}. {advice}")
             return unknown
-        if not history.restricts_queries_from(history.num_tokens - call.num_queries):
+        if not history.restricts_queries_from(history.num_tokens - call.sizes.num_queries):
             return _NO_IMAGE_QUERY
         self._forwards.expect_all_layers()
         if not any(self._plan.profile.categories[layer].any() for layer in call.layers):
@@ -251,12 +261,12 @@ class Sequences:
     def _num_tokens(self, call: _Call, past: Past) -> int | None:
         """Return T, or None where only the user knows how much is in the cache."""
         if past.is_known:
-            return call.num_queries + (0 if past.history is None else past.history.num_tokens)
+            return call.sizes.num_queries + (0 if past.history is None else past.history.num_tokens)
         cache = self._plan.cache
         if cache.length is not None:
-            return call.num_queries + int(call.args[cache.length])
+            return call.sizes.num_queries + int(call.args[cache.length])
         all_types = self._plan.profile.layer_types
         types = [all_types[layer] for layer in self._plan.profile.layers]
-        grows = cache.before is not None and call.num_keys > call.args[cache.before].shape[2]
+        grows = cache.before is not None and call.sizes.num_keys > call.args[cache.before].shape[2]
         slides = any(map(forgets, types)) and len(self._plan.calls) < len(types)
-        return call.num_keys if grows and not slides else None
+        return call.sizes.num_keys if grows and not slides else None

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from blindsight.modules import plain_name
 from blindsight.passes.find_inputs import is_axis_positions, is_token_ids, is_video_grid
-from blindsight.runtime.calls import inner_calls
+from blindsight.runtime.calls import dynamo_callback, inner_calls
 from blindsight.runtime.forwards import Forwards
 
 
@@ -93,6 +93,11 @@ def observe_call(forwards: Forwards, call: FrameType) -> None:
     _observe_images(forwards, kwargs)
 
 
+def shows_tokens(call: FrameType) -> bool:
+    """Whether a module's call is given ``input_ids``."""
+    return _input_ids(call.f_locals["args"], call.f_locals["kwargs"]) is not None
+
+
 def watch_forward(
     model: nn.Module, forwards: Forwards, is_backend: Callable[[object], bool]
 ) -> list[RemovableHandle]:
@@ -124,8 +129,7 @@ def _callbacks() -> Iterator[object]:
     """Yield what Dynamo would call, of each compiled function that is running in this thread."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
-            yield getattr(frame.f_locals.get("self"), "callback", None)
+        yield dynamo_callback(frame)
         frame = frame.f_back
 
 
@@ -175,7 +179,9 @@ def _compiles_layers(
 def _callback_of(part: nn.Module) -> object:
     """Return what Dynamo calls for the frames of a module, if that is compiled for itself."""
     context = getattr(part, "dynamo_ctx", None)  # of what torch.compile returns
-    for function in (part._compiled_call_impl, vars(part).get("forward")):
+    # transformers keeps in `_compiled_call` what decodes on a static cache.
+    own = vars(part)
+    for function in (part._compiled_call_impl, own.get("forward"), own.get("_compiled_call")):
         for cell in getattr(function, "__closure__", None) or ():
             if context is None and hasattr(cell.cell_contents, "callback"):
                 context = cell.cell_contents
