@@ -18,7 +18,7 @@ _IN_PLACE_OPERATORS = {
     *("iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "iconcat"),
 }
 _OPERATORS = (torch._ops.OpOverload, torch._ops.HigherOrderOperator)
-# Results that never share memory with an argument; what is in no table may.
+# Results that never share memory with an argument but an ``out``; what is in no table may.
 _FRESH = {
     *("and", "or", "xor", "not", "abs", "neg", "where", "masked_fill", "arange", "full"),
     *("new_full", "full_like", "tril", "triu", "scalar_tensor", "tensor", "rsub", "cumsum"),
@@ -36,7 +36,7 @@ class MemoryGroups:
     def __init__(self, nodes: Sequence[fx.Node]) -> None:
         self._leader = {node: node for node in nodes}
         for node in nodes:
-            if name_of(node) in _FRESH:
+            if name_of(node) in _FRESH and node.kwargs.get("out") is None:
                 continue
             # What writes into an argument returns that.
             written = overwritten(node)

@@ -578,6 +578,14 @@ def overwritten_padding(x: Tensor, data: Tensor) -> Tensor:
     return allowed
 
 
+def overwritten_by_another_name(x: Tensor, data: Tensor) -> Tensor:
+    buffer = torch.empty(data.shape, dtype=torch.bool)
+    padding = torch.gt(data, 1, out=buffer)
+    allowed = (grid(x)[1] <= grid(x)[0]) & padding[:, None, None]
+    buffer.zero_()
+    return allowed & (grid(x)[1] > grid(x)[0] - 3)
+
+
 def images(data: Tensor) -> Tensor:
     """The number of each token's image, or -1, as Gemma 4 counts them."""
     is_image = data > 1
@@ -606,6 +614,7 @@ LOOK_ALIKES: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
     "overwritten through a view": (3, overwritten_through_a_view),
     "overwritten positions": (3, overwritten_positions),
     "overwritten padding": (1, overwritten_padding),
+    "overwritten by another name": (3, overwritten_by_another_name),
     "written before it is read": (1, written_before_it_is_read),
     "written after it is read": (3, written_after_it_is_read),
     "index_put": (
