@@ -48,11 +48,7 @@ class Value:
 
     @property
     def kind(self) -> str:
-        if self.dtype == torch.bool:
-            return "bool"
-        if self.dtype.is_floating_point:
-            return "float"
-        return "complex" if self.dtype.is_complex else "int"
+        return kind_of_dtype(self.dtype)
 
 
 Operand = Value | bool | int | float | fx.Node  # a node is a symbolic size
@@ -74,11 +70,27 @@ class Reader(Protocol):
         """Return the name of the axis that a level of vmap hides at a node."""
 
 
+def kind_of_dtype(dtype: torch.dtype) -> str:
+    """Return ``"bool"``, ``"int"``, ``"float"`` or ``"complex"``."""
+    if dtype == torch.bool:
+        return "bool"
+    if dtype.is_floating_point:
+        return "float"
+    return "complex" if dtype.is_complex else "int"
+
+
 def kind_of(operand: Operand) -> str:
     """Return ``"bool"``, ``"int"``, ``"float"`` or ``"complex"``."""
     if isinstance(operand, Value):
         return operand.kind
     return "int" if isinstance(operand, fx.Node) else type(operand).__name__
+
+
+def never_overflows(dtype: torch.dtype, *operands: Expression) -> bool:
+    """Whether integers of a dtype may be computed with as if they had no limits."""
+    # Positions fit in 32 bits; data may not.
+    has_data = any(loads_of(operand) for operand in operands)
+    return dtype == torch.int64 or (dtype == torch.int32 and not has_data)
 
 
 def number(value: Any, dtype: torch.dtype) -> Any:
@@ -119,8 +131,6 @@ def cast_to(expression: Expression, kind: str, dtype: torch.dtype) -> Expression
         return where(expression, number(1, dtype), number(0, dtype))
     if leaves_of(expression) is not None:
         return on_leaves(expression, lambda leaf: number(leaf, dtype))
-    # Positions fit in 32 bits; data may not.
-    safe = dtype == torch.int64 or (dtype == torch.int32 and not loads_of(expression))
-    if kind == "int" and safe:
+    if kind == "int" and never_overflows(dtype, expression):
         return expression
     raise CannotReadError

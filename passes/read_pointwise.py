@@ -24,7 +24,6 @@ from blindsight.passes.expressions import (
     choose_on_leaves,
     is_constant,
     leaves_of,
-    loads_of,
     not_,
     on_leaves,
     or_,
@@ -39,6 +38,7 @@ from blindsight.passes.mask_values import (
     aligned,
     cast_to,
     kind_of,
+    never_overflows,
     number,
 )
 from blindsight.passes.names import FILLS
@@ -124,43 +124,48 @@ def read_pointwise(
     kinds = {kind_of(operand) for operand in operands}
     parts = [aligned(operand, shape) for operand in operands]
     if name in ("and", "or", "xor", "not"):
-        if name == "not" and kinds == {"bool"}:
-            return not_(parts[0])
-        # logical_and of numbers asks whether they are zero; bitwise_and does not.
-        if len(parts) != 2 or kinds != {"bool"}:
-            raise CannotReadError
-        if name == "xor":
-            return choose(parts[0], not_(parts[1]), parts[1])
-        return (and_ if name == "and" else or_)(parts[0], parts[1])
+        return _logic(name, kinds, parts)
     if name in ("abs", "neg"):
-        if kinds != {"int"} or not _is_safe(dtype, parts):
+        if kinds != {"int"} or not never_overflows(dtype, *parts):
             raise CannotReadError
         return (name, parts[0])
     if len(parts) != 2:
         raise CannotReadError
-    constants = [leaves_of(part) for part in parts]
-    if constants[0] is not None and constants[1] is not None:
-        if len(constants[0]) * len(constants[1]) > MAX_LEAVES:
+    a, b = parts
+    leaves = leaves_of(a), leaves_of(b)
+    if leaves[0] is not None and leaves[1] is not None:
+        if "complex" in kinds or len(leaves[0]) * len(leaves[1]) > MAX_LEAVES:
             raise CannotReadError
         return _fold(name, operands, parts, dtype)
     if name in NEGATED:
         return _comparison(name, kinds, parts)
     if kinds == {"bool"} and dtype == torch.bool and name == "mul":
-        return and_(parts[0], parts[1])
-    if kinds != {"int"} or not _is_safe(dtype, parts):
+        return and_(a, b)
+    if kinds != {"int"} or not never_overflows(dtype, a, b):
         raise CannotReadError
-    if name in ("floordiv", "mod") and not (type(parts[1]) is int and parts[1] > 0):
+    if name in ("floordiv", "mod") and not (type(b) is int and b > 0):
         raise CannotReadError
-    return arithmetic(name, parts[0], parts[1])
+    return arithmetic(name, a, b)
+
+
+def _logic(name: str, kinds: set[str], parts: Sequence[Expression]) -> Expression:
+    # logical_and of numbers asks whether they are zero; bitwise_and does not.
+    if kinds != {"bool"}:
+        raise CannotReadError
+    if name == "not":
+        return not_(parts[0])
+    if len(parts) != 2:
+        raise CannotReadError
+    a, b = parts
+    if name == "xor":
+        return choose(a, not_(b), b)
+    return and_(a, b) if name == "and" else or_(a, b)
 
 
 def _fold(
     name: str, operands: Sequence[Operand], parts: Sequence[Any], dtype: torch.dtype
 ) -> Expression:
     """Compute with numbers that conditions choose, in the precision of the graph."""
-    kinds = {kind_of(operand) for operand in operands}
-    if "complex" in kinds:
-        raise CannotReadError
     function = FOLD[name]
 
     def compute(a: Any, b: Any) -> Any:
@@ -186,18 +191,12 @@ def _fold(
     return choose_on_leaves(parts[0], lambda a: choose_on_leaves(parts[1], lambda b: compare(a, b)))
 
 
-def _comparison(name: str, kinds: set[str], parts: list[Expression]) -> Expression:
+def _comparison(name: str, kinds: set[str], parts: Sequence[Expression]) -> Expression:
+    a, b = parts
     if kinds == {"bool"} and name in ("eq", "ne"):
-        same = choose(parts[0], parts[1], not_(parts[1]))
+        same = choose(a, b, not_(b))
         return same if name == "eq" else not_(same)
     # Mixed with floats, integers are rounded before they are compared.
-    if kinds != {"int"} and any(bare_axes_of(part) for part in parts):
+    if kinds != {"int"} and (bare_axes_of(a) or bare_axes_of(b)):
         raise CannotReadError
-    return (name, parts[0], parts[1])
-
-
-def _is_safe(dtype: torch.dtype, parts: Sequence[Expression]) -> bool:
-    """Whether integers of a dtype may be computed with as if they had no limits."""
-    return dtype == torch.int64 or (
-        dtype == torch.int32 and not any(loads_of(part) for part in parts)
-    )
+    return (name, a, b)
