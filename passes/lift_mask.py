@@ -238,6 +238,8 @@ class _Matcher:
         if not is_integer_comparison(part):
             return None
         loads = list(dict.fromkeys(loads_of(part)))
+        if not all(load[2] for load in loads):  # one of a number, not of a table
+            return None
         if len({(load[1], load[2][:-1]) for load in loads}) != 1:
             return None
         positions, batch = loads[0][1], loads[0][2][:-1]
