@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from torch import fx
 
-from blindsight.attention.base_mask import CAUSAL, Expression, Fact, Form, Tier
+from blindsight.attention.base_mask import CAUSAL, Expression, Fact, Form, Tier, conjuncts
 from blindsight.passes.expressions import (
     and_,
     assuming,
@@ -254,24 +254,35 @@ class _Matcher:
             return None
         if any(load not in difference for load in loads):
             return None
-        ids = None
-        for row, column in context.sames:
-            if (
-                is_op(row, "load")
-                and is_op(column, "load")
-                and row[1] is column[1]
-                and row[2][:-1] == column[2][:-1]
-                and _is_per_token(row[1], row[2][:-1])
-                and (row[2][-1], column[2][-1]) == (by_axis["q"], by_axis["k"])
-                and _num_tokens(row[1]) == _num_tokens(positions)
-            ):
-                ids = row[1]
         replaced = {load: load[2][-1] for load in loads}
         found = column_bounds((part[0], *(_exchange(side, replaced) for side in part[1:])))
         if found is not None:
+            ids = _common_ids(context.sames, by_axis["q"], by_axis["k"], _num_tokens(positions))
             chosen = _chosen(batch)
             self.facts["consecutive", (positions, *chosen) if chosen else positions, ids] = None
         return found
+
+
+def _common_ids(
+    sames: Sequence[tuple[Expression, Expression]],
+    query: Expression,
+    key: Expression,
+    num_tokens: str,
+) -> fx.Node | None:
+    """Return the ids of tokens that are known to be equal for a query's token and a key's."""
+    for row, column in reversed(sames):
+        if not is_op(row, "load") or not is_op(column, "load"):
+            continue
+        (_, ids, (*batch, token)), (_, other, (*other_batch, other_token)) = row, column
+        if (
+            ids is other
+            and batch == other_batch
+            and _is_per_token(ids, tuple(batch))
+            and (token, other_token) == (query, key)
+            and _num_tokens(ids) == num_tokens
+        ):
+            return cast(fx.Node, ids)
+    return None
 
 
 def _same(part: Expression) -> tuple[Expression, Expression] | None:
@@ -302,7 +313,7 @@ def _always_touch(a: Form, b: Form) -> bool:
 def _edges(form: Form) -> dict[str, Expression | None] | None:
     """Return the bounds of an interval, None where it has none, if it is just that."""
     edges: dict[str, Expression | None] = {"lower": None, "upper": None}
-    for name, *rest in form[1:] if form[0] == "and" else (form,):
+    for name, *rest in conjuncts(form):
         if edges.get(name, 0) is not None:
             return None
         edges[name] = rest[0]
