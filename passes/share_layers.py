@@ -119,7 +119,7 @@ class _Layer:
                 gm.graph.call_function(operator.getitem, (call, number))
                 for number in range(len(self.outputs))
             ]
-        call.meta = {key: last.meta[key] for key in ("nn_module_stack",) if key in last.meta}
+        call.meta["nn_module_stack"] = last.meta["nn_module_stack"]
         call.meta["blindsight"] = f"a layer, shared as {name}"
         for node, output in zip(self.outputs, outputs, strict=True):
             output.meta = dict(node.meta)

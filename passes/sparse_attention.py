@@ -117,19 +117,18 @@ def rewrite(
     gm: fx.GraphModule, profile: Profile, lowering: Lowering, *, add_inputs: bool = False
 ) -> list[int]:
     """Rewrite a graph in place, and return the layers whose attention was rewritten."""
-    chosen: list[Attention] = []
-    layers: list[int] = []
     calls = find_attention(gm, layer_pattern=profile.rule.layer_pattern)
     profile = _rows_of_rank(gm, calls, profile)
-    for call in calls:
-        layer = _layer_of(call, profile)
-        if layer is None or not profile.categories[layer].any() or _fixed_lengths(call)[0] == 1:
-            continue
-        chosen.append(call)
-        layers.append(layer)
+    ours = [(call, at) for call in calls if (at := _layer_of(call, profile)) is not None]
+    if not ours:
+        _check_tells_layers(gm, calls, profile)
+    chosen: list[Attention] = []
+    layers: list[int] = []
+    for call, layer in ours:
+        if profile.categories[layer].any() and _fixed_lengths(call)[0] != 1:
+            chosen.append(call)
+            layers.append(layer)
     if not chosen:
-        if not any(_layer_of(call, profile) is not None for call in calls):
-            _check_tells_layers(gm, calls, profile)
         return []
     proofs = [lift_mask(gm, call) for call in chosen]
     layouts = [
@@ -139,8 +138,7 @@ def rewrite(
     template = _template(gm, chosen, profile, add_inputs=add_inputs)
     heads = [list(layout.heads) for layout in layouts]
     codes = [
-        [int(profile.categories[layer, head]) for head in row]
-        for layer, row in zip(layers, heads, strict=True)
+        profile.categories[layer, row].tolist() for layer, row in zip(layers, heads, strict=True)
     ]
     last = max(template, key=list(gm.graph.nodes).index)
     with gm.graph.inserting_before(_after_inputs(gm) if last.op == "placeholder" else last.next):
