@@ -1,4 +1,7 @@
-"""Find the attention of a traced model, and what is known about each call of it."""
+"""Find the attention calls of a traced model, and what is known about each of them.
+
+Shapes: B batch, H query heads, G key/value heads, Q query rows, K key columns, D head dim.
+"""
 
 from __future__ import annotations
 
@@ -37,15 +40,15 @@ class Attention:
 
     Attributes:
         node: The call.
-        query, key, value: ``[B, H, Q, D]``, ``[B, G, K, D]`` as the model projects them: key and
-            value before they are repeated for grouped queries.
+        query, key, value: ``[B, H, Q, D]`` and twice ``[B, G, K, D]``, as the model projects them:
+            key and value before they are repeated for grouped queries.
         attn_mask: Node of the mask, or None.
         is_causal, dropout_p, scale: As in the call.
         path: Dotted path of the module that calls it, seen from the compiled frame.
         module_class: Name of that module's class.
         layer: The layer's number, where the path tells it.
-        parameters: Positions of the placeholders that are parameters of that module; of a frame
-            that Dynamo resumed inside it, all that the frame has.
+        parameters: Positions of the placeholders that are parameters of that module; where Dynamo
+            resumed a frame inside the module, of all parameters that the frame has.
     """
 
     node: fx.Node
@@ -175,7 +178,7 @@ def find_attention(gm: fx.GraphModule, *, layer_pattern: str) -> list[Attention]
 def find_eager_attention(
     gm: fx.GraphModule, *, layer_pattern: str, module_classes: Container[str] = ()
 ) -> list[str]:
-    """Return the paths of decoder modules whose attention is written out, with a softmax.
+    """Return the paths of decoder modules that write their attention out, with a softmax.
 
     Args:
         gm: A graph as Dynamo traced it.
@@ -192,10 +195,10 @@ def find_eager_attention(
 
 
 def before_repeat(repeated: fx.Node) -> fx.Node:
-    """Return ``[B, G, K, D]`` that ``repeated [B, H, K, D]`` repeats head by head, or itself.
+    """Return the ``[B, G, K, D]`` that ``repeated [B, H, K, D]`` repeats head by head, or itself.
 
-    Matches what transformers' ``repeat_kv`` traces to: index a new axis in (an exported program:
-    unsqueeze), expand, reshape.
+    Matches what transformers' ``repeat_kv`` traces to: a new axis by indexing (in an exported
+    program by unsqueeze), expand, reshape.
     """
     aten = torch.ops.aten
     expanded = _argument_of(repeated, "reshape", torch.reshape, aten.reshape.default)

@@ -164,7 +164,7 @@ def column_bounds(part: Expression) -> list[Form] | None:
 
 
 def direction(expression: Expression) -> int:
-    """Return how a value changes with the column: 1 never down, -1 never up, 0 is not known."""
+    """Return 1 if a value never falls from column to column, -1 if it never rises, else 0."""
     if "k" not in axes_of(expression):
         return 1
     name = expression[0]

@@ -1,12 +1,12 @@
 """Prove what the mask of an attention call is, from the graph that builds it.
 
-The nodes that lead to ``attn_mask`` are read as one expression of (b, q, k), batch row, query row
-and key column, and the boolean expression is taken apart into intervals of keys per row. The
-language of both is that of :mod:`blindsight.attention.base_mask`.
+The nodes that lead to ``attn_mask`` are read as one expression of (b, q, k): batch row, query row
+and key column. This boolean expression is taken apart into intervals of keys per row. Both are
+written in the language of :mod:`blindsight.attention.base_mask`.
 
-A mask that stays a load from a [Q, K] tensor is opaque, and kept: nothing here is a guess. What
-the data alone can tell is listed as a fact, to be checked on every call. Overflow of 64-bit
-integers is not modelled.
+Nothing here is a guess: a mask that can only be read from a [Q, K] tensor is opaque, and stays as
+it is. What only the data can tell is listed as a fact, to be checked on every call. Overflow of
+64-bit integers is not modelled.
 
 Shapes: B batch, H heads, Q query rows, K key columns, T tokens.
 """
@@ -48,14 +48,14 @@ class Lifted:
     """What is known of the mask of one attention call.
 
     Attributes:
-        tier: How much that is.
+        tier: How much is known.
         before: A node before which form, facts and expression may be evaluated; later in the
             graph a tensor that they read may have been overwritten, such as a cache's length.
         reason: Why the mask is not known as intervals, else "".
         form: The intervals, see :mod:`blindsight.attention.base_mask`, with nodes for tensors.
-        facts: What must hold of the data for the form to be the mask, and be checked.
-        expression: Whether (b, q, k) is allowed, with nodes for tensors; None of an opaque mask,
-            and where only groups of keys tell it.
+        facts: What must be checked of the data, as the form is the mask only where it holds.
+        expression: Whether (b, q, k) is allowed, with nodes for tensors; None where the mask is
+            opaque, or known only as intervals of each group of keys.
         given: The graph's input that an opaque mask is, ``[B or 1, 1, >= Q, >= K]``, if it is
             one: its elements can be looked at before the graph runs.
     """
@@ -106,7 +106,7 @@ def lift_mask(gm: fx.GraphModule, call: Attention) -> Lifted:
 
 
 def _lift_flag(call: Attention) -> Lifted:
-    """Return what a call without a mask says; ``is_causal`` is aligned at the top left."""
+    """Return the mask of a call without a tensor; ``is_causal`` is aligned at the top left."""
     if not call.is_causal:
         return Lifted(Tier.INTERVALS, call.node, form=("nothing",), expression=True)
     is_seen = ("le", ("index", "k"), ("index", "q"))
@@ -118,7 +118,7 @@ def _opaque(before: fx.Node, reason: str, given: fx.Node | None = None) -> Lifte
 
 
 def _given(value: Value) -> fx.Node | None:
-    """Return the graph's input that a mask is, from its first query and key on."""
+    """Return the graph's input whose first rows and columns are the mask, if there is one."""
     expression, rank = value.expression, len(value.shape)
     if not is_op(expression, "load") or expression[1].op != "placeholder" or rank != 4:
         return None
@@ -129,16 +129,16 @@ def _given(value: Value) -> fx.Node | None:
 
 
 class _NotIntervalsError(Exception):
-    """The mask is no conjunction of known intervals; says why."""
+    """The mask is no conjunction of known intervals; the message says why."""
 
 
 @dataclass(frozen=True)
 class _Context:
-    """What else must hold where a part of the mask matters.
+    """What holds wherever a part of the mask matters.
 
     Attributes:
-        rows: Condition on the row.
-        sames: Pairs of a row's value and a column's value that are equal.
+        rows: A condition on the row.
+        sames: Pairs of a value of the row and a value of the column that are equal.
         is_top: Whether the part is not inside a union.
     """
 
@@ -148,7 +148,7 @@ class _Context:
 
 
 class _Matcher:
-    """Turns an expression into a form, and collects the facts that this needs."""
+    """Turns an expression into a form, and collects the facts that the form rests on."""
 
     def __init__(self) -> None:
         self.facts: dict[Fact, None] = {}
@@ -321,7 +321,7 @@ def _edges(form: Form) -> dict[str, Expression | None] | None:
 
 
 def _depends_on_data(form: Form) -> bool:
-    """Whether which keys a form allows, other than by position, is up to the data."""
+    """Whether data, and not positions alone, decides which keys a form allows."""
     if form[0] in ("and", "or"):
         return any(_depends_on_data(part) for part in form[1:])
     return form[0] == "same" or (form[0] == "row" and bool(loads_of(form[1])))
@@ -349,7 +349,7 @@ def _num_tokens(node: fx.Node) -> str:
 
 
 def _only_axis(token: Expression) -> str | None:
-    """Return the axis of an index that counts up by one along it."""
+    """Return the axis along which an index counts up by one, if it varies along no other."""
     terms = linear_terms(token)
     axes = [term for term in terms if term is not None and axes_of(term)]
     if len(axes) == 1 and is_op(axes[0], "index") and terms[axes[0]] == 1:

@@ -1,7 +1,7 @@
-"""What a node of a graph that builds a mask holds, as an expression.
+"""What the nodes that build a mask hold, as expressions.
 
-Every node becomes an expression of its own dimensions, ``("index", 0)`` and so on; the language is
-that of :mod:`blindsight.attention.base_mask`.
+Each becomes an expression of its node's own dimensions, ``("index", 0)`` and so on, in the language
+of :mod:`blindsight.attention.base_mask`.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ Shape = tuple[int | torch.SymInt, ...]
 
 
 class NotUnderstoodError(Exception):
-    """The mask is opaque; says why."""
+    """The mask is opaque; the message says why."""
 
 
 class CannotReadError(Exception):
-    """An operation is not understood; its result may still be loaded from."""
+    """An operation is not understood; elements of its result may still be loaded."""
 
 
 @dataclass(frozen=True)
 class Value:
     """What a node holds: an expression of its dimensions, ``("index", 0)`` and so on.
 
-    No dimension of size one appears in it. Inside a vmap the shape is what a function sees, and
-    the axes that vmap hides have names of their own.
+    No dimension of size one appears in the expression. Inside a vmap the shape is the one that the
+    mapped function sees, and the axes that vmap hides have names of their own.
     """
 
     expression: Expression
@@ -94,7 +94,7 @@ def never_overflows(dtype: torch.dtype, *operands: Expression) -> bool:
 
 
 def number(value: Any, dtype: torch.dtype) -> Any:
-    """Return a number as a tensor of a dtype holds it."""
+    """Return a number as a tensor of this dtype would hold it."""
     if dtype.is_complex:
         raise CannotReadError
     if dtype == torch.bool:

@@ -1,7 +1,7 @@
-"""Operations of a mask's graph that compute element by element, or from nothing: numbers, ranges,
-comparisons, conditions.
+"""Read operations that compute element by element, or make tensors of numbers and ranges.
 
-Each function returns the expression of a node's dimensions, or raises that it cannot.
+Each function returns what a node holds as an expression of the node's dimensions, or raises
+``CannotReadError``.
 """
 
 from __future__ import annotations
