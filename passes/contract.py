@@ -1,11 +1,11 @@
 """What a pass promises to the passes around it, and a list of passes run as one.
 
-A *property* is a name for something that holds of a graph. These have a meaning here, others are
-the passes' own:
+A *property* is a name for something that holds of a graph. Two have a meaning here; passes may
+have others of their own:
 
-    "sdpa"           attention of the decoder is one call of ``scaled_dot_product_attention``;
-                     holds of what Dynamo hands over, and is needed to rewrite it
-    "flex_attention" attention of the decoder is rewritten; holds of a rewritten graph
+    "sdpa"           the decoder's attention is calls of ``scaled_dot_product_attention``: holds of
+                     the graphs that Dynamo hands over, and is needed to rewrite them
+    "flex_attention" the decoder's attention is rewritten: holds of rewritten graphs
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _OWN_NAME = "blindsight"
 
 @dataclass(frozen=True)
 class GraphPass:
-    """A pass over a graph that is about to be compiled, and what it needs and leaves.
+    """A pass over a graph that is about to be compiled, with what it requires and what it leaves.
 
     Args:
-        function: Of a graph module, which it may edit in place: the graph is a copy that nobody
-            else uses. It returns the module that goes on, or None for the one it was given. Inputs
-            and outputs of the graph must stay as many, and in their order; so must the shapes.
+        function: Takes a graph module, which it may edit in place: the graph is a copy that nobody
+            else uses. Returns the module to go on with, or None for the one that it was given. The
+            number and order of the graph's inputs and outputs must stay, and so must the shapes.
         when: ``"before"`` the attention is found and rewritten, or ``"after"``. A pass of either
-            kind sees every graph of the model. One that runs before sees it once; one that runs
-            after sees each form that is compiled: the model's own and the rewritten ones, whose
-            last inputs are ours: four, and three for each mask that the graph is handed.
-        requires: Properties that must hold of the graph.
+            kind sees every graph of the model. One that runs before sees it once. One that runs
+            after sees each form of it that is compiled: the model's own and the rewritten ones,
+            whose last inputs are ours: four, and three for each mask that is an input of the graph.
+        requires: Properties that must hold of the graph that the pass is given.
         ensures: Properties that hold of the graph that it leaves.
-        breaks: Properties that no longer hold of it.
-        name: In messages; by default the function's.
+        breaks: Properties that need not hold any more of the graph that it leaves.
+        name: What messages call the pass; by default the function's name.
         uuid: Identifies what the pass does, and becomes a part of Inductor's cache keys; by
             default the function's own ``uuid()``, if it has one. Caches are keyed by the graph
             that a pass leaves in any case, so it matters only where a pass does more than its
-            graph shows, such as set ``node.meta``.
+            graph shows, such as setting ``node.meta``.
 
     Raises:
         ValueError: An argument is malformed.
@@ -78,7 +78,7 @@ class GraphPass:
 
     @classmethod
     def of(cls, function: Any) -> GraphPass:
-        """Return a pass as it is; a function becomes one that runs after, and promises nothing."""
+        """Return a pass as it is, or a function as a pass that runs after and promises nothing."""
         return function if isinstance(function, cls) else cls(function)
 
     def __call__(self, gm: fx.GraphModule) -> fx.GraphModule:
@@ -117,11 +117,11 @@ class GraphPass:
 
 
 class PassList:
-    """The passes of a user around the rewriting, in the order in which they were given.
+    """A user's passes before and after the rewriting, in the order in which they were given.
 
     Raises:
-        ValueError: A pass requires what does not hold where it runs; the message names both the
-            pass and the one to blame.
+        ValueError: A pass requires what does not hold where it runs; the message names that pass
+            and, if there is one, the pass that is the reason.
     """
 
     def __init__(self, passes: Sequence[Any]) -> None:
@@ -137,7 +137,7 @@ class PassList:
 
     @property
     def identities(self) -> dict[str, str]:
-        """What the passes add to cache keys, by name."""
+        """What the passes add to cache keys, by the number and name of each."""
         return {
             f"pass {number} {item.name}": item.uuid
             for number, item in enumerate((*self._before, *self._after))

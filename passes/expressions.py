@@ -1,4 +1,4 @@
-"""The expressions that a mask is read as, simplified as they are made.
+"""The expressions that masks are read as, simplified while they are made.
 
 Their language is that of :mod:`blindsight.attention.base_mask`, with nodes in place of tensors.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from blindsight.attention.base_mask import Expression
 
-MAX_LEAVES = 64  # of a nest of constants
+MAX_LEAVES = 64  # numbers that a nest of ``where`` may choose from
 NEGATED = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt", "eq": "ne", "ne": "eq"}
 MIRRORED = {"le": "ge", "ge": "le", "lt": "gt", "gt": "lt"}  # the same with its sides exchanged
 ARITHMETIC = {"add", "sub", "mul", "floordiv", "mod", "min", "max"}
@@ -74,7 +74,7 @@ def flatten(name: str, expression: Expression) -> list[Expression]:
 
 
 def assuming(condition: Expression, known: Collection[Expression]) -> Expression:
-    """Return what is left of a condition where others are known to hold."""
+    """Return what is left to ask of a condition where others are known to hold."""
     if condition in known:
         return True
     if not_(condition) in known:
@@ -96,6 +96,7 @@ def leaves_of(expression: Expression) -> list[Any] | None:
 
 
 def on_leaves(expression: Expression, function: Callable[[Any], Expression]) -> Expression:
+    """Return the number that a function makes of the chosen number."""
     if is_constant(expression):
         return function(expression)
     _, condition, a, b = expression
@@ -103,7 +104,7 @@ def on_leaves(expression: Expression, function: Callable[[Any], Expression]) -> 
 
 
 def choose_on_leaves(expression: Expression, function: Callable[[Any], Expression]) -> Expression:
-    """Return the boolean that a function of the chosen number gives."""
+    """Return the boolean that a function makes of the chosen number."""
     if is_constant(expression):
         return function(expression)
     _, condition, a, b = expression
@@ -160,7 +161,7 @@ def loads_of(expression: Expression) -> list[tuple[Any, ...]]:
 
 
 def arithmetic(name: str, a: Expression, b: Expression) -> Expression:
-    """Compute with integers."""
+    """Compute with two integers."""
     if type(a) is int and type(b) is int:
         return FOLD[name](a, b)
     if (name in ("add", "sub") and b == 0) or (name in ("mul", "floordiv") and b == 1):

@@ -1,4 +1,7 @@
-"""Find the attention of a traced model, and what is known about each call of it."""
+"""Find the attention calls of a traced model, and what is known about each of them.
+
+Shapes: B batch, H query heads, G key/value heads, Q query rows, K key columns, D head dim.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight.passes.graph import fake_tensor, module_of, placeholders, same_size, source_name
 from blindsight.passes.memory import MemoryGroups, overwritten
+from blindsight.passes.names import name_of
 
 # Dynamo keeps the builtin; an exported program has the ATen operator.
 _ATTENTION_TARGETS: tuple[Callable[..., Any], ...] = (
@@ -37,15 +41,15 @@ class Attention:
 
     Attributes:
         node: The call.
-        query, key, value: ``[B, H, Q, D]``, ``[B, G, K, D]`` as the model projects them: key and
-            value before they are repeated for grouped queries.
+        query, key, value: ``[B, H, Q, D]`` and twice ``[B, G, K, D]``, as the model projects them:
+            key and value before they are repeated for grouped queries.
         attn_mask: Node of the mask, or None.
         is_causal, dropout_p, scale: As in the call.
         path: Dotted path of the module that calls it, seen from the compiled frame.
         module_class: Name of that module's class.
         layer: The layer's number, where the path tells it.
-        parameters: Positions of the placeholders that are parameters of that module; of a frame
-            that Dynamo resumed inside it, all that the frame has.
+        parameters: Positions of the placeholders that are parameters of that module; where Dynamo
+            resumed a frame inside the module, of all parameters that the frame has.
     """
 
     node: fx.Node
@@ -178,7 +182,7 @@ def find_attention(gm: fx.GraphModule, *, layer_pattern: str) -> list[Attention]
 def find_eager_attention(
     gm: fx.GraphModule, *, layer_pattern: str, module_classes: Container[str] = ()
 ) -> list[str]:
-    """Return the paths of decoder modules whose attention is written out, with a softmax.
+    """Return the paths of decoder modules that write their attention out, with a softmax.
 
     Args:
         gm: A graph as Dynamo traced it.
@@ -187,10 +191,9 @@ def find_eager_attention(
     """
     paths: dict[str, None] = {}
     for node in gm.graph.nodes:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         path, module_class = module_of(node)
-        ours = module_class in module_classes or re.search(layer_pattern, path)
-        if "softmax" in name and ours:
+        is_ours = module_class in module_classes or re.search(layer_pattern, path)
+        if is_ours and "softmax" in name_of(node):
             paths[path] = None
     return list(paths)
 
@@ -237,34 +240,30 @@ def _chain(repeated: fx.Node) -> set[object]:
 
 
 def before_repeat(repeated: fx.Node) -> fx.Node:
-    """Return ``[B, G, K, D]`` that ``repeated [B, H, K, D]`` repeats head by head, or itself.
+    """Return the ``[B, G, K, D]`` that ``repeated [B, H, K, D]`` repeats head by head, or itself.
 
-    Matches what transformers' ``repeat_kv`` traces to: index a new axis in (an exported program:
-    unsqueeze), expand, reshape.
+    Matches what transformers' ``repeat_kv`` traces to: a new axis by indexing (in an exported
+    program by unsqueeze), expand, reshape.
     """
     aten = torch.ops.aten
-    reshapes = ("reshape", torch.reshape, aten.reshape.default)
-    expanded = repeated.args[0] if repeated.target in reshapes else None
-    expands = ("expand", torch.Tensor.expand, aten.expand.default)
-    if not isinstance(expanded, fx.Node) or expanded.target not in expands:
+    expanded = _argument_of(repeated, "reshape", torch.reshape, aten.reshape.default)
+    indexed = _argument_of(expanded, "expand", torch.Tensor.expand, aten.expand.default)
+    original = _argument_of(indexed, operator.getitem, aten.unsqueeze.default)
+    shapes = [
+        fake.shape
+        for node in (original, expanded, repeated)
+        if (fake := fake_tensor(node)) is not None
+    ]
+    if indexed is None or original is None or len(shapes) != 3:
         return repeated
-    indexed = expanded.args[0]
-    if not isinstance(indexed, fx.Node) or indexed.target not in (
-        operator.getitem,
-        aten.unsqueeze.default,
-    ):
-        return repeated
-    original, index = indexed.args
     everything = slice(None, None, None)
-    shapes = [fake_tensor(node) for node in (original, expanded, repeated)]
-    if not isinstance(original, fx.Node) or any(shape is None for shape in shapes):
-        return repeated
-    before, middle, after = (shape.shape for shape in shapes if shape is not None)
+    index = indexed.args[1]
     is_new_axis = (indexed.target is aten.unsqueeze.default and index == 2) or (
         isinstance(index, tuple)
         and index[:3] == (everything, everything, None)
         and all(part == everything for part in index[3:])
     )
+    before, middle, after = shapes
     repeats_heads = (
         (len(before), len(middle), len(after)) == (4, 5, 4)
         and all(same_size(a, b) for a, b in zip(before, (*middle[:2], *middle[3:]), strict=True))
@@ -272,3 +271,11 @@ def before_repeat(repeated: fx.Node) -> fx.Node:
         and same_size(after[1], middle[1] * middle[2])
     )
     return original if is_new_axis and repeats_heads else repeated
+
+
+def _argument_of(node: fx.Node | None, *targets: object) -> fx.Node | None:
+    """Return the node that another gets as its first argument, if it calls one of the targets."""
+    if node is None or node.target not in targets:
+        return None
+    argument = next(iter(node.args), None)
+    return argument if isinstance(argument, fx.Node) else None

@@ -26,7 +26,7 @@ class KeyCache:
 
     Attributes:
         before: The input that holds the cached keys, or None where the graph makes the cache.
-        after: Nodes that may be the cache's tensor when the graph has run.
+        after: Nodes that may be the cache's tensor once the graph has run.
         length: The input that counts the tokens in a static cache, or None.
         in_place: Whether the graph writes the new keys into ``before``.
         is_read: Whether the call attends to what ``before`` holds, and not to its own keys alone.
@@ -66,7 +66,7 @@ def find_key_cache(gm: fx.GraphModule, attention: Attention) -> KeyCache:
 
 
 def _goes_to(key: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Return the nodes that hold the keys from there on, and those that they are written into."""
+    """Return the nodes that hold the keys later on, and those that the keys are written into."""
     after, waiting = [key], [key]
     written = []
     while waiting:
@@ -84,7 +84,7 @@ def _goes_to(key: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
 
 
 def _counter(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> fx.Node | None:
-    """Return the input that counts a cache's tokens, if it tells where they are written to."""
+    """Return the input that counts a cache's tokens, if it decides where keys are written."""
     counters = [x for x in placeholders(gm) if source_name(x).endswith(".cumulative_length")]
     for node in nodes:
         for user in node.users:
@@ -97,14 +97,14 @@ def _counter(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> fx.Node | None:
 
 
 def _before_copies(key: fx.Node) -> fx.Node:
-    """Return the keys before they were copied, say to another device, where the layers are."""
+    """Return the keys before they were copied, for example to the device of another layer."""
     while key.target in _COPIES and isinstance(key.args[0], fx.Node):
         key = key.args[0]
     return key
 
 
 def _latents_of(key: fx.Node) -> fx.Node | None:
-    """Return the ``[B, 1, K, R]`` that keys are computed of, where a cache holds those instead."""
+    """Return the latents ``[B, 1, K, R]`` that a cache holds instead of keys, if there are any."""
     num_keys = None if (ours := fake_tensor(key)) is None else ours.shape[2]
     seen, waiting = {key}, [key]
     while waiting:

@@ -1,4 +1,4 @@
-"""Small tools on Dynamo's graphs that every pass needs."""
+"""Small tools for Dynamo's graphs that several passes need."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def add_placeholder(gm: fx.GraphModule, name: str) -> fx.Node:
 
 
 def traced_value(node: fx.Node) -> object:
-    """Return what a node gave when it was traced, by Dynamo or by ``torch.export``, if known."""
+    """Return what Dynamo or ``torch.export`` recorded of a node's result, or None."""
     return node.meta.get("example_value", node.meta.get("val"))
 
 
 def fake_tensor(node: object) -> Tensor | None:
-    """Return the fake tensor that a node gave when it was traced, if it is a node with a tensor."""
+    """Return the fake tensor that was recorded for a node, or None if it has no tensor."""
     value = traced_value(node) if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
 
@@ -107,7 +107,9 @@ def size_symbols(gm: fx.GraphModule) -> dict[object, fx.Node]:
 
 
 def node_of_size(gm: fx.GraphModule, size: int | torch.SymInt) -> fx.Node | int:
-    """Return what computes a size of the graph from its symbolic inputs, where nodes are inserted.
+    """Return a node that computes a size from the graph's symbolic inputs, or the size's number.
+
+    New nodes are put where the graph inserts nodes.
 
     Args:
         gm: A graph of Dynamo's.

@@ -1,7 +1,7 @@
-"""Put the graphs of regions that a user marked in the graph that calls them.
+"""Replace calls of the regions that a user marked by the regions' graphs.
 
-Regions are what ``torch.compiler.nested_compile_region`` marks: Dynamo traces such a function once,
-and calls that graph every time.
+``torch.compiler.nested_compile_region`` marks them: Dynamo traces such a function once, and its
+graph then calls the region's graph every time.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from blindsight.passes.graph import dotted_path, source_name
 
 
 def has_regions(gm: fx.GraphModule) -> bool:
-    """Whether a graph calls regions marked by ``torch.compiler.nested_compile_region``."""
+    """Whether a graph calls regions that ``torch.compiler.nested_compile_region`` marked."""
     return any(_is_region(node) for node in gm.graph.nodes)
 
 
 def inline_regions(gm: fx.GraphModule) -> fx.GraphModule:
-    """Put the graphs of marked regions where they are called, in place.
+    """Put a copy of each region's graph where it is called; the graph is edited in place.
 
-    Dynamo traces a region once and calls it for every layer, so what it noted of the modules is
-    the first call's. Each copy is given its own, told by where its parameters come from; where
-    that is ambiguous it is given none.
+    Dynamo traces a region once and calls it for every layer, so the modules that its nodes are
+    said to come from are those of the first call. In each copy they are the call's own, told by
+    where its parameters come from; where that is ambiguous, the copy's nodes name no modules.
 
     Raises:
         ValueError: A region holds regions or constants of its own.

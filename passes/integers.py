@@ -24,7 +24,7 @@ from blindsight.passes.expressions import (
     or_,
 )
 from blindsight.passes.graph import fake_tensor
-from blindsight.passes.mask_values import Value
+from blindsight.passes.mask_values import kind_of_dtype
 
 _MAX_BOUND = 2**60  # beyond any column, and safe to add to
 
@@ -81,7 +81,7 @@ def _is_integer(expression: Expression) -> bool:
         return False
     if expression[0] == "load":
         fake = fake_tensor(expression[1])
-        return fake is not None and Value(0, (), fake.dtype).kind == "int"
+        return fake is not None and kind_of_dtype(fake.dtype) == "int"
     if expression[0] == "where":
         return all(_is_integer(part) for part in expression[2:])
     return expression[0] == "index" or (
@@ -164,7 +164,7 @@ def column_bounds(part: Expression) -> list[Form] | None:
 
 
 def direction(expression: Expression) -> int:
-    """Return how a value changes with the column: 1 never down, -1 never up, 0 is not known."""
+    """Return 1 if a value never falls from column to column, -1 if it never rises, else 0."""
     if "k" not in axes_of(expression):
         return 1
     name = expression[0]

@@ -1,12 +1,12 @@
 """Prove what the mask of an attention call is, from the graph that builds it.
 
-The nodes that lead to ``attn_mask`` are read as one expression of (b, q, k), batch row, query row
-and key column, and the boolean expression is taken apart into intervals of keys per row. The
-language of both is that of :mod:`blindsight.attention.base_mask`.
+The nodes that lead to ``attn_mask`` are read as one expression of (b, q, k): batch row, query row
+and key column. This boolean expression is taken apart into intervals of keys per row. Both are
+written in the language of :mod:`blindsight.attention.base_mask`.
 
-A mask that stays a load from a [Q, K] tensor is opaque, and kept: nothing here is a guess. What
-the data alone can tell is listed as a fact, to be checked on every call. Overflow of 64-bit
-integers is not modelled.
+Nothing here is a guess: a mask that can only be read from a [Q, K] tensor is opaque, and stays as
+it is. What only the data can tell is listed as a fact, to be checked on every call. Overflow of
+64-bit integers is not modelled.
 
 Shapes: B batch, H heads, Q query rows, K key columns, T tokens.
 """
@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from torch import fx
 
-from blindsight.attention.base_mask import CAUSAL, Expression, Fact, Form, Tier
+from blindsight.attention.base_mask import CAUSAL, Expression, Fact, Form, Tier, conjuncts
 from blindsight.passes.expressions import (
     and_,
     assuming,
@@ -48,14 +48,14 @@ class Lifted:
     """What is known of the mask of one attention call.
 
     Attributes:
-        tier: How much that is.
+        tier: How much is known.
         before: A node before which form, facts and expression may be evaluated; later in the
             graph a tensor that they read may have been overwritten, such as a cache's length.
         reason: Why the mask is not known as intervals, else "".
         form: The intervals, see :mod:`blindsight.attention.base_mask`, with nodes for tensors.
-        facts: What must hold of the data for the form to be the mask, and be checked.
-        expression: Whether (b, q, k) is allowed, with nodes for tensors; None of an opaque mask,
-            and where only groups of keys tell it.
+        facts: What must be checked of the data, as the form is the mask only where it holds.
+        expression: Whether (b, q, k) is allowed, with nodes for tensors; None where the mask is
+            opaque, or known only as intervals of each group of keys.
         given: The graph's input that an opaque mask is, ``[B or 1, 1, >= Q, >= K]``, if it is
             one: its elements can be looked at before the graph runs.
     """
@@ -110,7 +110,7 @@ def lift_mask(gm: fx.GraphModule, call: Attention) -> Lifted:
 
 
 def _lift_flag(call: Attention) -> Lifted:
-    """Return what a call without a mask says; ``is_causal`` is aligned at the top left."""
+    """Return the mask of a call without a tensor; ``is_causal`` is aligned at the top left."""
     if not call.is_causal:
         return Lifted(Tier.INTERVALS, call.node, form=("nothing",), expression=True)
     is_seen = ("le", ("index", "k"), ("index", "q"))
@@ -122,7 +122,7 @@ def _opaque(before: fx.Node, reason: str, given: fx.Node | None = None) -> Lifte
 
 
 def _given(value: Value) -> fx.Node | None:
-    """Return the graph's input that a mask is, from its first query and key on."""
+    """Return the graph's input whose first rows and columns are the mask, if there is one."""
     expression, rank = value.expression, len(value.shape)
     if not is_op(expression, "load") or expression[1].op != "placeholder" or rank != 4:
         return None
@@ -136,16 +136,16 @@ def _given(value: Value) -> fx.Node | None:
 
 
 class _NotIntervalsError(Exception):
-    """The mask is no conjunction of known intervals; says why."""
+    """The mask is no conjunction of known intervals; the message says why."""
 
 
 @dataclass(frozen=True)
 class _Context:
-    """What else must hold where a part of the mask matters.
+    """What holds wherever a part of the mask matters.
 
     Attributes:
-        rows: Condition on the row.
-        sames: Pairs of a row's value and a column's value that are equal.
+        rows: A condition on the row.
+        sames: Pairs of a value of the row and a value of the column that are equal.
         is_top: Whether the part is not inside a union.
     """
 
@@ -155,7 +155,7 @@ class _Context:
 
 
 class _Matcher:
-    """Turns an expression into a form, and collects the facts that this needs."""
+    """Turns an expression into a form, and collects the facts that the form rests on."""
 
     def __init__(self) -> None:
         self.facts: dict[Fact, None] = {}
@@ -245,7 +245,9 @@ class _Matcher:
         if not is_integer_comparison(part):
             return None
         loads = list(dict.fromkeys(loads_of(part)))
-        if len({(load[1], load[2][:-1]) for load in loads}) != 1 or not loads[0][2]:
+        if not all(load[2] for load in loads):  # one of a number, not of a table
+            return None
+        if len({(load[1], load[2][:-1]) for load in loads}) != 1:
             return None
         positions, batch = loads[0][1], loads[0][2][:-1]
         tokens = {load[2][-1] for load in loads}
@@ -262,23 +264,34 @@ class _Matcher:
         # Positions need not begin at 0: in a division or a remainder they are no places.
         if any(loads_of(term) for term in difference if term not in loads):
             return None
-        ids = None
-        for row, column in context.sames:
-            if (
-                is_op(row, "load")
-                and is_op(column, "load")
-                and row[1] is column[1]
-                and row[2][:-1] == column[2][:-1]
-                and _is_per_token(row[1], row[2][:-1])
-                and (row[2][-1], column[2][-1]) == (by_axis["q"], by_axis["k"])
-                and _num_tokens(row[1]) == _num_tokens(positions)
-            ):
-                ids = _of_kind(row[1], row[2][:-1])
         replaced = {load: load[2][-1] for load in loads}
         found = column_bounds((part[0], *(_exchange(side, replaced) for side in part[1:])))
         if found is not None:
+            ids = _common_ids(context.sames, by_axis["q"], by_axis["k"], _num_tokens(positions))
             self.facts["consecutive", _of_kind(positions, batch), ids] = None
         return found
+
+
+def _common_ids(
+    sames: Sequence[tuple[Expression, Expression]],
+    query: Expression,
+    key: Expression,
+    num_tokens: str,
+) -> Expression:
+    """Return the ids of tokens that are known to be equal for a query's token and a key's."""
+    for row, column in reversed(sames):
+        if not is_op(row, "load") or not is_op(column, "load"):
+            continue
+        (_, ids, (*batch, token)), (_, other, (*other_batch, other_token)) = row, column
+        if (
+            ids is other
+            and batch == other_batch
+            and _is_per_token(ids, tuple(batch))
+            and (token, other_token) == (query, key)
+            and _num_tokens(ids) == num_tokens
+        ):
+            return _of_kind(ids, tuple(batch))
+    return None
 
 
 def _same(part: Expression) -> tuple[Expression, Expression] | None:
@@ -309,7 +322,7 @@ def _always_touch(a: Form, b: Form) -> bool:
 def _edges(form: Form) -> dict[str, Expression | None] | None:
     """Return the bounds of an interval, None where it has none, if it is just that."""
     edges: dict[str, Expression | None] = {"lower": None, "upper": None}
-    for name, *rest in form[1:] if form[0] == "and" else (form,):
+    for name, *rest in conjuncts(form):
         if edges.get(name, 0) is not None:
             return None
         edges[name] = rest[0]
@@ -317,7 +330,7 @@ def _edges(form: Form) -> dict[str, Expression | None] | None:
 
 
 def _depends_on_data(form: Form) -> bool:
-    """Whether which keys a form allows, other than by position, is up to the data."""
+    """Whether data, and not positions alone, decides which keys a form allows."""
     if form[0] in ("and", "or"):
         return any(_depends_on_data(part) for part in form[1:])
     return form[0] == "same" or (form[0] == "row" and bool(loads_of(form[1])))
@@ -351,7 +364,7 @@ def _num_tokens(node: fx.Node) -> str:
 
 
 def _only_axis(token: Expression) -> str | None:
-    """Return the axis of an index that counts up by one along it."""
+    """Return the axis along which an index counts up by one, if it varies along no other."""
     terms = linear_terms(token)
     axes = [term for term in terms if term is not None and axes_of(term)]
     if len(axes) == 1 and is_op(axes[0], "index") and terms[axes[0]] == 1:

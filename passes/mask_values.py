@@ -1,12 +1,13 @@
-"""What a node of a graph that builds a mask holds, as an expression.
+"""What the nodes that build a mask hold, as expressions.
 
-Every node becomes an expression of its own dimensions, ``("index", 0)`` and so on; the language is
-that of :mod:`blindsight.attention.base_mask`.
+Each becomes an expression of its node's own dimensions, ``("index", 0)`` and so on, in the language
+of :mod:`blindsight.attention.base_mask`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,20 +27,24 @@ from blindsight.passes.expressions import (
 Shape = tuple[int | torch.SymInt, ...]
 
 
+# With indices of less than 2**20 tokens, which 32 bits hold.
+_LARGEST_FACTOR, _LARGEST_TERM = 2**10, 2**30
+
+
 class NotUnderstoodError(Exception):
-    """The mask is opaque; says why."""
+    """The mask is opaque; the message says why."""
 
 
 class CannotReadError(Exception):
-    """An operation is not understood; its result may still be loaded from."""
+    """An operation is not understood; elements of its result may still be loaded."""
 
 
 @dataclass(frozen=True)
 class Value:
     """What a node holds: an expression of its dimensions, ``("index", 0)`` and so on.
 
-    No dimension of size one appears in it. Inside a vmap the shape is what a function sees, and
-    the axes that vmap hides have names of their own.
+    No dimension of size one appears in the expression. Inside a vmap the shape is the one that the
+    mapped function sees, and the axes that vmap hides have names of their own.
     """
 
     expression: Expression
@@ -48,11 +53,7 @@ class Value:
 
     @property
     def kind(self) -> str:
-        if self.dtype == torch.bool:
-            return "bool"
-        if self.dtype.is_floating_point:
-            return "float"
-        return "complex" if self.dtype.is_complex else "int"
+        return kind_of_dtype(self.dtype)
 
 
 Operand = Value | bool | int | float | fx.Node  # a node is a symbolic size
@@ -74,6 +75,15 @@ class Reader(Protocol):
         """Return the name of the axis that a level of vmap hides at a node."""
 
 
+def kind_of_dtype(dtype: torch.dtype) -> str:
+    """Return ``"bool"``, ``"int"``, ``"float"`` or ``"complex"``."""
+    if dtype == torch.bool:
+        return "bool"
+    if dtype.is_floating_point:
+        return "float"
+    return "complex" if dtype.is_complex else "int"
+
+
 def kind_of(operand: Operand) -> str:
     """Return ``"bool"``, ``"int"``, ``"float"`` or ``"complex"``."""
     if isinstance(operand, Value):
@@ -81,8 +91,19 @@ def kind_of(operand: Operand) -> str:
     return "int" if isinstance(operand, fx.Node) else type(operand).__name__
 
 
+def never_overflows(name: str, dtype: torch.dtype, operands: Sequence[Expression]) -> bool:
+    """Whether an operation may compute with integers of a dtype as if they had no limits."""
+    if dtype == torch.int64:
+        return True
+    # Positions fit in 32 bits, and so do their sums and small multiples; data may not.
+    largest = _LARGEST_FACTOR if name == "mul" else _LARGEST_TERM
+    numbers = [operand for operand in operands if type(operand) is int]
+    has_data = any(loads_of(operand) for operand in operands)
+    return dtype == torch.int32 and not has_data and all(abs(x) <= largest for x in numbers)
+
+
 def number(value: Any, dtype: torch.dtype) -> Any:
-    """Return a number as a tensor of a dtype holds it."""
+    """Return a number as a tensor of this dtype would hold it."""
     if dtype.is_complex:
         raise CannotReadError
     if dtype == torch.bool:
@@ -119,8 +140,6 @@ def cast_to(expression: Expression, kind: str, dtype: torch.dtype) -> Expression
         return where(expression, number(1, dtype), number(0, dtype))
     if leaves_of(expression) is not None:
         return on_leaves(expression, lambda leaf: number(leaf, dtype))
-    # Positions fit in 32 bits; data may not.
-    safe = dtype == torch.int64 or (dtype == torch.int32 and not loads_of(expression))
-    if kind == "int" and safe:
+    if kind == "int" and never_overflows("to", dtype, [expression]):
         return expression
     raise CannotReadError

@@ -1,4 +1,4 @@
-"""Which nodes of a graph may share memory, and which write into it."""
+"""Which nodes of a graph may share memory, which write into it, and which have other effects."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FRESH = {
 
 
 class MemoryGroups:
-    """Which nodes may share memory; errs on the side of sharing."""
+    """Groups of nodes that may share memory; in doubt, they do."""
 
     def __init__(self, nodes: Sequence[fx.Node]) -> None:
         self._leader = {node: node for node in nodes}
@@ -101,7 +101,7 @@ def _is_in_place(node: fx.Node) -> bool:
 
 
 def _operator(node: fx.Node) -> object:
-    """Return what a node calls: of several overloads the default one."""
+    """Return what a node calls; of an operator with overloads, the default one if there is one."""
     if isinstance(node.target, torch._ops.OpOverloadPacket):
         return getattr(node.target, "default", node.target)
     return node.target

@@ -1,4 +1,4 @@
-"""Measure, beside the attention of a graph, what each category of head would lose of it."""
+"""Measure, beside each attention call of a graph, what heads of each category would lose."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def probe_attention_pass(
     lifted: Sequence[Lifted],
     measure: Callable[..., Losses | Call] = measure_losses,
 ) -> fx.GraphModule:
-    """Measure the given calls; every node of the graph stays as it is, and so do its outputs.
+    """Measure the given calls; the graph's own nodes and outputs stay as they are.
 
     The graph gets two more inputs, the template: ``span_id [B, T]`` ints and ``is_sink [B, T]``
-    bool, on any device; and one more output for each call, after its own, what ``measure`` returns.
-    It is to be run as it is, not compiled: how the measurement proceeds depends on the data.
+    bool, on any device. After its own outputs it gets one more for each call: what ``measure``
+    returns. It is to be run as it is, not compiled: how measuring proceeds depends on the data.
 
     Args:
         gm: Edited in place; give a copy where somebody else still uses it.
@@ -83,7 +83,7 @@ def probe_attention_pass(
 
 
 def _on_device(gm: fx.GraphModule, node: fx.Node, device: torch.device | None) -> fx.Node:
-    """Add an input where attention is, which may be on several devices."""
+    """Add a copy of an input on a device: attention may be on several."""
     if device is None:
         return node
     with gm.graph.inserting_after(placeholders(gm)[-1]):
@@ -93,7 +93,7 @@ def _on_device(gm: fx.GraphModule, node: fx.Node, device: torch.device | None) -
 def _visibility(
     gm: fx.GraphModule, call: Attention, proof: Lifted, span_id: fx.Node, is_sink: fx.Node
 ) -> fx.Node:
-    """Add what is known of a mask, evaluated before what it reads may be overwritten."""
+    """Add what a mask lets queries see, evaluated before what it reads may be overwritten."""
     known = None
     with gm.graph.inserting_before(proof.before):
         if proof.tier is Tier.INTERVALS:

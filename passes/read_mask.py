@@ -1,7 +1,7 @@
 """Read the nodes that build a mask as one expression of batch row, query row and key column.
 
 Every node becomes an expression of its own dimensions; views, broadcasting and vmap rename them.
-What is not understood is a load from the tensor as it is: nothing here is a guess.
+Nothing here is a guess: a node that is not understood becomes a load from the tensor that it gives.
 
 Shapes: B batch, H heads, Q query rows, K key columns, T tokens.
 """
@@ -71,7 +71,7 @@ _OPERATIONS: dict[str, Callable[[Reader, fx.Node, str, Shape, torch.dtype], Expr
 
 
 class MaskReader:
-    """Reads nodes as expressions."""
+    """Reads the nodes of a graph as expressions."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._nodes = list(gm.graph.nodes)
@@ -101,7 +101,16 @@ class MaskReader:
         return after
 
     def check_not_overwritten(self, mask: fx.Node, before: fx.Node, call: fx.Node) -> None:
-        """Raise where a tensor changes between where the graph reads it and where we would."""
+        """Raise if a tensor may change between where the graph reads it and where we would.
+
+        Args:
+            mask: The mask, which has been read.
+            before: The node before which what was read is evaluated.
+            call: The attention call that uses the mask.
+
+        Raises:
+            NotUnderstoodError: Something writes into such a tensor.
+        """
         groups = MemoryGroups(self._nodes)
         ours = {groups.find(node) for node in self._uses[mask]}
         # The mask may also be changed after it was made, until it is used.
@@ -217,7 +226,11 @@ def _nesting(nodes: Sequence[fx.Node]) -> dict[fx.Node, tuple[str, ...]]:
 
 
 def over_named_axes(value: Value) -> Expression:
-    """Return whether (b, q, k) is allowed, from a mask that broadcasts to [B, H, Q, K]."""
+    """Return whether (b, q, k) is allowed, from a mask that broadcasts to [B, H, Q, K].
+
+    Raises:
+        NotUnderstoodError: It is a bias other than 0 and -inf, or differs from head to head.
+    """
     names = ("b", "h", "q", "k")[4 - min(len(value.shape), 4) :]
     if len(value.shape) > 4:
         raise NotUnderstoodError("the mask has more than four dimensions")
@@ -240,7 +253,7 @@ def over_named_axes(value: Value) -> Expression:
 
 
 def opaque_part(expression: Expression) -> str | None:
-    """Return why an expression still needs a tensor of queries x keys, if it does."""
+    """Return why an expression cannot do without a tensor of queries x keys, or None if it can."""
     for load in loads_of(expression):
         if {"q", "k"} <= axes_of(load):
             node = load[1]

@@ -1,7 +1,7 @@
-"""Operations of a mask's graph that compute element by element, or from nothing: numbers, ranges,
-comparisons, conditions.
+"""Read operations that compute element by element, or make tensors of numbers and ranges.
 
-Each function returns the expression of a node's dimensions, or raises that it cannot.
+Each function returns what a node holds as an expression of the node's dimensions, or raises
+``CannotReadError``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from blindsight.passes.expressions import (
     choose_on_leaves,
     is_constant,
     leaves_of,
-    loads_of,
     not_,
     on_leaves,
     or_,
@@ -39,12 +38,10 @@ from blindsight.passes.mask_values import (
     aligned,
     cast_to,
     kind_of,
+    never_overflows,
     number,
 )
 from blindsight.passes.names import FILLS
-
-# With indices of less than 2**20 tokens, which 32 bits hold.
-_LARGEST_FACTOR, _LARGEST_TERM = 2**10, 2**30
 
 FULLS = ("full", "new_full", "full_like", "tensor", "scalar_tensor")
 
@@ -127,43 +124,48 @@ def read_pointwise(
     kinds = {kind_of(operand) for operand in operands}
     parts = [aligned(operand, shape) for operand in operands]
     if name in ("and", "or", "xor", "not"):
-        if name == "not" and kinds == {"bool"}:
-            return not_(parts[0])
-        # logical_and of numbers asks whether they are zero; bitwise_and does not.
-        if len(parts) != 2 or kinds != {"bool"}:
-            raise CannotReadError
-        if name == "xor":
-            return choose(parts[0], not_(parts[1]), parts[1])
-        return (and_ if name == "and" else or_)(parts[0], parts[1])
+        return _logic(name, kinds, parts)
     if name in ("abs", "neg"):
-        if kinds != {"int"} or not _is_safe(name, dtype, parts):
+        if kinds != {"int"} or not never_overflows(name, dtype, parts):
             raise CannotReadError
         return (name, parts[0])
     if len(parts) != 2:
         raise CannotReadError
-    constants = [leaves_of(part) for part in parts]
-    if constants[0] is not None and constants[1] is not None:
-        if len(constants[0]) * len(constants[1]) > MAX_LEAVES:
+    a, b = parts
+    leaves = leaves_of(a), leaves_of(b)
+    if leaves[0] is not None and leaves[1] is not None:
+        if "complex" in kinds or len(leaves[0]) * len(leaves[1]) > MAX_LEAVES:
             raise CannotReadError
         return _fold(name, operands, parts, dtype)
     if name in NEGATED:
         return _comparison(name, operands, kinds, parts)
     if kinds == {"bool"} and dtype == torch.bool and name == "mul":
-        return and_(parts[0], parts[1])
-    if kinds != {"int"} or not _is_safe(name, dtype, parts):
+        return and_(a, b)
+    if kinds != {"int"} or not never_overflows(name, dtype, (a, b)):
         raise CannotReadError
-    if name in ("floordiv", "mod") and not (type(parts[1]) is int and parts[1] > 0):
+    if name in ("floordiv", "mod") and not (type(b) is int and b > 0):
         raise CannotReadError
-    return arithmetic(name, parts[0], parts[1])
+    return arithmetic(name, a, b)
+
+
+def _logic(name: str, kinds: set[str], parts: Sequence[Expression]) -> Expression:
+    # logical_and of numbers asks whether they are zero; bitwise_and does not.
+    if kinds != {"bool"}:
+        raise CannotReadError
+    if name == "not":
+        return not_(parts[0])
+    if len(parts) != 2:
+        raise CannotReadError
+    a, b = parts
+    if name == "xor":
+        return choose(a, not_(b), b)
+    return and_(a, b) if name == "and" else or_(a, b)
 
 
 def _fold(
     name: str, operands: Sequence[Operand], parts: Sequence[Any], dtype: torch.dtype
 ) -> Expression:
     """Compute with numbers that conditions choose, in the precision of the graph."""
-    kinds = {kind_of(operand) for operand in operands}
-    if "complex" in kinds:
-        raise CannotReadError
     function = FOLD[name]
 
     def compute(a: Any, b: Any) -> Any:
@@ -190,10 +192,11 @@ def _fold(
 
 
 def _comparison(
-    name: str, operands: Sequence[Operand], kinds: set[str], parts: list[Expression]
+    name: str, operands: Sequence[Operand], kinds: set[str], parts: Sequence[Expression]
 ) -> Expression:
+    a, b = parts
     if kinds == {"bool"} and name in ("eq", "ne"):
-        same = choose(parts[0], parts[1], not_(parts[1]))
+        same = choose(a, b, not_(b))
         return same if name == "eq" else not_(same)
     # A number is cast to the integers that it is compared with: it wraps where it does not fit.
     for tensor, other in (operands, operands[::-1]):
@@ -202,16 +205,6 @@ def _comparison(
             if not limits.min <= other <= limits.max:
                 raise CannotReadError
     # Mixed with floats, integers are rounded before they are compared.
-    if kinds != {"int"} and any(bare_axes_of(part) for part in parts):
+    if kinds != {"int"} and (bare_axes_of(a) or bare_axes_of(b)):
         raise CannotReadError
-    return (name, parts[0], parts[1])
-
-
-def _is_safe(name: str, dtype: torch.dtype, parts: Sequence[Expression]) -> bool:
-    """Whether integers of a dtype may be computed with as if they had no limits."""
-    largest = _LARGEST_FACTOR if name == "mul" else _LARGEST_TERM
-    return dtype == torch.int64 or (
-        dtype == torch.int32
-        and not any(loads_of(part) for part in parts)
-        and all(abs(part) <= largest for part in parts if type(part) is int)
-    )
+    return (name, a, b)

@@ -1,6 +1,7 @@
-"""Operations of a mask's graph that only show a tensor in another way: views, casts, indices, vmap.
+"""Read operations that only show a tensor in another way: views, casts, indices, vmap.
 
-Each function returns the expression of a node's dimensions, or raises that it cannot.
+Each function returns what a node holds as an expression of the node's dimensions, or raises
+``CannotReadError``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ VIEWS = {"getitem", "slice", "select", *RESHAPES}
 def read_view(
     reader: Reader, node: fx.Node, name: str, shape: Shape, dtype: torch.dtype
 ) -> Expression:
-    """Read what leaves all elements, in another shape or dtype."""
+    """Read what keeps all elements, in another shape or dtype."""
     value = reader.operand(node.args[0])
     if not isinstance(value, Value) or _moves(node):
         raise CannotReadError
@@ -154,7 +155,7 @@ def _advanced(
 def read_batch_dim(
     reader: Reader, node: fx.Node, name: str, shape: Shape, dtype: torch.dtype
 ) -> Expression:
-    """Give the axis that vmap hides a name, or its place in the result."""
+    """Read where vmap hides an axis, which gets a name, or puts it back among the dimensions."""
     tensor, second, third, *rest = node.args
     value = reader.operand(tensor)
     if not isinstance(value, Value) or not isinstance(second, int):
@@ -175,7 +176,7 @@ def read_batch_dim(
 
 
 def _moves(node: fx.Node) -> bool:
-    """Whether a node copies its input to another device, where all else of the mask is."""
+    """Whether a node copies its input to another device, on which the rest of the mask is."""
     before, after = fake_tensor(node.args[0]), fake_tensor(node)
     return before is not None and after is not None and before.device != after.device
 

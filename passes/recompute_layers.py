@@ -1,8 +1,8 @@
-"""Keep little of a graph's layers for their gradients: what these need is computed again.
+"""Gradient checkpointing of a graph: keep each segment's inputs, recompute the rest.
 
-What a layer computes inside takes far more memory than what it hands the next. So a graph is cut
-between its calls of attention, where the least is handed on, and of each segment its inputs alone
-are kept ("Training Deep Nets with Sublinear Memory Cost", https://arxiv.org/abs/1604.06174).
+What a layer computes inside takes far more memory than what it hands to the next. So a graph is cut
+between its attention calls, where the least is handed on ("Training Deep Nets with Sublinear Memory
+Cost", https://arxiv.org/abs/1604.06174).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Recomputed(nn.Module):
-    """A part of a graph of which its inputs alone are kept for gradients."""
+    """A part of a graph that keeps only its inputs for gradients."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -40,11 +40,11 @@ def recompute_layers_pass(
     *,
     attention: Sequence[Attention],
 ) -> fx.GraphModule:
-    """Return a graph of segments with a call of attention each, which gradients compute again.
+    """Return the graph cut into segments of one attention call each, recomputed for gradients.
 
     It is to be run as it is, not compiled, and without dropout. A segment that could not be run
-    twice, because it changes what another one made, is joined with that; where the graph changes
-    its inputs, it is returned as it is.
+    twice, because it changes what another one made, is joined with that one. A graph that changes
+    its inputs is returned as it is.
 
     Args:
         gm: A graph of Dynamo's; it stays as it is.
@@ -71,7 +71,7 @@ def recompute_layers_pass(
 
 
 def _handed_on(nodes: Sequence[fx.Node], number: dict[fx.Node, int]) -> list[int]:
-    """Return how many values made before each node are read by it or later."""
+    """Return for each node how many values made before it are read by it or by later ones."""
     changes = [0] * (len(nodes) + 1)
     for at, node in enumerate(nodes):
         last = max((number.get(user, len(nodes) - 1) for user in node.users), default=at)
@@ -81,7 +81,7 @@ def _handed_on(nodes: Sequence[fx.Node], number: dict[fx.Node, int]) -> list[int
 
 
 def _together(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> set[int] | None:
-    """Return before which nodes no cut may be; None where the graph cannot be run twice.
+    """Return before which nodes no cut may be, by number; None if the graph cannot be run twice.
 
     What changes a tensor stays with what made it, and calls in a mode (a vmap, an autocast) with
     those that enter and leave it.

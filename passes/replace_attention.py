@@ -1,4 +1,7 @@
-"""Replace attention calls by FlexAttention with a mask per category of head."""
+"""Replace attention calls by FlexAttention with a mask for each category of head.
+
+Shapes: B batch, H query heads, T tokens of the whole sequence.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,7 @@ def replace_attention_pass(
     in_region: bool = False,
     by_operator: bool = False,
 ) -> fx.GraphModule:
-    """Replace the given calls; every other node keeps its meaning.
+    """Replace the given attention calls; every other node keeps its meaning.
 
     Without ``inputs`` the graph gets four more: ``span_id [B, T]`` int32 and ``is_sink [B, T]``
     bool, the template, and ``heads`` int64 and ``categories`` int32, ``[len(attention), H]``: one
@@ -89,17 +92,20 @@ def replace_attention_pass(
             in graph order.
         lifted: What each call's mask was proven to be, from
             :func:`~blindsight.passes.lift_mask.lift_mask`; without it all masks are read as the
-            model made them. The facts that intervals rest on must hold; ``EXPRESSED`` needs none.
+            model made them. The facts that intervals rest on must hold, unless the form is
+            ``EXPRESSED``.
         form: For masks that are known as intervals. One that is known as an expression is
             evaluated per element, the others are read as the model made them.
-        groups: Of the heads of each call, see :mod:`blindsight.attention.attend`; by default one
-            call of FlexAttention for all heads.
-        size_of: The value of a symbolic size; the graph is then for these sizes alone.
-        capacities: The graph is for every length: up to how many queries and keys each call may
-            have. All masks must be lifted, to be sorted. None: the graph is for the sizes at hand.
-        inputs: Nodes that stand for the four inputs, before all others but the placeholders.
-        in_region: Make of the attention one region that all layers alike share, which a compiler
-            then compiles once.
+        groups: The groups of each call's heads, see :mod:`blindsight.attention.attend`; by default
+            one call of FlexAttention for all heads.
+        size_of: Returns the value of a symbolic size; the graph is then for these sizes alone.
+        capacities: Up to how many queries and keys each call may have, in a graph for every
+            length; all masks must be known as intervals, and the form must be a sorted one. None:
+            the graph is for the sizes at hand.
+        inputs: Nodes to use for the four inputs; only placeholders, and what these nodes are
+            computed from, may come before them.
+        in_region: Make the attention a region that layers alike share, so that a compiler compiles
+            it once.
         by_operator: Make masks in interval form by an operator, see
             :mod:`blindsight.attention.mask_operator`.
     """
@@ -200,7 +206,7 @@ def _call(
     args: tuple[object, ...],
     kwargs: dict[str, object] | None = None,
 ) -> fx.Node:
-    """Call ``function`` in the graph, saying where in the model it comes from."""
+    """Add a call of ``function`` to the graph, and note where in the model it comes from."""
     node = gm.graph.call_function(function, args, kwargs)  # type: ignore[arg-type]
     for name in ("nn_module_stack", "stack_trace", "source_fn_stack"):
         if name in origin.node.meta:
@@ -210,7 +216,7 @@ def _call(
 
 
 def _erase_unused(gm: fx.GraphModule, candidates: list[fx.Node]) -> None:
-    """Erase those of the candidates, and of what they alone used, that nobody reads any more.
+    """Erase the candidates that nobody reads any more, and what only they used.
 
     Never a sweep over the whole graph: ``eliminate_dead_code`` also deletes calls that are there
     for their effect, such as those which enter and leave a vmap.

@@ -1,9 +1,9 @@
-"""Make one region of the layers that are alike, which a compiler then compiles once.
+"""Let layers that are alike share one region, which a compiler then compiles once.
 
-A decoder's layers do the same to different weights. Dynamo writes them out one after the other, and
-Inductor would schedule, write and fuse each of them again: most of the time that compiling takes.
-Dynamo itself shares layers where the user marks them (``torch.compiler.nested_compile_region``);
-here the graph tells which are alike, whatever was marked.
+A decoder's layers do the same with different weights. Dynamo writes them out one after the other,
+and Inductor would schedule, fuse and write each of them again, which is most of the time that
+compiling takes. Dynamo itself shares layers that the user marks
+(``torch.compiler.nested_compile_region``); here the graph tells which layers are alike.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def call_shared(layer: fx.GraphModule, digest: str, *args: Any) -> Any:
 
     Args:
         layer: Made by :func:`share_layers_pass`.
-        digest: Of what the layer does, for compile caches that do not look inside.
-        args: Its inputs.
+        digest: Tells what the layer does to compile caches, which do not look inside.
+        args: The layer's inputs.
     """
     return call_in_region(f"layer_{digest[:16]}", layer, *args)
 
@@ -52,12 +52,12 @@ def call_shared(layer: fx.GraphModule, digest: str, *args: Any) -> Any:
 def share_layers_pass(gm: fx.GraphModule, example_inputs: object = None) -> fx.GraphModule:
     """Call one submodule for all layers of a graph that are alike, each with its own weights.
 
-    A layer is what comes from one module in a list of modules. Those stay as they are that have no
-    equal, that change a tensor in place, that return what they are given, or that have weights of
-    a tensor subclass, of which regions know nothing.
+    A layer is what comes from one module in a list of modules. It stays as it is if it has no
+    equal, changes a tensor in place, returns what it is given, or has weights of a tensor
+    subclass, which regions do not know.
 
     Args:
-        gm: A graph of Dynamo's, which tells of each node what module it comes from. Edited in
+        gm: A graph of Dynamo's, which tells for each node which module it comes from. Edited in
             place.
         example_inputs: Not read; the usual signature of a pass.
     """
@@ -85,7 +85,7 @@ def share_layers_pass(gm: fx.GraphModule, example_inputs: object = None) -> fx.G
 
 @dataclass(frozen=True)
 class _Layer:
-    """Nodes that can be one call, what they read from outside, and which of them others read."""
+    """Nodes that can become one call, what they read from outside, and those that others read."""
 
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
@@ -109,7 +109,7 @@ class _Layer:
     def replace(
         self, gm: fx.GraphModule, name: str, digest: str, now: Mapping[fx.Node, fx.Node]
     ) -> dict[fx.Node, fx.Node]:
-        """Call the submodule instead; return which node stands for each output."""
+        """Call the submodule in the layer's place; return the node that replaces each output."""
         last = self.nodes[-1]
         inputs = tuple(now.get(node, node) for node in self.inputs)
         with gm.graph.inserting_before(last.next):
@@ -119,7 +119,7 @@ class _Layer:
                 gm.graph.call_function(operator.getitem, (call, number))
                 for number in range(len(self.outputs))
             ]
-        call.meta = {key: last.meta[key] for key in ("nn_module_stack",) if key in last.meta}
+        call.meta["nn_module_stack"] = last.meta["nn_module_stack"]
         call.meta["blindsight"] = f"a layer, shared as {name}"
         for node, output in zip(self.outputs, outputs, strict=True):
             output.meta = dict(node.meta)
@@ -160,7 +160,7 @@ def _find_layers(gm: fx.GraphModule) -> Iterator[_Layer]:
 
 
 def _layer_paths(gm: fx.GraphModule) -> dict[fx.Node, str]:
-    """Return the module in a list that each node comes from: the outermost that has siblings."""
+    """Return each node's layer: the path of the outermost module around it that has siblings."""
     found: dict[fx.Node, list[tuple[str, str]]] = {}
     siblings: dict[str, set[str]] = defaultdict(set)
     for node in gm.graph.nodes:
@@ -182,7 +182,12 @@ def _layer_paths(gm: fx.GraphModule) -> dict[fx.Node, str]:
 
 
 def _layer_of(nodes: tuple[fx.Node, ...], effects: int) -> _Layer | None:
-    """Return the layer that these nodes are after so many effects, or None if they are no call."""
+    """Return the layer that these nodes are, or None if they cannot be one call.
+
+    Args:
+        nodes: In the graph's order.
+        effects: How many nodes before them have an effect, such as entering a mode.
+    """
     members = set(nodes)
     inputs = tuple(
         dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in members)
@@ -217,7 +222,7 @@ def _is_pure(node: fx.Node) -> bool:
 
 
 def _are_own_tensors(outputs: tuple[fx.Node, ...], inputs: tuple[fx.Node, ...]) -> bool:
-    """Whether all are plain tensors, and outputs have memory of their own: so a region wants it."""
+    """Whether all are plain tensors and outputs have memory of their own, as a region requires."""
     memory: set[int | None] = {None}  # what is not known may be that of another
     for node in inputs:
         tensor = fake_tensor(node)

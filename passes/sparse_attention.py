@@ -1,8 +1,8 @@
 """The whole rewriting as one pass, for graphs that do not go through the backend.
 
-The backend decides per call: which form of a graph runs, and whether what its masks rest on holds
-for the data at hand. A pass alone decides once. So a mask whose intervals rest on the data is
-evaluated element by element here, and the rewritten attention runs for every prompt.
+The backend decides for each call which form of a graph runs, and whether the facts that its masks
+rest on hold for the data at hand. A pass alone decides once. So a mask whose intervals rest on the
+data is evaluated element by element here, and the rewritten attention runs for every prompt.
 
 Shapes: B batch, H query heads, Q and K lengths in tokens, T tokens of the whole sequence.
 """
@@ -52,10 +52,10 @@ def sparse_attention_pass(
     Args:
         gm: A graph of fixed sizes, as Dynamo or ``torch.export`` traced it. Edited in place.
         example_inputs: Not read; the usual signature of a pass.
-        profile: Of the model.
+        profile: The model's.
         lowering: ``"fused"`` or ``"split"``, see :func:`~blindsight.blindsight_backend`.
-        add_inputs: Append ``span_id`` and ``is_sink`` to the graph's inputs where it shows
-            neither them nor ``input_ids``. Not to Dynamo's own graph: give a copy.
+        add_inputs: Append ``span_id`` and ``is_sink`` to the graph's inputs if it has neither them
+            nor ``input_ids``. Dynamo's own graph takes no more inputs: give a copy.
 
     Raises:
         ValueError: The profile does not fit the graph, its sizes are symbolic, or it does not tell
@@ -75,7 +75,7 @@ class SparseAttention(PassBase, CustomGraphPass):
 
     Args:
         profile, lowering, add_inputs: As for :func:`sparse_attention_pass`. Inductor takes no
-            further inputs: there the graph has to show ``input_ids``, or the template.
+            further inputs: there the graph must have ``input_ids`` or the template as inputs.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class SparseAttention(PassBase, CustomGraphPass):
         return self.call(gm)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """As ``PassBase`` wants it."""
+        """Rewrite a graph in place, as ``PassBase`` asks for it."""
         layers = rewrite(graph_module, self._profile, self._lowering, add_inputs=self._add_inputs)
         return PassResult(graph_module, bool(layers))
 
@@ -117,19 +117,18 @@ def rewrite(
     gm: fx.GraphModule, profile: Profile, lowering: Lowering, *, add_inputs: bool = False
 ) -> list[int]:
     """Rewrite a graph in place, and return the layers whose attention was rewritten."""
-    chosen: list[Attention] = []
-    layers: list[int] = []
     calls = find_attention(gm, layer_pattern=profile.rule.layer_pattern)
     profile = _rows_of_rank(gm, calls, profile)
-    for call in calls:
-        layer = _layer_of(call, profile)
-        if layer is None or not profile.categories[layer].any() or _fixed_lengths(call)[0] == 1:
-            continue
-        chosen.append(call)
-        layers.append(layer)
+    ours = [(call, at) for call in calls if (at := _layer_of(call, profile)) is not None]
+    if not ours:
+        _check_tells_layers(gm, calls, profile)
+    chosen: list[Attention] = []
+    layers: list[int] = []
+    for call, layer in ours:
+        if profile.categories[layer].any() and _fixed_lengths(call)[0] != 1:
+            chosen.append(call)
+            layers.append(layer)
     if not chosen:
-        if not any(_layer_of(call, profile) is not None for call in calls):
-            _check_tells_layers(gm, calls, profile)
         return []
     proofs = [lift_mask(gm, call) for call in chosen]
     layouts = [
@@ -139,8 +138,7 @@ def rewrite(
     template = _template(gm, chosen, profile, add_inputs=add_inputs)
     heads = [list(layout.heads) for layout in layouts]
     codes = [
-        [int(profile.categories[layer, head]) for head in row]
-        for layer, row in zip(layers, heads, strict=True)
+        profile.categories[layer, row].tolist() for layer, row in zip(layers, heads, strict=True)
     ]
     last = max(template, key=list(gm.graph.nodes).index)
     with gm.graph.inserting_before(_after_inputs(gm) if last.op == "placeholder" else last.next):
@@ -160,7 +158,7 @@ def rewrite(
 
 
 def _check_tells_layers(gm: fx.GraphModule, calls: Sequence[Attention], profile: Profile) -> None:
-    """Check that a graph without a call of the decoder's is not one in which none can be told."""
+    """Check that the graph has no call of the decoder's, and not only none that can be told."""
     targets = (str(node.target) for node in gm.graph.nodes if node.op == "call_function")
     if decomposed := [name for name in targets if name.startswith("aten._scaled_dot_product")]:
         raise ValueError(
@@ -176,7 +174,7 @@ def _check_tells_layers(gm: fx.GraphModule, calls: Sequence[Attention], profile:
 
 
 def _rows_of_rank(gm: fx.GraphModule, calls: Sequence[Attention], profile: Profile) -> Profile:
-    """Return the profile of the heads that the decoder's calls have in this process."""
+    """Return the profile of those heads that this process computes."""
     ours = [call for call in calls if layer_of_path(call) is not None]
     try:
         shards = {shard_of_call(profile, call, placeholders(gm)) for call in ours}

@@ -642,6 +642,7 @@ LOOK_ALIKES: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
             (grid(x)[1] <= grid(x)[0]) & (grid(x)[1] > grid(x)[0] - data[:, None, None, :1])
         ),
     ),
+    "scaled by data": (2, lambda x, data: grid(x)[1] * data.sum() <= grid(x)[0]),
     "window per key": (
         2,
         lambda x, data: (
