@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from blindsight.attention.interval_masks import BaseMask
 from blindsight.calibrate import profile_of, rule_of
-from blindsight.calibration.measure import measurements_of
 from blindsight.calibration.measurements import Measurements
-from blindsight.calibration.probe import Losses, measure_losses
+from blindsight.calibration.probe import Losses, ProbedCall, measure_losses
+from blindsight.calibration.prober import measurements_of
 from blindsight.calibration.refine import UNITS, refine, reselect
 from blindsight.calibration.visibility import IntervalVisibility
 from blindsight.cli.models import load_model
@@ -175,9 +175,9 @@ class Bench:
                 bounds = prompt.lower[call.layer].int(), prompt.upper[call.layer].int()
                 base = BaseMask(*bounds, prompt.valid)
                 visibility = IntervalVisibility(base, groups=prompt.groups)
-                losses[call.layer] = measure_losses(
-                    q, k, v, output, visibility, *prompt.template.tensors(), scale=call.scale
-                )
+                template = prompt.template.tensors()
+                probed = ProbedCall(q, k, v, output, visibility, *template, scale=call.scale)
+                losses[call.layer] = measure_losses(probed)
                 return EVERYTHING
 
         self.decoder.prefill(batch, cast(Masks, Measuring()))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from blindsight.calibration.measure import measure
 from blindsight.calibration.measurements import Measurements
-from blindsight.calibration.probe import NUM_OFFSETS
+from blindsight.calibration.probe_layout import NUM_OFFSETS
 from blindsight.calibration.selection import ALLOCATIONS, CRITERIA, select_categories
 from blindsight.categories import HeadCategory
 from blindsight.data.samples import load_samples
