@@ -35,7 +35,7 @@ from blindsight.calibration.visibility import IntervalVisibility
 from blindsight.cli.models import load_model
 from blindsight.data.processors import load_processor, model_inputs
 from blindsight.data.samples import Samples, load_samples
-from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks
+from blindsight.evaluation.masked_model import EVERYTHING, HeadMask, MaskedCall, Masks
 from blindsight.evaluation.prefill import Decoder
 from blindsight.evaluation.summary import Summary
 from blindsight.modules import digest_of_weights
@@ -167,7 +167,7 @@ class Bench:
         losses: dict[int, Losses] = {}
 
         class Measuring:
-            def groups(self, call: Call) -> Sequence[Group]:
+            def head_masks(self, call: MaskedCall) -> Sequence[HeadMask]:
                 q, k, v = call.query, call.key, call.value
                 output = scaled_dot_product_attention(
                     q, k, v, call.base, scale=call.scale, enable_gqa=True

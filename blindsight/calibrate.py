@@ -35,12 +35,12 @@ from blindsight.template import TemplateRule
 
 __all__ = [
     "calibrate",
+    "evidence_of",
     "find_sink_offsets",
     "flops_cut",
     "profile_of",
     "rule_of",
     "select_categories",
-    "summarize",
 ]
 
 AGGREGATES = ("quantile", "mean")
@@ -157,7 +157,7 @@ def profile_of(
     """
     _check_options(budget, criterion, aggregate, quantile, allocation, None)
     budget = BUDGETS[criterion] if budget is None else budget
-    evidence = summarize(measurements, aggregate=aggregate, quantile=quantile)
+    evidence = evidence_of(measurements, aggregate=aggregate, quantile=quantile)
     _, widths = widths_of(fingerprint(model))
     # A pair of a wider head costs more.
     evidence["pairs"] = evidence["pairs"] * torch.tensor(widths)[:, None, None]
@@ -178,7 +178,7 @@ def profile_of(
     return replace(profile, evidence=evidence, calibration=noted)
 
 
-def summarize(
+def evidence_of(
     measurements: Measurements, *, aggregate: str = "quantile", quantile: float = QUANTILE
 ) -> dict[str, Tensor]:
     """Return the evidence of a profile, float32 ``[L, H, ...]``.

@@ -26,7 +26,7 @@ from blindsight.evaluation.summary import by_task, summarize
 from blindsight.evaluation.sweep_points import (
     BY_HEAD,
     MEANINGS,
-    Plan,
+    PlannedPoint,
     category_plans,
     selection_of,
     spread_budgets,
@@ -91,7 +91,7 @@ def sweep(
     known = OutcomeFile(checkpoint, run_header(decoder, samples, max_new_tokens))
     dense_point = point_of(ProfileMasking(torch.zeros_like(profile.categories)))
 
-    def answer(wanted: Sequence[Plan]) -> dict[str, list[Outcome]]:
+    def answer(wanted: Sequence[PlannedPoint]) -> dict[str, list[Outcome]]:
         points = {
             point.key: point for point in (dense_point, *(point_of(p.masking) for p in wanted))
         }

@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 import oracles
 import pretend
 from blindsight.attention.base_mask import CAUSAL
-from blindsight.calibrate import find_sink_offsets, select_categories, summarize
+from blindsight.calibrate import evidence_of, find_sink_offsets, select_categories
 from blindsight.calibration.probe import REGIONS, Losses, ProbedCall, measure_losses
 from blindsight.calibration.probe_layout import NUM_OFFSETS
 from blindsight.calibration.prober import Prober, measurements_of
@@ -314,7 +314,7 @@ def test_heads_of_a_kind_are_told() -> None:
     )
     losses = measure_losses(call)
     measurements = measurements_of({0: losses})
-    evidence = summarize(measurements)
+    evidence = evidence_of(measurements)
     for criterion, allocation in (
         ("output_error", "per_head"),
         ("output_error", "global"),

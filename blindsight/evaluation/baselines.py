@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blindsight.categories import HeadCategory
-from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks, Prompt
+from blindsight.evaluation.masked_model import EVERYTHING, HeadMask, MaskedCall, Masks, Prompt
 
 
 def shuffled_categories(categories: Tensor, layers: Sequence[int], seed: int) -> Tensor:
@@ -62,7 +62,7 @@ class _WindowMasks:
             torch.full_like(dense, longest),
         )
 
-    def groups(self, call: Call) -> Sequence[Group]:
+    def head_masks(self, call: MaskedCall) -> Sequence[HeadMask]:
         num_queries, num_keys = call.base.shape[2:]
         shape = (num_queries, num_keys)
         if shape not in self._kept:
@@ -70,7 +70,7 @@ class _WindowMasks:
             query = key[num_keys - num_queries :, None]
             is_sink = key < (self._begin + self._num_sinks)[:, None]
             self._kept[shape] = (query - key < self.window[:, None, None]) | is_sink[:, None]
-        return [Group(None, self._kept[shape])]
+        return [HeadMask(None, self._kept[shape])]
 
     @property
     def _begin(self) -> Tensor:
@@ -149,14 +149,14 @@ class _PruningMasks:
         num_kept = _largest(is_cheap, num_tokens - num_images, num_tokens)
         self.num_dropped = num_tokens - num_kept
 
-    def groups(self, call: Call) -> Sequence[Group]:
+    def head_masks(self, call: MaskedCall) -> Sequence[HeadMask]:
         if call.layer == self._num_layers - 1 and self._dropped is None:
             self._dropped = self._rank(call)
         if call.layer < self._num_layers:
             return EVERYTHING
         assert self._dropped is not None
         decoded = call.key.shape[2] - self._dropped.shape[1]
-        return [Group(None, ~torch.nn.functional.pad(self._dropped, (0, decoded))[:, None])]
+        return [HeadMask(None, ~torch.nn.functional.pad(self._dropped, (0, decoded))[:, None])]
 
     def count_pairs(self) -> Tensor:
         prompt = self._prompt
@@ -177,7 +177,7 @@ class _PruningMasks:
             raise ValueError("pairs must be counted after the prefill that ranks the tokens.")
         return self._dropped
 
-    def _rank(self, call: Call) -> Tensor:
+    def _rank(self, call: MaskedCall) -> Tensor:
         """Return which tokens are dropped, ``[B, T]`` bool."""
         batch, num_heads, _, head_dim = call.query.shape
         num_kv_heads = call.key.shape[1]

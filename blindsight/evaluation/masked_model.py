@@ -81,7 +81,7 @@ class Prompt:
         return self.valid.sum(1)
 
 
-class Call(NamedTuple):
+class MaskedCall(NamedTuple):
     """One attention call.
 
     Attributes:
@@ -100,8 +100,8 @@ class Call(NamedTuple):
     scale: float
 
 
-class Group(NamedTuple):
-    """Heads that share a mask.
+class HeadMask(NamedTuple):
+    """A mask, and the heads that share it.
 
     Attributes:
         heads: Which, or None for all.
@@ -113,17 +113,17 @@ class Group(NamedTuple):
     keep: Tensor | None
 
 
-EVERYTHING = (Group(None, None),)
+EVERYTHING = (HeadMask(None, None),)
 
 
-class Groups(Protocol):
-    """What decides the masks of each call."""
+class HeadMasks(Protocol):
+    """Decides the masks of each call."""
 
-    def groups(self, call: Call) -> Sequence[Group]:
-        """Return the masks of one call; every head is in one group."""
+    def head_masks(self, call: MaskedCall) -> Sequence[HeadMask]:
+        """Return the masks of one call; every head has one."""
 
 
-class Masks(Groups, Protocol):
+class Masks(HeadMasks, Protocol):
     """The masks of one batch, from prefill to the last decoded token."""
 
     def count_pairs(self) -> Tensor:
@@ -166,16 +166,16 @@ class _CategoryMasks:
         self._prompt = prompt
         self._kept: dict[int, Tensor] = {}
 
-    def groups(self, call: Call) -> Sequence[Group]:
+    def head_masks(self, call: MaskedCall) -> Sequence[HeadMask]:
         codes = self._codes[call.layer]
         num_queries, num_keys = call.base.shape[2:]
         if num_queries != num_keys or not any(codes):
             return EVERYTHING  # a decoded token is text, and text sees everything
-        groups = []
+        found = []
         for code in sorted(set(codes)):
-            heads = [head for head, found in enumerate(codes) if found == code]
-            groups.append(Group(heads, self._keep(code)))
-        return groups if len(groups) > 1 else [Group(None, groups[0].keep)]
+            heads = [head for head, other in enumerate(codes) if other == code]
+            found.append(HeadMask(heads, self._keep(code)))
+        return found if len(found) > 1 else [HeadMask(None, found[0].keep)]
 
     def count_pairs(self) -> Tensor:
         visible = self._prompt.visible
@@ -197,7 +197,7 @@ class _CategoryMasks:
 @dataclass
 class _Run:
     layers: Mapping[nn.Module, int]
-    masks: Groups | None
+    masks: HeadMasks | None
     # Layers share masks: each pair of a base mask and a keep is joined once. The tensors are held
     # so that their ids stay theirs.
     joined: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
@@ -218,7 +218,7 @@ _run: ContextVar[_Run | None] = ContextVar("blindsight_masked_run", default=None
 
 @contextmanager
 def masked(
-    model: nn.Module, layers: Mapping[nn.Module, int], masks: Groups | None
+    model: nn.Module, layers: Mapping[nn.Module, int], masks: HeadMasks | None
 ) -> Iterator[None]:
     """Let the decoder of a model attend through ``masks`` inside this context, uncompiled.
 
@@ -259,11 +259,11 @@ def _attention(
         )
     check_is_plain(dropout, kwargs.get("softcap"))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = Call(run.layers[module], query, key, value, attention_mask, scale)
-    groups = EVERYTHING if run.masks is None else run.masks.groups(call)
+    call = MaskedCall(run.layers[module], query, key, value, attention_mask, scale)
+    head_masks = EVERYTHING if run.masks is None else run.masks.head_masks(call)
     ratio = query.shape[1] // key.shape[1]
     output = query.new_empty(*query.shape[:3], value.shape[-1])
-    for heads, keep in groups:
+    for heads, keep in head_masks:
         mask = run.join(attention_mask, keep)
         if heads is None:
             sources = [head // ratio for head in range(query.shape[1])]

@@ -21,7 +21,14 @@ from blindsight.attention.intervals import groups_of_keys
 from blindsight.backend import blindsight_backend
 from blindsight.cost import count_visible
 from blindsight.data.processors import inputs_on
-from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks, Prompt, masked
+from blindsight.evaluation.masked_model import (
+    EVERYTHING,
+    HeadMask,
+    MaskedCall,
+    Masks,
+    Prompt,
+    masked,
+)
 from blindsight.families import (
     cache_argument,
     cache_of,
@@ -75,7 +82,7 @@ class _OwnMasks:
         self.bases: dict[int, Tensor] = {}
         self._last = last
 
-    def groups(self, call: Call) -> Sequence[Group]:
+    def head_masks(self, call: MaskedCall) -> Sequence[HeadMask]:
         self.bases[call.layer] = call.base
         if call.layer == self._last:
             raise _SeenError

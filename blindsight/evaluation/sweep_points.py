@@ -39,7 +39,7 @@ MEANINGS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class PlannedPoint:
     """A point to be answered."""
 
     series: str
@@ -87,13 +87,13 @@ def category_plans(
     select: Select,
     num_seeds: int,
     baselines: bool,
-) -> list[Plan]:
+) -> list[PlannedPoint]:
     check_evidence(profile.evidence)
     alike = {
         name: tensor.mean(1, keepdim=True).expand_as(tensor) if name in _LOSSES else tensor
         for name, tensor in profile.evidence.items()
     }
-    plans: list[Plan] = []
+    plans: list[PlannedPoint] = []
     series = [(BY_HEAD, profile.evidence, select, budgets)]
     if baselines:
         series.append((BY_LAYER, alike, select, budgets))
@@ -109,27 +109,27 @@ def category_plans(
             if masking.key in seen or not bool(categories.any()):
                 continue
             seen.add(masking.key)
-            plans.append(Plan(name, budget, masking, categories))
+            plans.append(PlannedPoint(name, budget, masking, categories))
     for plan in [plan for plan in plans if plan.series == BY_HEAD]:
         assert plan.categories is not None
         if len(set(plan.categories[list(profile.layers)].flatten().tolist())) == 1:
             continue  # there is only one way to deal equal cards
         for seed in range(num_seeds):
             dealt = shuffled_categories(plan.categories, profile.layers, seed)
-            plans.append(Plan(RANDOM, plan.knob, ProfileMasking(dealt), dealt, seed))
+            plans.append(PlannedPoint(RANDOM, plan.knob, ProfileMasking(dealt), dealt, seed))
     return plans
 
 
-def token_plans(shares: Sequence[float], widths: Sequence[int]) -> list[Plan]:
+def token_plans(shares: Sequence[float], widths: Sequence[int]) -> list[PlannedPoint]:
     """Return the baselines at some shares of dense attention, those that a decoder can have.
 
     Args:
         shares: See :mod:`blindsight.evaluation.baselines`.
         widths: Of the decoder's layers; 0 of one without attention.
     """
-    plans = [Plan(WINDOW, share, WindowMasking(share)) for share in shares]
+    plans = [PlannedPoint(WINDOW, share, WindowMasking(share)) for share in shares]
     if len(widths) > 2 and all(widths):
-        plans += [Plan(PRUNING, share, PruningMasking(share)) for share in shares]
+        plans += [PlannedPoint(PRUNING, share, PruningMasking(share)) for share in shares]
     return plans
 
 
