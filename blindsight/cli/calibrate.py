@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
-    """Add it to the subparsers of the command line; ``everywhere`` holds what all share."""
+    """Register the command; ``everywhere`` is the parent parser with the shared options."""
     parser = commands.add_parser(
         "calibrate",
         parents=[everywhere],

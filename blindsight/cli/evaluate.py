@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
-    """Add them to the subparsers of the command line; ``everywhere`` holds what all share."""
-    evaluate = commands.add_parser(
+    """Register the commands; ``everywhere`` is the parent parser with the shared options."""
+    _add_evaluate(commands, everywhere)
+    _add_refine(commands, everywhere)
+    _add_sweep(commands, everywhere)
+
+
+def _add_evaluate(commands: Any, everywhere: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
         "evaluate",
         parents=[everywhere],
         help="answer a dataset dense and with a profile, and compare",
@@ -27,23 +33,25 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         "evaluation.md. An interrupted run goes on where it was. Under torchrun the processes "
         "share the questions.",
     )
-    _add_arguments(evaluate, "evaluation")
-    evaluate.add_argument(
+    _add_arguments(parser, "evaluation")
+    parser.add_argument(
         "--engine",
         choices=("reference", "compiled"),
         default="reference",
         help="what answers: explicit masks, or the compiled decoder, which compiles for every "
         "shape (%(default)s)",
     )
-    evaluate.add_argument(
+    parser.add_argument(
         "--repeats",
         type=int,
         default=5,
         help="timed prefills of each kind; 0 compiles nothing (%(default)s)",
     )
-    evaluate.set_defaults(run=_run_evaluate)
+    parser.set_defaults(run=_run_evaluate)
 
-    refine = commands.add_parser(
+
+def _add_refine(commands: Any, everywhere: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
         "refine",
         parents=[everywhere],
         help="choose a profile's categories anew, by what they do to the next token",
@@ -51,45 +59,47 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         "the token after the prompt, and spend the budget by that: what a head computes may be "
         "changed a lot, and nobody reads it.",
     )
-    _add_inputs(refine, "prompts to try categories on, those of calibration for example")
-    refine.add_argument("-o", "--output", type=Path, required=True, help="the profile to write")
-    refine.add_argument(
+    _add_inputs(parser, "prompts to try categories on, those of calibration for example")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the profile to write")
+    parser.add_argument(
         "--budget",
         type=float,
         default=0.005,
         help="how far one head may move the next token: square root of the KL divergence in nats "
         "(%(default)s)",
     )
-    refine.add_argument(
+    parser.add_argument(
         "--by",
         choices=("head", "layer"),
         default="head",
         help="what is tried at a time; by layer is faster and coarser (%(default)s)",
     )
-    refine.set_defaults(run=_run_refine)
+    parser.set_defaults(run=_run_refine)
 
-    sweep = commands.add_parser(
+
+def _add_sweep(commands: Any, everywhere: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
         "sweep",
         parents=[everywhere],
         help="accuracy over cost, from nothing sparse to everything",
         description="Answer a dataset at many budgets, beside baselines. Writes "
         "sweep.json, sweep.md and sweep.png. An interrupted run goes on where it was.",
     )
-    _add_arguments(sweep, "sweep")
-    sweep.add_argument("--points", type=int, default=12, help="of the curve (%(default)s)")
-    sweep.add_argument(
+    _add_arguments(parser, "sweep")
+    parser.add_argument("--points", type=int, default=12, help="of the curve (%(default)s)")
+    parser.add_argument(
         "--budgets", type=float, nargs="+", help="of calibration, instead of --points"
     )
-    sweep.add_argument("--no-baselines", action="store_true", help="only the curve itself")
-    sweep.add_argument("--seeds", type=int, default=3, help="random points a budget (%(default)s)")
-    sweep.add_argument("--no-plot", action="store_true", help="no picture (needs no matplotlib)")
-    sweep.add_argument(
+    parser.add_argument("--no-baselines", action="store_true", help="only the curve itself")
+    parser.add_argument("--seeds", type=int, default=3, help="random points a budget (%(default)s)")
+    parser.add_argument("--no-plot", action="store_true", help="no picture (needs no matplotlib)")
+    parser.add_argument(
         "--repeats",
         type=int,
         default=0,
         help="timed prefills of each kind and point; each point compiles (%(default)s)",
     )
-    sweep.set_defaults(run=_run_sweep)
+    parser.set_defaults(run=_run_sweep)
 
 
 def _add_inputs(parser: argparse.ArgumentParser, what: str) -> None:

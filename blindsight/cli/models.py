@@ -7,20 +7,23 @@ from typing import Any
 
 from blindsight.error_text import on_one_line
 
+DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_DEVICE = "default: cuda where there is one, else cpu"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what :func:`load_model` is to be told."""
     parser.add_argument("--model", required=True, help="folder or hub id of a pretrained model")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="of weights and computation (default: as the weights are stored, and float32 on a "
         "CPU, which is slow at others)",
     )
     parser.add_argument(
         "--device",
-        help="such as cpu or cuda; auto: layers are spread over all GPUs, by accelerate (default: "
-        "cuda where there is one, else cpu)",
+        help="such as cpu or cuda; auto: layers are spread over all GPUs, by accelerate "
+        f"({DEFAULT_DEVICE})",
     )
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
-    """Add it to the subparsers of the command line; ``everywhere`` holds what all share."""
+    """Register the command; ``everywhere`` is the parent parser with the shared options."""
     show = commands.add_parser("show", parents=[everywhere], help="print what a profile says")
     show.add_argument("profile", type=Path)
     show.add_argument("--plot", type=Path, metavar="PNG", help="draw the heads by category")
