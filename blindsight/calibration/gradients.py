@@ -1,6 +1,6 @@
-"""Gradients of the tokens that may follow a prompt, with respect to the outputs of attention.
+"""Gradients of the likeliest next tokens, with respect to the outputs of attention.
 
-Shapes: B batch, T tokens, V vocabulary, Y of the likeliest next tokens.
+Shapes: B batch, T tokens, V vocabulary, Y likeliest next tokens.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from blindsight.calibration.probe import Losses, ProbedCall, measure_losses
 
 logger = logging.getLogger(__name__)
 
-_NUM_TOKENS = 4  # that may follow a prompt, and are looked at
+_NUM_TOKENS = 4  # the likeliest next tokens, whose gradients are taken
 
 
 def losses_with_gradients(
     calls: Mapping[int, Losses | ProbedCall], logits: Tensor, mask: Tensor
 ) -> tuple[dict[int, Losses], Tensor]:
-    """Measure calls with the gradients of the likeliest next tokens' log-probabilities.
+    """Measure calls with the gradients of the log-probabilities of the likeliest next tokens.
 
-    The KL divergence of a small change is half the mean of its squared effect on the
-    log-probabilities, over tokens as the model draws them: the Fisher information.
+    For a small change, the KL divergence is half the mean of the squared changes of the
+    log-probabilities, each token weighted by its probability (the Fisher information).
 
     Returns:
         The losses by layer, and the probabilities ``[B, Y]`` of those tokens.
@@ -55,7 +55,7 @@ def gradients_of(numbers: Tensor, outputs: Sequence[Tensor]) -> Iterator[Sequenc
     found: Sequence[Sequence[Tensor | None]]
     try:  # all at once: every pass computes the layers again
         batched = torch.autograd.grad(numbers, outputs, each, is_grads_batched=True, **options)
-    except RuntimeError as error:  # an operator that knows no batches, or too little memory
+    except RuntimeError as error:  # an operator without batching, or too little memory
         logger.info("gradients one after the other: %s", error)
         batched = None
     if batched is None:  # the error is gone by now, and with it what its frames kept
@@ -69,7 +69,7 @@ def gradients_of(numbers: Tensor, outputs: Sequence[Tensor]) -> Iterator[Sequenc
 
 @contextmanager
 def gradients_from_embeddings(model: nn.Module) -> Iterator[None]:
-    """Let gradients flow from the token embeddings on, and none into the weights."""
+    """Let gradients flow from the token embeddings on, but not into the weights."""
     parameters = list(model.parameters())
     before = [parameter.requires_grad for parameter in parameters]
     embeddings: Any = model

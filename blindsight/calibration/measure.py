@@ -1,7 +1,7 @@
-"""Run a model on prompts and measure, for each, what every category of every head would lose.
+"""Run a model on prompts, and measure what every category of every head would lose on each.
 
-The model runs its own graphs, uncompiled; beside each call of the decoder's attention its losses
-are measured, see :mod:`blindsight.calibration.probe`.
+The model runs its own graphs, uncompiled. The losses are measured beside each call of the
+decoder's attention, see :mod:`blindsight.calibration.probe`.
 
 Shapes: N prompts, B batch, L layers, H query heads, C categories, R regions, T tokens.
 """
@@ -43,24 +43,24 @@ def measure(
     """Measure what the categories of all heads would lose on each sample.
 
     Args:
-        model: A transformers model that reads images, with ``attn_implementation="sdpa"``. It
-            stays as it is, and its outputs too.
+        model: A transformers model that reads images, with ``attn_implementation="sdpa"``. The
+            model and its outputs stay as they are.
         processor: Its processor.
         samples: From :func:`~blindsight.data.samples.load_samples`.
         rule: How the images of a prompt are found, and which tokens are sinks.
-        next_token: Whether to measure the effect on the next token too. That takes gradients, for
-            which every layer is computed once more, and the memory of what attention reads and
-            writes, in all layers.
+        next_token: Whether to measure the effect on the next token too. This takes gradients:
+            every layer is computed once more, and what attention reads and writes is kept in
+            memory for all layers.
         batch_size: Prompts that run together.
-        padding_side: Of shorter prompts in a batch.
+        padding_side: Where the shorter prompts of a batch are padded.
         progress: See :func:`~blindsight.progress.progress_bar`.
-        checkpoint: A file that keeps what was measured so far. Where it exists, the measurement
-            goes on from there. It stays when all is done. In a
-            :func:`~blindsight.ranks.shared_run` each process has its own, named after it.
+        checkpoint: A file for what has been measured so far. If it exists, the measurement resumes
+            from it; it is not removed at the end. In a :func:`~blindsight.ranks.shared_run` each
+            process has a file of its own, named after this one.
 
     Raises:
         ValueError: A sample cannot be read, the model's attention cannot be measured, or the
-            checkpoint is of something else; the message says which.
+            checkpoint is of another measurement; the message says which.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -111,7 +111,7 @@ def _probe_all(
     saved: MeasurementFile | None,
     progress: bool | None,
 ) -> Measurements:
-    """Measure samples batch by batch, going on from a file and saving to it now and then."""
+    """Measure samples batch by batch, resuming from a file and saving to it now and then."""
     parts = [] if saved is None else saved.load()
     done = sum(map(len, parts))
     bar = progress_bar(

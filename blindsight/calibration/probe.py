@@ -1,12 +1,12 @@
-"""What each category would lose of a call of attention, measured without a tensor of all pairs.
+"""Measure what each category would lose of one attention call, without a tensor of all pairs.
 
 The keys that a query in an image sees fall into five groups: text, the sinks and the other tokens
-of its own image, the sinks and the other tokens of other images. Every category keeps some of the
-groups whole (and SINK the query itself). So one pass over the keys, with a running softmax for each
-group, gives the output of all categories: a softmax over several groups is the average of theirs,
-weighted by their sums of exponentials.
+of its own image, and the sinks and the other tokens of other images. Every category keeps some of
+these groups whole (SINK also keeps the query's own token). A softmax over several groups is the
+average of the softmaxes over each, weighted by their sums of exponentials. So one pass over the
+keys, with a running softmax for each group, gives the output of all categories.
 
-Only rows that a category restricts are looked at: those of images other than the first.
+Only the rows that a category restricts are measured: those of images other than the first.
 
 Shapes: B batch, H query heads, G key/value heads, T tokens of the prompt (all of them are both
 queries and keys), D head dim, C categories, R regions; r rows and c keys of one block.
@@ -29,11 +29,11 @@ from blindsight.template import Template
 
 REGIONS = ("own_span", "other_sinks", "text", "other_spans")
 
-# Tokens of queries and keys that are looked at together: few stay in a core's cache, and a GPU is
-# not busy with few.
+# Queries and keys that are computed together: few fit in a core's cache, but few do not keep a GPU
+# busy.
 _BLOCKS, _BLOCKS_OF_GPU = (256, 512), (512, 4096)
 
-# Groups of keys. A row itself is in one of its own span's.
+# Groups of keys. The row's own token is in one of the two of its own span.
 _TEXT, _OWN_SINKS, _OWN, _OTHER_SINKS, _OTHERS = range(5)
 _NUM_GROUPS = 5
 _KEPT = {
@@ -45,21 +45,21 @@ _KEPT = {
 
 
 class Losses(NamedTuple):
-    """What the categories of every head would lose, as sums over the restricted rows.
+    """What the categories of every head would lose, summed over the restricted rows.
 
     Attributes:
-        num_rows: ``[B]`` float64, the rows.
+        num_rows: ``[B]`` float64, the number of those rows.
         norm: ``[B, H]`` float64, the squared norm of the dense output.
-        error: ``[B, H, C]`` float64, the squared norm of what a category changes of it.
+        error: ``[B, H, C]`` float64, the squared norm of a category's change of that output.
         lost: ``[B, H, C]`` float64, the attention weight that a category hides.
         mass: ``[B, H, R]`` float64, the attention weight in each of :data:`REGIONS`.
-        offsets: ``[B, H, NUM_OFFSETS + 1]`` float64, the attention weight on tokens of other spans
-            by their offset from the span's start; the last entry is for each span's last token,
-            which counts as nothing else.
+        offsets: ``[B, H, NUM_OFFSETS + 1]`` float64, the attention weight on tokens of other
+            spans, by their offset from the start of the span. The last entry is for the last token
+            of a span, which counts there only.
         pairs: ``[B, C]`` int64, the pairs of a query and a key that a category computes, in all
             rows.
-        influence: ``[B, H, C, Y]`` float64, the change of a category times each of the given
-            gradients: to first order, what it does to what the gradients are of.
+        influence: ``[B, H, C, Y]`` float64, the product of a category's change with each of the
+            given gradients: to first order, how much it changes the numbers they belong to.
         deviation: ``[B, H]`` float64, the squared norm of the difference between the model's
             output and the dense output as it was computed here.
     """
@@ -105,12 +105,13 @@ def measure_losses(
     query_block: int | None = None,
     key_block: int | None = None,
 ) -> Losses:
-    """Measure one call of attention; memory is O(T), plus a block of scores.
+    """Measure one call of attention; memory is O(T), plus one block of scores.
 
     Args:
         call: The call.
-        gradients: Of Y numbers, with respect to the call's output, ``[B, H, T, D]`` each.
-        query_block, key_block: Tokens that are looked at together; by default as the device likes.
+        gradients: Of Y numbers with respect to the call's output, ``[B, H, T, D]`` each.
+        query_block, key_block: Tokens that are computed together; by default what suits the
+            device.
 
     Raises:
         ValueError: The call is not the prefill of a whole prompt.
@@ -160,7 +161,7 @@ def empty_losses(
 
 
 def _count_pairs(template: Template, visibility: Visibility) -> Tensor:
-    """Count under the model's own mask; one that is no intervals counts as causal."""
+    """Count under the model's own mask; one that is not intervals counts as causal."""
     base = visibility.intervals()
     if base is None:
         itself = torch.arange(template.num_tokens, device=template.span_id.device)
@@ -178,7 +179,7 @@ class _Partial:
     Attributes:
         highest, total: ``[H, r]``; the sum of exponentials is relative to the maximum.
         output: ``[H, r, D]``, D of the values, not yet divided by the sum.
-        offsets: ``[H, r, NUM_OFFSETS + 1]``, sums by offset, or None.
+        offsets: ``[H, r, NUM_OFFSETS + 1]``, the sum by offset, or None.
     """
 
     def __init__(
@@ -198,7 +199,7 @@ class _Partial:
 
 
 def _exp(x: Tensor) -> Tensor:
-    """Return e^x, and 0 for the nan of -inf less -inf: keys that do not exist weigh nothing."""
+    """Return e^x, and 0 for the nan of -inf minus -inf: keys that do not exist weigh nothing."""
     return x.exp().nan_to_num_(nan=0.0)
 
 
@@ -228,7 +229,7 @@ class _Row:
         self._group_size = call.query.shape[1] // call.key.shape[1]
 
     def measure(self, run: Run, begin: int, end: int, losses: Losses) -> None:
-        """Add what rows ``begin..end - 1`` of a run lose."""
+        """Add what the rows ``begin..end - 1`` of a run lose."""
         query = self._query[:, begin:end].to(self._dtype) * self._scale
         groups = [self._attend(query, begin, group, run) for group in range(_NUM_GROUPS)]
         itself = self._attend_to_itself(query, begin)
@@ -272,7 +273,7 @@ class _Row:
             losses.offsets[b] += by_offset.double().sum(1)
 
     def _attend(self, query: Tensor, first: int, group: int, run: Run) -> _Partial:
-        """Attend from rows ``first`` and on to one group of keys, a block at a time."""
+        """Attend from the rows from ``first`` on to one group of keys, block by block."""
         stop = first + query.shape[1]
         by_offset = group in (_OTHER_SINKS, _OTHERS)
         partial = self._nothing(query, by_offset)
@@ -293,7 +294,7 @@ class _Row:
         return partial
 
     def _attend_to_itself(self, query: Tensor, begin: int) -> _Partial:
-        """Attend each row to its own token, unless that is a sink and counted as one."""
+        """Attend from each row to its own token, unless that is a sink and so in a group."""
         end = begin + query.shape[1]
         key, value = (
             x[:, begin:end].to(self._dtype).repeat_interleave(self._group_size, dim=0)
@@ -306,7 +307,7 @@ class _Row:
         return _Partial(scores, total, value * total[..., None])
 
     def _blocks(self, first: int, stop: int, group: int, run: Run) -> Iterator[tuple[int, int]]:
-        """Yield the blocks of sorted keys of a group that rows ``first..stop - 1`` may see."""
+        """Yield the blocks of sorted keys of a group that the rows ``first..stop - 1`` may see."""
         layout = self._layout
         sinks, others = layout.starts
         ranges: Sequence[tuple[int, int]] = {
@@ -333,7 +334,7 @@ class _Row:
         )
 
     def _per_group(self, x: Tensor) -> Tensor:
-        """Return ``[H, r, *]`` as ``[G, H / G * r, *]``, the rows that share a key head."""
+        """Return ``[H, r, *]`` as ``[G, H / G * r, *]``: the rows that share a key head."""
         return x.reshape(x.shape[0] // self._group_size, -1, x.shape[2])
 
     def _scores(self, query: Tensor, key: Tensor) -> Tensor:

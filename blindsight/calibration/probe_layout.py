@@ -1,4 +1,4 @@
-"""The tokens of one prompt, sorted so that each group of keys is one run of them.
+"""The tokens of one prompt, sorted so that each group of keys is contiguous.
 
 Shapes: T tokens of the prompt.
 """
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from blindsight.template import span_edges
 
-NUM_OFFSETS = 8  # tokens from the start of a span that are told apart, and its last
+NUM_OFFSETS = 8  # tokens from the start of a span that are told apart, beside its last
 
 
 class Run(NamedTuple):
-    """A run of restricted rows of one span, and where the sorted keys have the span."""
+    """Consecutive restricted rows of one span, and where its tokens are among the sorted keys."""
 
     begin: int
     end: int
@@ -33,10 +33,10 @@ class Layout:
     Attributes:
         order: ``[T]`` int64, the token at each sorted position.
         tokens: The same as a list.
-        starts: Where the sinks begin, and the other tokens of spans.
-        runs: The rows that are restricted.
+        starts: Where the sinks begin, and where the other tokens of spans begin.
+        runs: The restricted rows.
         offsets: ``[T, NUM_OFFSETS + 1]`` float32 flags: the offset of each sorted token in its
-            span, and whether it is the last.
+            span, and whether it is the last token of the span.
         is_sink: ``[T]`` bool, in prompt order.
     """
 
@@ -49,7 +49,7 @@ class Layout:
 
 
 def layout_of(span_id: Tensor, is_sink: Tensor, first_span: Tensor | None) -> Layout:
-    """Sort the tokens of a prompt; ``first_span [T]`` flags those in a first span."""
+    """Sort the tokens of a prompt; ``first_span [T]`` flags those that are in a first span."""
     in_span = span_id > 0
     kind = torch.where(in_span, torch.where(is_sink, 1, 2), 0)
     order = kind.argsort(stable=True)
@@ -85,6 +85,6 @@ def layout_of(span_id: Tensor, is_sink: Tensor, first_span: Tensor | None) -> La
 
 
 def _cut(tokens: list[int], begin: int, end: int, first: int, stop: int) -> tuple[int, int]:
-    """Return which of the sorted ``tokens[begin:end]`` are in ``first..stop - 1``."""
+    """Return where the tokens ``first..stop - 1`` are in the sorted ``tokens[begin:end]``."""
     begin = bisect_left(tokens, first, begin, end)
     return begin, bisect_left(tokens, stop, begin, end)

@@ -1,6 +1,6 @@
 """Run a model's own graphs, uncompiled, and measure what its heads would lose on a prompt.
 
-Shapes: B batch, L layers, H query heads, C categories, T tokens, Y of the likeliest next tokens.
+Shapes: B batch, L layers, H query heads, C categories, T tokens, Y likeliest next tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from blindsight.runtime.layers import LayerMap, compact, layer_of_path
 from blindsight.runtime.shards import check_is_whole
 from blindsight.template import Template, TemplateRule
 
-# Of frames, each with its own number and sizes of images, and of frames of all models so far.
+# For one frame, which is compiled for each number and sizes of images; and for all frames so far.
 _RECOMPILE_LIMITS = {"recompile_limit": 64, "accumulated_recompile_limit": 100_000}
 
 
@@ -61,7 +61,7 @@ class Prober:
             self._options["logits_to_keep"] = 1
 
     def __call__(self, inputs: Mapping[str, Any]) -> Measurements:
-        """Measure one batch: arguments of the model's forward, with ``input_ids [B, T]``."""
+        """Measure one batch of arguments of the model's forward, with ``input_ids [B, T]``."""
         inputs = inputs_on(self._model, inputs)
         template = self._rule.template_of_inputs(inputs)
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
@@ -78,7 +78,7 @@ class Prober:
     def _run(
         self, inputs: dict[str, Any], template: Template, mask: Tensor
     ) -> tuple[dict[int, Losses], Tensor | None]:
-        """Return the losses by layer, and the probabilities of the tokens that may follow."""
+        """Return the losses by layer, and the probabilities of the likeliest next tokens."""
         self._backend.begin(template)
         options = dict(self._options)
         if not bool(mask[:, -1].all()):
@@ -103,7 +103,7 @@ class Prober:
 
 
 def _towers_of(model: nn.Module, layer_pattern: str) -> list[nn.Module]:
-    """Return the parts with attention of their own, beside the decoder: vision towers."""
+    """Return the modules beside the decoder that have attention of their own: vision towers."""
     modules = [(plain_name(name), module) for name, module in model.named_modules()]
     layers = [name for name, _ in modules if re.search(layer_pattern + "$", name)]
     around = {name[:at] for name in layers for at, letter in enumerate(name) if letter == "."}
@@ -120,7 +120,7 @@ def _towers_of(model: nn.Module, layer_pattern: str) -> list[nn.Module]:
 
 @contextmanager
 def _untraced(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Keep Dynamo out of modules: it would trace a vision tower anew for unlike images."""
+    """Keep Dynamo out of modules: it would trace a vision tower anew for other sizes of images."""
     before = [vars(module).get("forward") for module in modules]
     for module in modules:
         module.forward = torch.compiler.disable(module.forward)  # type: ignore[no-untyped-call]
@@ -135,11 +135,11 @@ def _untraced(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def measurements_of(layers: Mapping[int, Losses], shares: Tensor | None = None) -> Measurements:
-    """Return the means over rows of what was measured of each layer.
+    """Return the measurements of one batch: what the losses of its layers are per row.
 
     Args:
-        layers: The losses of one batch, by layer.
-        shares: ``[B, Y]``, the probabilities of the tokens that gradients are of.
+        layers: The losses of the batch, by layer.
+        shares: ``[B, Y]``, the probabilities of the tokens whose gradients were taken.
     """
     stacked = Losses(
         *(
@@ -166,12 +166,12 @@ def measurements_of(layers: Mapping[int, Losses], shares: Tensor | None = None) 
 
 
 def _measure_at_once(*fields: Any, **options: Any) -> Losses:
-    """Measure a call where it is, so that nothing of it need be kept."""
+    """Measure a call where it happens, so that nothing of it has to be kept."""
     return measure_losses(ProbedCall(*fields, **options))
 
 
 class _ProbeBackend:
-    """A backend for ``torch.compile`` that runs the graphs as they are, and measures."""
+    """A backend for ``torch.compile`` that runs graphs as they are, and measures beside them."""
 
     def __init__(
         self, model: nn.Module, rule: TemplateRule, measure: Callable[..., Losses | ProbedCall]
@@ -183,11 +183,11 @@ class _ProbeBackend:
         self._losses: dict[int, Losses | ProbedCall] = {}
 
     def begin(self, template: Template) -> None:
-        """Say where the images of the next forward are."""
+        """Set where the images of the next forward are."""
         self._template, self._losses = template, {}
 
     def end(self) -> dict[int, Losses | ProbedCall]:
-        """Return what was measured of each layer in the forward that is over."""
+        """Return what the last forward measured, by layer."""
         found, self._template, self._losses = self._losses, None, {}
         return found
 
@@ -227,7 +227,7 @@ class _ProbeBackend:
         return run
 
     def _is_ours(self, call: Attention, example_inputs: Sequence[Any]) -> bool:
-        """Whether a call is the decoder's, and its layer can be told."""
+        """Whether a call belongs to the decoder, in a layer that can be told."""
         if layer_of_path(call) is not None:
             return True
         examples = [example_inputs[at] for at in call.parameters]

@@ -1,4 +1,4 @@
-"""The commands ``demo`` and ``explain``: both run a model on a prompt of photographs.
+"""The commands ``demo`` and ``explain``, which both run a model on a prompt of photographs.
 
 Nothing heavy is imported before a command runs.
 """
@@ -23,15 +23,20 @@ def _add_demo(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         "demo",
         parents=[everywhere],
         help="answer questions and prefill a long prompt, dense and sparse",
-        description="Answer questions about images with a small trained model and its profile, "
-        "dense and sparse side by side. Then prefill one long prompt of photographs with one "
-        "compiled model, dense and sparse, and compare it with a plain reference. Without --model: "
-        "a small one, random weights. With --model, --images or --profile: only that.",
+        description="First, answer questions about images with a small trained model and its "
+        "profile, dense and sparse side by side. Second, prefill one long prompt of photographs "
+        "with one compiled model, dense and sparse, and compare the result with a plain reference; "
+        "without --model, that model is small and has random weights. With --model, --images or "
+        "--profile, only the second part runs.",
     )
     _add_prompt_arguments(parser)
     parser.add_argument("--model", help="folder or hub id of a pretrained model")
-    parser.add_argument("--profile", type=Path, help="default: a quarter of the heads each")
-    parser.add_argument("--layers", type=int, default=2, help="of the small model (%(default)s)")
+    parser.add_argument(
+        "--profile", type=Path, help="a profile (default: a quarter of the heads for each category)"
+    )
+    parser.add_argument(
+        "--layers", type=int, default=2, help="layers of the small model (%(default)s)"
+    )
     parser.add_argument(
         "--inner", default="inductor", help="what compiles the graphs (%(default)s)"
     )
@@ -42,9 +47,9 @@ def _add_demo(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         "--part",
         choices=("answers", "speed", "both"),
         default="both",
-        help="the testbed's answers, the timing of a long prompt, or both (default)",
+        help="the answers, the timing of the long prompt, or both (default)",
     )
-    parser.add_argument("--no-check", action="store_true", help="do not run the slow reference")
+    parser.add_argument("--no-check", action="store_true", help="skip the reference, which is slow")
     parser.set_defaults(run=_run_demo)
 
 
@@ -52,9 +57,9 @@ def _add_explain(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "explain",
         parents=[everywhere],
-        help="say what becomes of every attention call of a model",
+        help="report what happens to every attention call of a model",
         description="Trace a model on one prompt of photographs, rewrite it, run it uncompiled, "
-        "and print a row per attention call.",
+        "and print one row for each attention call.",
     )
     _add_prompt_arguments(parser)
     parser.add_argument("--model", required=True, help="folder or hub id of a pretrained model")
@@ -64,10 +69,18 @@ def _add_explain(commands: Any, everywhere: argparse.ArgumentParser) -> None:
 
 
 def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", type=Path, help="folder (default: two sample photographs)")
-    parser.add_argument("--num-images", type=int, default=12, help="in the prompt (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=4000, help="about as many (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of crops and weights (%(default)s)")
+    parser.add_argument(
+        "--images", type=Path, help="folder of images (default: two sample photographs)"
+    )
+    parser.add_argument(
+        "--num-images", type=int, default=12, help="images in the prompt (%(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=4000, help="approximate length of the prompt (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the crops and the weights (%(default)s)"
+    )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,

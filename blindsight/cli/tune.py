@@ -16,8 +16,9 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     tune = commands.add_parser(
         "tune",
         parents=[everywhere],
-        help="measure this device, for the choice of how to compute attention",
-        description="Measure what attention costs on this device, and keep it for later runs.",
+        help="measure what attention costs on this device",
+        description="Measure what attention costs on this device, and keep the result for later "
+        "runs, which choose by it how to compute attention.",
     )
     tune.add_argument("--device", help=f"such as cpu or cuda ({DEFAULT_DEVICE})")
     tune.add_argument(
@@ -25,7 +26,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         nargs="+",
         default=["float32", "bfloat16"],
-        help="of models that run here (default: float32 bfloat16)",
+        help="dtypes of the models that run here (default: float32 bfloat16)",
     )
     tune.set_defaults(run=_run_tune)
 

@@ -40,7 +40,7 @@ MEANINGS = {
 
 @dataclass(frozen=True, eq=False)
 class PlannedPoint:
-    """A point to be answered."""
+    """A point that is to be answered."""
 
     series: str
     knob: float
@@ -50,15 +50,15 @@ class PlannedPoint:
 
 
 def spread_budgets(evidence: Mapping[str, Tensor], select: Select, num_points: int) -> list[float]:
-    """Return budgets whose costs spread evenly, from nothing sparse to all that can be.
+    """Return budgets with costs that are spread evenly, from dense to the sparsest possible.
 
     Args:
-        evidence: Of calibration; the costs are those of its prompts.
-        select: What a budget selects; a larger one never costs more.
-        num_points: How many, about.
+        evidence: That of a calibration; the costs are those of its prompts.
+        select: What a budget selects; a larger budget never costs more.
+        num_points: About how many budgets.
 
     Raises:
-        ValueError: There are fewer than two points, or the evidence lacks something.
+        ValueError: There are fewer than two points, or the evidence is incomplete.
     """
     if num_points < 2:
         raise ValueError(f"num_points must be at least 2, got {num_points}.")
@@ -121,11 +121,11 @@ def category_plans(
 
 
 def token_plans(shares: Sequence[float], widths: Sequence[int]) -> list[PlannedPoint]:
-    """Return the baselines at some shares of dense attention, those that a decoder can have.
+    """Return the points of the token baselines, as far as the decoder allows them.
 
     Args:
-        shares: See :mod:`blindsight.evaluation.baselines`.
-        widths: Of the decoder's layers; 0 of one without attention.
+        shares: Shares of dense attention, see :mod:`blindsight.evaluation.baselines`.
+        widths: Widths of the decoder's layers; 0 for one without attention.
     """
     plans = [PlannedPoint(WINDOW, share, WindowMasking(share)) for share in shares]
     if len(widths) > 2 and all(widths):
