@@ -38,12 +38,11 @@ from transformers import DynamicCache
 from blindsight import Profile, TemplateRule, blindsight_backend, use_template
 from blindsight.attention.attend import _take_tokens
 from blindsight.attention.base_mask import CAUSAL
-from blindsight.attention.block_tables import block_size_of
 from blindsight.attention.mask_forms import sorted_mask
 from blindsight.ranks import local_device
-from blindsight.runtime.choose import ChoosableCall, best_form, choose_layouts
-from blindsight.runtime.cost_model import CallSize, costs_of
-from blindsight.runtime.history import History
+from blindsight.runtime.choose import ChoosableCall, Device, best_form, choose_layouts
+from blindsight.runtime.cost_model import CallSize
+from blindsight.runtime.history import GivenHistory
 from blindsight.runtime.inner import Inner
 from blindsight.runtime.lowering import Lowering
 from blindsight.template import Template
@@ -142,24 +141,15 @@ def measure_work(bench: Bench, sizes: Sequence[int]) -> list[dict[str, Any]]:
 def choose_alone(bench: Bench, config: Config) -> None:
     """What is found out of a prompt on the host, before it runs."""
     length, (span_id, is_sink) = config.num_tokens, config.template()
-    history = History(bench.profile.rule, template=Template(span_id, is_sink))
-    costs = costs_of(torch.device(bench.device), bench.dtype)
-    block_size = block_size_of(torch.device(bench.device))
-    form = best_form(history, length, bench.profile.categories, costs=costs, block_size=block_size)
+    history = GivenHistory(bench.profile.rule, Template(span_id, is_sink))
+    device = Device.of(torch.device(bench.device), bench.dtype)
+    form = best_form(history, length, bench.profile.categories, device)
     heads, key_heads = SHAPES[bench.shape][2:4]
     size = CallSize(heads, key_heads, HEAD_DIM, 1, length, length, length, length, is_masked=True)
     codes = tuple(bench.profile.categories[0].tolist())
     call = ChoosableCall(codes, form, is_causal=True, size=size)
     calls = [call] * SHAPES[bench.shape][4]
-    parts = torch.get_num_threads() if bench.device == "cpu" else 1
-    choose_layouts(
-        calls,
-        history,
-        lowering=Lowering.AUTO,
-        costs=costs,
-        block_size=block_size,
-        num_threads=parts,
-    )
+    choose_layouts(calls, history, lowering=Lowering.AUTO, device=device)
 
 
 def measure_compile(bench: Bench, size: int) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from blindsight.profile import Profile
 from blindsight.report import Report, Verdict
 from blindsight.runtime.attached import AttachedModels
 from blindsight.runtime.compiled_graph import CompiledGraph
-from blindsight.runtime.forwards import Runtime
+from blindsight.runtime.forwards import Forwards
 from blindsight.runtime.inner import OPTIONS_OF_INDUCTOR, Inner
 from blindsight.runtime.lowering import Lowering
 from blindsight.runtime.state import BackendState
@@ -42,15 +42,14 @@ class BlindsightBackend:
         self.__name__ = "blindsight"
         profile = dataclasses.replace(profile)  # nobody else can write to its tensors
         self.inner = Inner(inner, inner_options, passes.identities)
-        sparse = [layer for layer in profile.layers if not profile.layer_is_dense(layer)]
-        runtime = Runtime(profile.rule, profile.layers, sparse_layers=sparse, strict=strict)
+        forwards = Forwards(profile, strict=strict)
         reference = weakref.ref(self)
 
         def is_this(compiler: object) -> bool:
             return _backend_of(compiler) is reference() is not None
 
-        models = AttachedModels(profile, runtime, is_this)
-        self.state = BackendState(profile, strict, lowering, runtime, models, passes)
+        models = AttachedModels(profile, forwards, is_this)
+        self.state = BackendState(profile, strict, lowering, forwards, models, passes)
         self._lock = threading.Lock()
         self._num_graphs = 0
         if model is not None:
@@ -76,7 +75,7 @@ class BlindsightBackend:
     def report(self) -> Report:
         """Return what became of every attention call that was compiled so far."""
         state = self.state
-        missing = sorted(state.runtime.layers - state.runtime.met)
+        missing = sorted(state.forwards.layers - state.forwards.met)
         return Report(tuple(map(Verdict.copy, state.verdicts)), tuple(missing))
 
     def warmup(
@@ -135,13 +134,13 @@ def blindsight_backend(
         profile: A profile, or the path of one.
         inner: The backend that compiles the graphs: a name, or a callable
             ``(gm, example_inputs, **options)``.
-        model: The whole model, or the stage of a pipeline. It is found by itself in the call that
-            is compiled first; give it to hear at once that a profile is not for it, or where the
-            call of a function is compiled as a whole (``fullgraph=True``). The model is not kept
+        model: The whole model, or the stage of a pipeline. By default it is found in the first
+            call that is compiled. Give it to learn at once that a profile does not fit, or where a
+            function is compiled as a whole (``fullgraph=True``). The model is not kept
             alive. Two hooks on it show its ``input_ids`` where it runs eagerly, and make what
             Dynamo gives up on an error; :meth:`BlindsightBackend.detach` removes them.
-        strict: Whether attention of the profile that cannot be rewritten, or is never met, is
-            an error. If false it stays dense, with one warning.
+        strict: Whether it is an error if attention that the profile covers cannot be rewritten,
+            or never reaches the backend. If false it stays dense, with one warning.
         lowering: How heads of several categories are computed: ``"fused"`` in one call of
             FlexAttention, ``"split"`` with dense heads apart on ``scaled_dot_product_attention``
             where the model's own mask is plain causal, or ``"auto"``: whichever is estimated to be
@@ -184,102 +183,11 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"options must be spelt as documented, got {name!r} for {meant[0]!r}.")
 
 
-class _Named:
-    """A backend that was asked for by name.
-
-    Args:
-        options: The very object that torch.compile keeps.
-        mode: Beside it.
-        backend: For both.
-    """
-
-    def __init__(
-        self, options: dict[str, Any], mode: str | None, backend: BlindsightBackend
-    ) -> None:
-        self.contents = dict(options), mode
-        self.backend = backend
-        self._options = options
-        self._file = _stamp(options["profile"])
-
-    def check(self) -> None:
-        """Check that nothing changed of which models that are compiled would not hear.
-
-        Raises:
-            ValueError: The options did.
-        """
-        if self._options != self.contents[0]:
-            raise ValueError(
-                "options of torch.compile must stay as they were given, and were changed since: "
-                "models that were compiled with them before would not hear of it. Give another "
-                "dict."
-            )
-        if self._file != _stamp(self._options["profile"]):
-            self.backend.state.runtime.warn_once(
-                f"the profile {self._options['profile']} was written to since it was read, and the "
-                "old one is in use. Call torch.compiler.reset() to read it anew."
-            )
-
-
-def _stamp(profile: object) -> tuple[int, int] | None:
-    """Return what changes when the file of a profile does, if it is one."""
-    if not isinstance(profile, (str, os.PathLike)):
-        return None
-    try:
-        found = os.stat(profile)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size
-
-
-# By the id of their options. Dynamo takes two compiled models with equal options for the same, and
-# lets them share graphs: so they share a backend.
-_by_options: dict[int, _Named] = {}
-
-
-def _named(options: dict[str, Any] | None, mode: str | None) -> _Named | None:
-    """Return what was asked for with these options, or with equal ones."""
-    if (found := _by_options.get(id(options))) is not None:
-        return found
-    return next((x for x in _by_options.values() if x.contents == (options, mode)), None)
-
-
-def blindsight(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    options: dict[str, Any] | None = None,
-    mode: str | None = None,
-) -> Callable[..., Any]:
-    """Compile for ``torch.compile(model, backend="blindsight", options={"profile": ...})``.
-
-    ``options`` are the arguments of :func:`blindsight_backend`.
-    """
-    if not options or "profile" not in options:
-        raise ValueError(
-            "backend 'blindsight' must be given a profile, got options "
-            f"{sorted(options or ())}. Say torch.compile(model, backend='blindsight', "
-            "options={'profile': path})."
-        )
-    named = _named(options, mode)
-    if named is None:
-        arguments = dict(options)
-        if mode is not None:
-            arguments.setdefault("mode", mode)
-        named = _Named(options, mode, blindsight_backend(arguments.pop("profile"), **arguments))
-        named.backend.state.check_unchanged = named.check
-        _by_options[id(options)] = named
-    named.check()
-    return named.backend(gm, example_inputs)
-
-
 def _backend_of(compiler: object) -> object:
     """Return the backend that Dynamo's compiler leads to, whichever way it was asked for."""
     found = getattr(compiler, "compiler_fn", compiler)
-    if found is blindsight:
-        arguments = getattr(compiler, "kwargs", {})
-        named = _named(arguments.get("options"), arguments.get("mode"))
-        return None if named is None else named.backend
-    return found
-
-
-blindsight.reset = _by_options.clear  # type: ignore[attr-defined]  # torch.compiler.reset calls it
+    by_name = getattr(found, "backend_for", None)
+    if by_name is None:
+        return found
+    arguments = getattr(compiler, "kwargs", {})
+    return by_name(arguments.get("options"), arguments.get("mode"))

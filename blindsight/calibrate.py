@@ -28,9 +28,10 @@ from blindsight.calibration.measurements import Measurements
 from blindsight.calibration.probe_layout import NUM_OFFSETS
 from blindsight.calibration.selection import ALLOCATIONS, CRITERIA, select_categories
 from blindsight.categories import HeadCategory
+from blindsight.configs import check_has_vision, config_of
 from blindsight.data.samples import load_samples
 from blindsight.error_text import check_choice
-from blindsight.families import check_has_vision, config_of, fingerprint, widths_of
+from blindsight.fingerprints import fingerprint, widths_of
 from blindsight.profile import Profile
 from blindsight.template import TemplateRule
 

@@ -29,7 +29,7 @@ class HeadCategory(IntEnum):
             if isinstance(value, str):
                 return cls[value.strip().upper()]
             number = float(value)  # type: ignore[arg-type]
-            if number != int(number):
+            if type(value).__name__ in ("bool", "bool_") or number != int(number):
                 raise ValueError
             return cls(int(number))
         except (KeyError, TypeError, ValueError, OverflowError):

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 import blindsight
+from blindsight.configs import check_has_vision
 from blindsight.data.samples import Samples, load_samples
 from blindsight.error_text import check_choice
 from blindsight.evaluation.answering import Point, answer_samples
@@ -33,7 +34,6 @@ from blindsight.evaluation.outcomes import OutcomeFile
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.evaluation.summary import Summary, by_task, percent, summarize, table
 from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill_once
-from blindsight.families import check_has_vision
 from blindsight.files import write_text
 from blindsight.modules import digest_of_weights, in_eval_mode
 from blindsight.profile import Profile

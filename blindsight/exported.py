@@ -42,8 +42,8 @@ def export(
         profile: A profile, or the path of one.
         example_inputs: Of the whole model, with ``input_ids``, from which the program tells where
             the images are. Or of its decoder, with ``inputs_embeds``, ``span_id [B, Q]`` (ints)
-            and ``is_sink [B, Q]`` (bool): see :func:`decoder_inputs`. That is for the models whose
-            vision tower ``torch.export`` cannot trace, Qwen's.
+            and ``is_sink [B, Q]`` (bool): see :func:`decoder_inputs`. Use these for models whose
+            vision tower ``torch.export`` cannot trace: all but Gemma's.
         lowering: ``"fused"`` or ``"split"``, as for :func:`~blindsight.blindsight_backend`.
 
     Raises:
@@ -61,7 +61,7 @@ def export(
     is_decoder = "inputs_embeds" in inputs
     if is_decoder and (missing := [name for name in _TEMPLATE if name not in inputs]):
         raise ValueError(
-            f"inputs of a decoder must have span_id and is_sink, got none of {', '.join(missing)}. "
+            f"inputs of a decoder must have span_id and is_sink, got no {', '.join(missing)}. "
             "Take them from blindsight.exported.decoder_inputs(model, profile, inputs)."
         )
     if not is_decoder and "input_ids" not in inputs:

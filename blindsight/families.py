@@ -5,12 +5,11 @@ A family that is not listed works too: give its :class:`~blindsight.TemplateRule
 
 from __future__ import annotations
 
-import inspect
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from blindsight.configs import config_of
 
 # What the decoders of transformers' multimodal models are called.
 DEFAULT_LAYER_PATTERN = r"(?:language|text)_model(?:\.model)?\.layers\.(\d+)\.self_attn"
@@ -140,37 +139,6 @@ DECODER_ATTENTION_CLASSES = frozenset(
     )
 )
 
-# Of the types of decoder layers in transformers; all others have attention.
-_WITHOUT_ATTENTION = frozenset({"linear_attention", "mamba", "recurrent", "conv", "moe"})
-# Their own code changes the mask, for what it is under scaled_dot_product_attention.
-_CHOOSING_KEYS = frozenset(
-    {"minimax_m3_sparse", "indexed_attention", "compressed_sparse_attention"}
-)
-
-CACHE_ARGUMENTS = ("cache", "past_key_values")  # its name from transformers 5.24 on, and before
-
-
-def cache_argument(forward: Callable[..., Any]) -> str:
-    """Return what a model's forward calls its cache."""
-    known = inspect.signature(forward).parameters
-    return next((name for name in CACHE_ARGUMENTS if name in known), CACHE_ARGUMENTS[-1])
-
-
-def cache_of(output: Any) -> Any:
-    """Return the cache in what a model put out."""
-    return next((getattr(output, name) for name in CACHE_ARGUMENTS if hasattr(output, name)), None)
-
-
-def config_of(model_or_config: Any) -> Any:
-    """Return the config of a model, or the config itself."""
-    return getattr(model_or_config, "config", model_or_config)
-
-
-def text_config(config: Any) -> Any:
-    """Return the part of a multimodal config that describes its decoder."""
-    get = getattr(config, "get_text_config", None)
-    return get() if callable(get) else config
-
 
 def family_of(model_or_config: Any) -> Family:
     """Return the row of a model's family.
@@ -228,116 +196,3 @@ def rule_of_family(model_or_config: Any, tokenizer: Any = None) -> dict[str, Any
         "video_token_ids": of_config(family.video_tokens),
         "layer_pattern": family.layer_pattern,
     }
-
-
-def attends(layer_type: str) -> bool:
-    """Whether layers of a type, as transformers names them, have a softmax over keys."""
-    return layer_type not in _WITHOUT_ATTENTION
-
-
-def check_has_vision(model_or_config: Any) -> None:
-    """Check that a model reads images.
-
-    Raises:
-        ValueError: It does not.
-    """
-    config = config_of(model_or_config)
-    if getattr(config, "vision_config", None) is None:
-        kind = getattr(config, "model_type", type(model_or_config).__name__)
-        raise ValueError(
-            f"model must have a vision part, got {kind!r}, which has none. Give a vision-language "
-            "model, such as a Qwen2.5-VL."
-        )
-
-
-def check_masks_are_known(model: Any) -> None:
-    """Check that the mask that a model hands its attention is all there is.
-
-    Raises:
-        ValueError: Some layers choose keys by themselves.
-    """
-    types = getattr(text_config(config_of(model)), "layer_types", None) or ()
-    if chosen := sorted(_CHOOSING_KEYS.intersection(types)):
-        raise ValueError(
-            f"layers must attend by the masks that they are handed, got {', '.join(chosen)} in "
-            f"{type(model).__name__}, which choose keys by themselves. Such a model can be "
-            "compiled, and neither evaluated nor run as a reference."
-        )
-
-
-def shares_keys(model_or_config: Any) -> bool:
-    """Whether some layers take the keys of earlier ones (small Gemma 4).
-
-    Such layers compute no more rows than the logits that are asked for.
-    """
-    text = text_config(config_of(model_or_config))
-    return bool(getattr(text, "num_kv_shared_layers", 0))
-
-
-def forgets(layer_type: str) -> bool:
-    """Whether the cache of such layers drops the first tokens of a long sequence."""
-    return "sliding" in layer_type or "chunked" in layer_type
-
-
-def with_attention(layer_types: Sequence[str]) -> tuple[int, ...]:
-    """Return the numbers of the layers that have a softmax over keys."""
-    return tuple(at for at, name in enumerate(layer_types) if attends(name))
-
-
-def fingerprint(model_or_config: Any) -> dict[str, str]:
-    """Return what a profile must share with its model: architecture and attention shape.
-
-    Key/value heads and head dim are one number, or one for each layer (see :func:`each_layer`).
-
-    Raises:
-        ValueError: The layers have unlike numbers of query heads.
-    """
-    config = config_of(model_or_config)
-    text = text_config(config)
-    num_layers = text.num_hidden_layers
-    layer_types = list(getattr(text, "layer_types", None) or ["full_attention"] * num_layers)
-    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
-    num_heads = {layer.num_attention_heads for layer in layers}
-    if len(num_heads) > 1:
-        raise ValueError(
-            f"all layers must have as many query heads as each other, got {sorted(num_heads)}."
-        )
-    return {
-        "architecture": str(config.model_type),
-        "num_layers": str(num_layers),
-        "num_heads": str(num_heads.pop()),
-        "num_kv_heads": in_short([_num_key_heads(layer) for layer in layers]),
-        "head_dim": in_short([_head_dim(layer) for layer in layers]),
-        "layer_types": ",".join(layer_types),
-    }
-
-
-def in_short(numbers: Sequence[int]) -> str:
-    """Write a number of each layer: once, if it is always the same."""
-    return ",".join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1]))
-
-
-def each_layer(numbers: str, num_layers: int) -> tuple[int, ...]:
-    """Return the number of each layer; the inverse of :func:`in_short`."""
-    found = tuple(map(int, numbers.split(",")))
-    return found * num_layers if len(found) == 1 else found
-
-
-def widths_of(fingerprint: Mapping[str, str]) -> tuple[int, list[int]]:
-    """Return a head dim, and the multiple of it that each layer's is; 0 without attention."""
-    types = fingerprint["layer_types"].split(",")
-    dims = each_layer(fingerprint["head_dim"], len(types))
-    layers = with_attention(types)
-    unit = math.gcd(*(dims[layer] for layer in layers))
-    return unit, [dim // unit if layer in layers else 0 for layer, dim in enumerate(dims)]
-
-
-def _num_key_heads(config: Any) -> int:
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def _head_dim(config: Any) -> int:
-    """Return the elements of a query and a key; a value's may be others (latent attention)."""
-    known = (getattr(config, name, None) for name in ("qk_head_dim", "head_dim"))
-    whole = int(config.hidden_size // config.num_attention_heads)
-    return next((int(size) for size in known if size), whole)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from blindsight.families import CACHE_ARGUMENTS
+from blindsight.configs import CACHE_ARGUMENTS
 
 
 def plain_name(name: str) -> str:

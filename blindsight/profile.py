@@ -8,10 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,11 +18,19 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from blindsight.categories import NUM_CATEGORIES, HeadCategory, summarize_categories
-from blindsight.families import attends, config_of, each_layer, fingerprint, in_short
+from blindsight.configs import attends, config_of
 from blindsight.files import write_whole
+from blindsight.fingerprints import (
+    differences,
+    each_layer,
+    fingerprint,
+    layer_types_of,
+    of_shard,
+    of_stage,
+    stage_of,
+)
 from blindsight.profile_checks import (
     DAMAGED,
-    FINGERPRINT,
     FORMAT,
     METADATA,
     VERSION,
@@ -46,7 +53,7 @@ class Profile:
     Args:
         categories: ``[L, H]`` uint8, codes of :class:`~blindsight.HeadCategory`. Copied.
         rule: How the images of a prompt are found.
-        fingerprint: What the model must be like, see :func:`blindsight.families.fingerprint`.
+        fingerprint: What the model must be like, see :func:`blindsight.fingerprints.fingerprint`.
         evidence: What calibration measured, float32 ``[L, H, ...]``: ``error``,
             ``error_spread``, ``effect``, ``lost_mass``, ``margin`` and ``pairs`` ``[L, H, C]``,
             ``mass`` ``[L, H, R]``. Copied.
@@ -101,7 +108,7 @@ class Profile:
                 not known and ``rule`` is not given.
         """
         found = _fingerprint_of(model_or_config)
-        types = found["layer_types"].split(",")
+        types = layer_types_of(found)
         config = config_of(model_or_config)
         identity = {
             "id": getattr(config, "_name_or_path", None),
@@ -116,7 +123,7 @@ class Profile:
 
     @classmethod
     def of(cls, profile: Profile | str | os.PathLike[str]) -> Profile:
-        """Return a profile as it is, or the one of a file.
+        """Return a profile unchanged, or load it from a path.
 
         Raises:
             ValueError: It is neither, or the file is damaged.
@@ -179,32 +186,15 @@ class Profile:
             ValueError: There is no such rank, the heads or the key/value heads cannot be split
                 evenly, or the profile is such a part already.
         """
-        if "shard" in self.fingerprint:
-            raise ValueError(
-                f"profile must be of a whole model, got shard {self.fingerprint['shard']} of one. "
-                "Shard the whole profile."
-            )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}.")
-        own = dict(self.fingerprint)
-        for name in ("num_heads", "num_kv_heads"):
-            numbers = each_layer(own[name], self.num_layers)
-            if any(number % world_size for number in numbers):
-                raise ValueError(
-                    f"{name} must be a multiple of world_size, got {own[name]} for {world_size} "
-                    "processes. Use fewer, so that each has whole groups of heads."
-                )
-            own[name] = in_short([number // world_size for number in numbers])
+        own = of_shard(self.fingerprint, rank, world_size)
         if world_size == 1:
             return self
         first, last = (at * int(own["num_heads"]) for at in (rank, rank + 1))
-        return Profile(
-            self.categories[:, first:last],
-            rule=self.rule,
-            fingerprint={**own, "shard": f"{rank}/{world_size}"},
+        return replace(
+            self,
+            categories=self.categories[:, first:last],
+            fingerprint=own,
             evidence={name: values[:, first:last] for name, values in self.evidence.items()},
-            calibration=self.calibration,
-            model=self.model,
         )
 
     def stage(self, first: int, stop: int, *, keeps_numbers: bool) -> Profile:
@@ -219,39 +209,22 @@ class Profile:
         Raises:
             ValueError: There are no such layers, or the profile is of a stage already.
         """
-        if "stage" in self.fingerprint:
-            raise ValueError(
-                f"profile must be of all layers, got stage {self.fingerprint['stage']}. Take the "
-                "stage of the whole profile."
-            )
-        if not 0 <= first < stop <= self.num_layers:
-            raise ValueError(
-                f"first < stop must be in 0..{self.num_layers}, got {first} and {stop}."
-            )
+        own = of_stage(self.fingerprint, first, stop, keeps_numbers=keeps_numbers)
         if (first, stop) == (0, self.num_layers):
             return self
-        own = {**self.fingerprint, "stage": f"{first}:{stop}/{self.num_layers}"}
         if keeps_numbers:
             categories = torch.zeros_like(self.categories)
             categories[first:stop] = self.categories[first:stop]
             evidence = self.evidence
         else:
-            own |= _of_layers(own, first, stop)
             categories = self.categories[first:stop]
             evidence = {name: values[first:stop] for name, values in self.evidence.items()}
-        return Profile(
-            categories,
-            rule=self.rule,
-            fingerprint=own,
-            evidence=evidence,
-            calibration=self.calibration,
-            model=self.model,
-        )
+        return replace(self, categories=categories, fingerprint=own, evidence=evidence)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The numbers of the layers that it is of, as the model numbers them: with attention."""
-        stage = _stage_of(self.fingerprint)
+        """The layers with attention that the profile covers, as the model numbers them."""
+        stage = stage_of(self.fingerprint)
         numbers, types = range(self.num_layers), self.layer_types
         if stage is not None and stage.num_layers == self.num_layers:
             numbers = range(stage.first, stage.stop)
@@ -260,7 +233,7 @@ class Profile:
     @property
     def layer_types(self) -> list[str]:
         """What transformers calls each layer, such as ``sliding_attention``: L names."""
-        return self.fingerprint["layer_types"].split(",")
+        return layer_types_of(self.fingerprint)
 
     def head_dim(self, layer: int) -> int:
         """Elements of a query head of a layer."""
@@ -278,22 +251,7 @@ class Profile:
             ValueError: It was not; the message names every field that differs.
         """
         found = _fingerprint_of(model_or_config)
-        ours = dict(self.fingerprint)
-        if part_is_fine and (shard := ours.pop("shard", None)) is not None:
-            size = int(shard.partition("/")[2])
-            for name in ("num_heads", "num_kv_heads"):
-                parts = each_layer(ours[name], self.num_layers)
-                ours[name] = in_short([part * size for part in parts])
-        if part_is_fine and (stage := _stage_of(ours)) is not None:
-            del ours["stage"]
-            # A stage may have the config of the whole model, or one of its own.
-            if int(found["num_layers"]) == stage.num_layers != self.num_layers:
-                found |= _of_layers(found, stage.first, stage.stop)
-        different = [
-            f"profile has {name}={ours.get(name)}, model has {name}={found.get(name)}"
-            for name in dict.fromkeys([*FINGERPRINT, *found, *ours])
-            if ours.get(name) != found.get(name)
-        ]
+        different = differences(self.fingerprint, found, part_is_fine=part_is_fine)
         if different:
             raise ValueError(
                 f"profile must be made for this model, got {'; '.join(different)}. "
@@ -388,29 +346,6 @@ class Profile:
 
     def __hash__(self) -> int:
         return hash(self.digest)
-
-
-def _of_layers(fingerprint: Mapping[str, str], first: int, stop: int) -> dict[str, str]:
-    """Return what differs in the fingerprint of some layers."""
-    num_layers = int(fingerprint["num_layers"])
-    numbers = {
-        name: in_short(each_layer(fingerprint[name], num_layers)[first:stop])
-        for name in ("num_kv_heads", "head_dim")
-    }
-    types = fingerprint["layer_types"].split(",")[first:stop]
-    return {"num_layers": str(stop - first), "layer_types": ",".join(types), **numbers}
-
-
-class _Stage(NamedTuple):
-    first: int
-    stop: int
-    num_layers: int  # of the whole model
-
-
-def _stage_of(fingerprint: Mapping[str, str]) -> _Stage | None:
-    if "stage" not in fingerprint:
-        return None
-    return _Stage(*map(int, re.split("[:/]", fingerprint["stage"])))
 
 
 def _fingerprint_of(model_or_config: Any) -> dict[str, str]:

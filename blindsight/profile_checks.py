@@ -11,21 +11,16 @@ import torch
 from torch import Tensor
 
 from blindsight.categories import NUM_CATEGORIES, HeadCategory, summarize_categories
-from blindsight.families import attends
+from blindsight.configs import attends
+from blindsight.fingerprints import layer_types_of
 
 FORMAT = "blindsight-profile"
 VERSION = "1"
 FINGERPRINT = ("architecture", "num_layers", "num_heads", "num_kv_heads", "head_dim", "layer_types")
 METADATA = ("format", "version", "model", "fingerprint", "rule", "calibration")
 DAMAGED = "The file is damaged or was edited: copy it again, or calibrate again."
-_BY_CATEGORY = (
-    "error",
-    "error_spread",
-    "effect",
-    "lost_mass",
-    "margin",
-    "pairs",
-)  # of the evidence
+# Of the evidence.
+_BY_CATEGORY = ("error", "error_spread", "effect", "lost_mass", "margin", "pairs")
 
 
 def check_categories(categories: Tensor) -> None:
@@ -46,10 +41,12 @@ def _check_dtype(name: str, tensor: object, dtype: torch.dtype) -> None:
 
 def check_fingerprint(fingerprint: Mapping[str, str], shape: tuple[int, ...]) -> None:
     check_keys("fingerprint", fingerprint, FINGERPRINT)
-    if not re.fullmatch(r"\d+:\d+/\d+", fingerprint.get("stage", "0:1/1")):
-        raise ValueError(
-            f"stage must be written first:stop/layers, got {fingerprint['stage']!r}. {DAMAGED}"
-        )
+    for name, pattern, how in (
+        ("stage", r"\d+:\d+/\d+", "first:stop/layers"),
+        ("shard", r"\d+/\d+", "rank/ranks"),
+    ):
+        if name in fingerprint and not re.fullmatch(pattern, fingerprint[name]):
+            raise ValueError(f"{name} must be written {how}, got {fingerprint[name]!r}. {DAMAGED}")
     for name in ("num_kv_heads", "head_dim"):
         numbers = fingerprint[name].split(",")
         if len(numbers) not in (1, shape[0]) or not all(n.isdigit() and int(n) for n in numbers):
@@ -57,7 +54,7 @@ def check_fingerprint(fingerprint: Mapping[str, str], shape: tuple[int, ...]) ->
                 f"{name} must be a positive number, or one for each of {shape[0]} layers, got "
                 f"{fingerprint[name]!r}. {DAMAGED}"
             )
-    num_types = str(len(fingerprint["layer_types"].split(",")))
+    num_types = str(len(layer_types_of(fingerprint)))
     found = fingerprint["num_layers"], fingerprint["num_heads"], num_types
     if found != (str(shape[0]), str(shape[1]), str(shape[0])):
         raise ValueError(
@@ -122,8 +119,6 @@ def parse_categories(categories: Any, layer_types: list[str], num_heads: int) ->
     codes = torch.empty(shape, dtype=torch.uint8)
     for (layer, head), entry in np.ndenumerate(entries):
         try:
-            if isinstance(entry, (bool, np.bool_)):
-                raise ValueError(f"category must be a code or a name, got {entry!r}.")
             codes[layer, head] = HeadCategory.parse(entry)
         except ValueError as error:
             raise ValueError(f"layer {layer}, head {head}: {error}") from None

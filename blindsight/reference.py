@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from blindsight.categories import HeadCategory
-from blindsight.families import (
+from blindsight.configs import (
     CACHE_ARGUMENTS,
     check_masks_are_known,
     config_of,

@@ -25,7 +25,8 @@ class Verdict:
         categories: For example ``"2 DENSE, 6 SINK"``.
         rewritten: Whether prompts with several images run the rewritten call.
         reason: Why the call is, or is not, rewritten.
-        own_runs, runs_of_graph: How often it ran, counted alone or with its graph's other calls.
+        own_runs, runs_of_graph: How often it ran: the first counts this call alone, the second
+            its whole graph.
         estimate: What ``lowering="auto"`` estimated of the last prompt.
     """
 
@@ -55,6 +56,9 @@ class Verdict:
         return replace(
             self, own_runs=Counter(self.own_runs), runs_of_graph=Counter(self.runs_of_graph)
         )
+
+
+_HEADER = ("graph", "layer", "attention", "mask", "categories", "verdict", "runs", "estimates")
 
 
 def _cells(row: Verdict) -> tuple[str, ...]:
@@ -87,24 +91,13 @@ class Report:
         return sum(row.rewritten for row in self.rows)
 
     def __str__(self) -> str:
-        header = (
-            "graph",
-            "layer",
-            "attention",
-            "mask",
-            "categories",
-            "verdict",
-            "runs",
-            "estimates",
-        )
-        lines = [
-            tuple(f"{cell} (x{count})" if cell is line[2] and count > 1 else cell for cell in line)
-            for line, count in Counter(map(_cells, self.rows)).items()
-        ]
-        widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+        lines = []
+        for (graph, layer, path, *rest), count in Counter(map(_cells, self.rows)).items():
+            lines.append((graph, layer, f"{path} (x{count})" if count > 1 else path, *rest))
+        widths = [max(map(len, column)) for column in zip(_HEADER, *lines, strict=True)]
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in (header, tuple("-" * width for width in widths), *lines)
+            for line in (_HEADER, tuple("-" * width for width in widths), *lines)
         ]
         if self.missing_layers:
             table.append(f"layers of the profile not met: {compact(self.missing_layers)}")

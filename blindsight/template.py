@@ -73,7 +73,7 @@ class TemplateRule:
 
     Args:
         image_token_ids: Ids of the tokens of an image (or video): of its placeholders, and of
-            what parts its rows and tiles, where a family writes such; at least one.
+            the separators between its rows and tiles, where a family has them; at least one.
         start_token_ids: Ids of the delimiter before an image.
         end_token_ids: Ids of the delimiter after an image.
         leading_tile_ids: Ids of the marks of tiles that come before the rest of their image: a
@@ -171,7 +171,7 @@ class TemplateRule:
         return torch.tensor(kinds, dtype=torch.uint8, device="cpu")
 
     def shared_kinds(self, input_ids: Tensor) -> Tensor:
-        """Return the same, to be read only: a few tokens of text share one tensor.
+        """As :meth:`classify`, but short texts share one cached tensor: do not write to it.
 
         Making one took 20 microseconds for each token that is decoded.
         """

@@ -12,10 +12,11 @@ from typing import Any
 from blindsight.attention.base_mask import Expression
 
 MAX_LEAVES = 64  # of a nest of constants
-FLIPPED = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt", "eq": "ne", "ne": "eq"}
+NEGATED = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt", "eq": "ne", "ne": "eq"}
+MIRRORED = {"le": "ge", "ge": "le", "lt": "gt", "gt": "lt"}  # the same with its sides exchanged
 ARITHMETIC = {"add", "sub", "mul", "floordiv", "mod", "min", "max"}
 FOLD: dict[str, Callable[[Any, Any], Any]] = {
-    **{name: getattr(operator, name) for name in (*FLIPPED, "add", "sub", "mul")},
+    **{name: getattr(operator, name) for name in (*NEGATED, "add", "sub", "mul")},
     "floordiv": operator.floordiv,
     "mod": operator.mod,
     "min": min,
@@ -63,6 +64,13 @@ def where(condition: Expression, a: Expression, b: Expression) -> Expression:
 def choose(condition: Expression, a: Expression, b: Expression) -> Expression:
     """Choose between two booleans."""
     return or_(and_(condition, a), and_(not_(condition), b))
+
+
+def flatten(name: str, expression: Expression) -> list[Expression]:
+    """Return the parts that a nest of one operation joins, such as those of an ``and``."""
+    if not is_op(expression, name):
+        return [expression]
+    return [leaf for part in expression[1:] for leaf in flatten(name, part)]
 
 
 def assuming(condition: Expression, known: Collection[Expression]) -> Expression:

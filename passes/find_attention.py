@@ -13,14 +13,7 @@ import torch
 from torch import fx
 from torch.nn.functional import scaled_dot_product_attention
 
-from blindsight.passes.graph import (
-    ancestors,
-    fake_tensor,
-    module_of,
-    placeholders,
-    same_size,
-    source_name,
-)
+from blindsight.passes.graph import fake_tensor, module_of, placeholders, same_size, source_name
 
 # Dynamo keeps the builtin; an exported program has the ATen operator.
 _ATTENTION_TARGETS: tuple[Callable[..., Any], ...] = (
@@ -35,7 +28,6 @@ _DEFAULTS: dict[str, Any] = {
     "scale": None,
     "enable_gqa": False,
 }
-_SAME_ELEMENTS = ("to", "contiguous", "clone")
 
 
 @dataclass(frozen=True)
@@ -87,6 +79,11 @@ class Attention:
         """
         query, key = self._shapes
         return int(query[1]), int(key[1]), int(query[3])
+
+    @property
+    def batch_size(self) -> int | torch.SymInt:
+        """B, as the graph knows it."""
+        return self._shapes[0][0]
 
     @property
     def lengths(self) -> tuple[int | torch.SymInt, int | torch.SymInt]:
@@ -155,8 +152,8 @@ def find_attention(gm: fx.GraphModule, *, layer_pattern: str) -> list[Attention]
             Attention(
                 node=node,
                 query=call["query"],
-                key=_before_repeat(call["key"], call["query"]),
-                value=_before_repeat(call["value"], call["query"]),
+                key=before_repeat(call["key"]),
+                value=before_repeat(call["value"]),
                 attn_mask=call["attn_mask"],
                 is_causal=bool(call["is_causal"]),
                 dropout_p=float(call["dropout_p"]),
@@ -194,175 +191,7 @@ def find_eager_attention(
     return list(paths)
 
 
-def find_input_ids(gm: fx.GraphModule) -> int | None:
-    """Return the position of the input that the model calls ``input_ids [B, Q]``, if any."""
-    return _find_input(gm, "input_ids", is_token_ids)
-
-
-def find_video_grid(gm: fx.GraphModule) -> int | None:
-    """Return the position of the input that the model calls ``video_grid_thw [V, 3]``, if any."""
-    return _find_input(gm, "video_grid_thw", is_video_grid)
-
-
-def find_axis_positions(gm: fx.GraphModule) -> int | None:
-    """Return the position of the input that is ``position_ids [3 or 4, B, Q]``, if any."""
-    return _find_input(gm, "position_ids", is_axis_positions)
-
-
-def _find_input(gm: fx.GraphModule, name: str, fits: Callable[[torch.Tensor], bool]) -> int | None:
-    for position, node in enumerate(placeholders(gm)):
-        tensor = fake_tensor(node)
-        # An exported program names its inputs, Dynamo says where they come from.
-        named = source_name(node).rpartition(".")[2] or node.name
-        if named == name and tensor is not None and fits(tensor):
-            return position
-    return None
-
-
-def is_token_ids(tensor: torch.Tensor) -> bool:
-    """Whether a tensor looks like token ids ``[B, Q]``."""
-    return tensor.dim() == 2 and not tensor.dtype.is_floating_point and tensor.dtype != torch.bool
-
-
-def is_video_grid(tensor: torch.Tensor) -> bool:
-    """Whether a tensor looks like frames, heights and widths of videos ``[V, 3]``."""
-    return tensor.dim() == 2 and tensor.shape[1] == 3 and not tensor.dtype.is_floating_point
-
-
-def is_axis_positions(tensor: torch.Tensor) -> bool:
-    """Whether a tensor looks like positions in (text,) time, height and width."""
-    return tensor.dim() == 3 and tensor.shape[0] in (3, 4)  # floats in Qwen3-Omni
-
-
-@dataclass(frozen=True)
-class KeyCache:
-    """How the keys of one attention call pass through a cache.
-
-    Attributes:
-        before: The input that holds the cached keys, or None where the graph makes the cache.
-        after: Nodes that may be the cache's tensor when the graph has run.
-        length: The input that counts the tokens in a static cache, or None.
-        in_place: Whether the graph writes the new keys into ``before``.
-        is_read: Whether the call attends to what ``before`` holds, and not to its own keys alone.
-        has_new: Whether ``before`` holds the call's own keys already.
-    """
-
-    before: fx.Node | None
-    after: tuple[fx.Node, ...]
-    length: fx.Node | None
-    in_place: bool
-    is_read: bool
-    has_new: bool
-
-
-def find_key_cache(gm: fx.GraphModule, attention: Attention) -> KeyCache:
-    """Return how the keys of a call pass through a cache, as far as the graph shows it."""
-    key = _before_repeat(_before_cut(attention), attention.query)
-    key = _latents_of(key) or key
-    before = None
-    chain, waiting = [key], [key]
-    while waiting:
-        node = waiting.pop()
-        if node.op == "placeholder":
-            before = node
-            continue
-        for parent in node.all_input_nodes:
-            if parent not in chain and _same_heads(parent, key):
-                chain.append(parent)
-                waiting.append(parent)
-    after, waiting = [key], [key]
-    written = set()
-    while waiting:
-        for user in waiting.pop().users:
-            if user.target in ("copy_", "index_copy_") and isinstance(user.args[0], fx.Node):
-                # A static cache: what holds the keys is what they are written to.
-                written.add(user.args[0])
-                found = [user, user.args[0]]
-            else:
-                found = [user] if _is_view(user) else []
-            for node in found:
-                if node not in after and _same_heads(node, key):
-                    after.append(node)
-                    waiting.append(node)
-    is_read = before is not None
-    if before is None:
-        held = [node for node in written if node.op == "placeholder"]
-        before = held[0] if held else None
-    counters = [
-        node for node in placeholders(gm) if source_name(node).endswith(".cumulative_length")
-    ]
-    length = None
-    for node in {*chain, *after}:
-        for user in node.users:
-            if counters and user.target == "index_copy_" and user.args[0] is node:
-                used = set(ancestors(user.args[2]))  # type: ignore[arg-type]
-                length = next((counter for counter in counters if counter in used), length)
-    in_place = before is not None and any(
-        user.args[:1] == (before,) and user.target in ("copy_", "index_copy_", operator.setitem)
-        for user in before.users
-    )
-    while key.target in _SAME_ELEMENTS and isinstance(key.args[0], fx.Node):
-        key = key.args[0]  # layers may be on several devices
-    has_new = before is key and not in_place
-    return KeyCache(before, tuple(after), length, in_place, is_read, has_new)
-
-
-def _latents_of(key: fx.Node) -> fx.Node | None:
-    """Return the ``[B, 1, K, R]`` that keys are computed of, where a cache holds those instead."""
-    num_keys = None if (ours := fake_tensor(key)) is None else ours.shape[2]
-    seen, waiting = {key}, [key]
-    while waiting:
-        node = waiting.pop()
-        if node.target is torch.nn.functional.linear:
-            source = node.all_input_nodes[0]
-            latents = fake_tensor(source)
-            if latents is not None and latents.dim() == 4 and same_size(latents.shape[1], 1):
-                return source if same_size(latents.shape[2], num_keys) else None
-            continue
-        for parent in node.all_input_nodes:
-            tensor = fake_tensor(parent)
-            if parent not in seen and tensor is not None and tensor.dim() == 4:
-                seen.add(parent)
-                waiting.append(parent)
-    return None
-
-
-def _same_heads(node: fx.Node, key: fx.Node) -> bool:
-    """Whether a node is a ``[B, G, *, D]`` tensor like the keys."""
-    ours, theirs = fake_tensor(node), fake_tensor(key)
-    if ours is None or theirs is None or ours.dim() != 4:
-        return False
-    return all(same_size(ours.shape[dim], theirs.shape[dim]) for dim in (1, 3))
-
-
-def _is_view(node: fx.Node) -> bool:
-    return node.target is operator.getitem or node.target in ("contiguous", "clone", "narrow")
-
-
-def _before_cut(attention: Attention) -> fx.Node:
-    """Return the tensor of which a causal call has the first keys, as many as queries; or those.
-
-    What transformers does to a static cache that a prompt fills.
-    """
-    cut = attention.key
-    if not attention.is_causal or attention.attn_mask is not None:
-        return cut
-    if cut.target is not operator.getitem or not isinstance(cut.args[0], fx.Node):
-        return cut
-    index, whole = cut.args[1], fake_tensor(cut.args[0])
-    if not isinstance(index, tuple) or len(index) < 3 or whole is None or whole.dim() != 4:
-        return cut
-    everything = slice(None, None, None)
-    is_of_keys = (
-        isinstance(index[2], slice)
-        and index[2].start in (None, 0)
-        and index[2].step in (None, 1)
-        and all(part == everything for part in (*index[:2], *index[3:]))
-    )
-    return cut.args[0] if is_of_keys else cut
-
-
-def _before_repeat(repeated: fx.Node, query: fx.Node) -> fx.Node:
+def before_repeat(repeated: fx.Node) -> fx.Node:
     """Return ``[B, G, K, D]`` that ``repeated [B, H, K, D]`` repeats head by head, or itself.
 
     Matches what transformers' ``repeat_kv`` traces to: index a new axis in (an exported program:

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-# Names in the operator module that write into their first argument.
-IN_PLACE_OPERATORS = {
-    *("setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
-    *("iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "iconcat"),
-}
 # Attributes that Dynamo keeps on the graph module and AOTAutograd reads from it.
 _DYNAMO_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks")
 
@@ -38,99 +33,6 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     return result
 
 
-def has_regions(gm: fx.GraphModule) -> bool:
-    """Whether a graph calls regions marked by ``torch.compiler.nested_compile_region``."""
-    return any(_is_region(node) for node in gm.graph.nodes)
-
-
-def inline_regions(gm: fx.GraphModule) -> fx.GraphModule:
-    """Put the graphs of marked regions where they are called, in place.
-
-    Dynamo traces a region once and calls it for every layer, so what it noted of the modules is
-    the first call's. Each copy is given its own, told by where its parameters come from; where
-    that is ambiguous it is given none.
-
-    Raises:
-        ValueError: A region holds regions or constants of its own.
-    """
-    first_sources: dict[object, list[str]] = {}
-    for node in list(gm.graph.nodes):
-        if not _is_region(node):
-            continue
-        get_region, _, *operands = node.args
-        region = getattr(gm, get_region.target)
-        sources = [source_name(x) if isinstance(x, fx.Node) else "" for x in operands]
-        moves = _moved_paths(first_sources.setdefault(get_region.target, sources), sources)
-        copied: dict[fx.Node, fx.Node] = {}
-        inputs = iter(operands)
-        with gm.graph.inserting_before(node):
-            for inner in region.graph.nodes:
-                if inner.op == "placeholder":
-                    copied[inner] = next(inputs)
-                elif inner.op in ("get_attr", "call_module"):
-                    raise ValueError(
-                        "a nested_compile_region with attention must have operators only, got "
-                        f"{inner.format_node()}. Mark the decoder layers, and nothing in them."
-                    )
-                elif inner.op != "output":
-                    copied[inner] = gm.graph.node_copy(inner, copied.__getitem__)
-                    copied[inner].meta = _moved_meta(inner.meta, moves)
-        outputs = fx.map_arg(region.graph.output_node().args[0], copied.__getitem__)
-        for user in list(node.users):
-            # An operator of higher order returns a tuple, of which Dynamo takes the parts.
-            user.replace_all_uses_with(outputs[user.args[1]])
-            gm.graph.erase_node(user)
-        gm.graph.erase_node(node)
-        if not get_region.users:
-            gm.graph.erase_node(get_region)
-    gm.graph.lint()
-    gm.recompile()
-    return gm
-
-
-def _is_region(node: fx.Node) -> bool:
-    return node.target is torch.ops.higher_order.invoke_subgraph
-
-
-def _moved_paths(first: list[str], sources: list[str]) -> dict[str, str] | None:
-    """Return which paths another call of a region has instead of which.
-
-    Returns:
-        ``{"self.layers.0": "self.layers.3"}`` for example; None where that is ambiguous.
-    """
-    moves: dict[str, str] = {}
-    for before, after in zip(first, sources, strict=True):
-        old, new = before.split("."), after.split(".")
-        differ = [at for at, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
-        if before and after and differ:
-            if len(old) != len(new) or len(differ) > 1:
-                return None
-            end = differ[0] + 1
-            source, target = ".".join(old[:end]), ".".join(new[:end])
-            if moves.setdefault(source, target) != target:
-                return None
-    return moves if moves or first == sources else None
-
-
-def _moved_meta(meta: dict[str, object], moves: dict[str, str] | None) -> dict[str, object]:
-    result = dict(meta)
-    stack = meta.get("nn_module_stack")
-    if isinstance(stack, dict):
-        result["nn_module_stack"] = {
-            key: (_moved(dotted_path(path), moves), kind)
-            for key, (path, kind) in stack.items()
-            if moves is not None
-        }
-    return result
-
-
-def _moved(path: str, moves: dict[str, str]) -> str:
-    for before, after in moves.items():
-        if path == before or path.startswith(before + "."):
-            return after + path[len(before) :]
-    return path
-
-
 def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     return [node for node in gm.graph.nodes if node.op == "placeholder"]
 
@@ -144,11 +46,14 @@ def add_placeholder(gm: fx.GraphModule, name: str) -> fx.Node:
     return node
 
 
+def traced_value(node: fx.Node) -> object:
+    """Return what a node gave when it was traced, by Dynamo or by ``torch.export``, if known."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
 def fake_tensor(node: object) -> Tensor | None:
-    """Return the fake tensor that Dynamo recorded for a node, if it is a tensor."""
-    if not isinstance(node, fx.Node):
-        return None
-    value = node.meta.get("example_value", node.meta.get("val"))
+    """Return the fake tensor that a node gave when it was traced, if it is a node with a tensor."""
+    value = traced_value(node) if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
 
 
@@ -158,6 +63,12 @@ def source_name(node: fx.Node) -> str:
     # A property in some versions of torch, a method in others.
     name = getattr(source, "name", "")
     return dotted_path(name() if callable(name) else name)
+
+
+def input_name(node: fx.Node) -> str:
+    """Return what the model calls a placeholder."""
+    # An exported program names its inputs, Dynamo says where they come from.
+    return source_name(node).rpartition(".")[2] or node.name
 
 
 def dotted_path(path: str) -> str:
@@ -179,39 +90,20 @@ def module_of(node: fx.Node) -> tuple[str, str]:
     return dotted_path(path), name.rpartition(".")[2]
 
 
-def erase_unused(gm: fx.GraphModule, candidates: list[fx.Node]) -> None:
-    """Erase those of the candidates, and of what they alone used, that nobody reads any more.
-
-    Never a sweep over the whole graph: ``eliminate_dead_code`` also deletes calls that are there
-    for their effect, such as those which enter and leave a vmap.
-    """
-    erased: set[fx.Node] = set()
-    while candidates:
-        node = candidates.pop()
-        is_call = node.op in ("call_function", "call_method") and node not in erased
-        if is_call and not node.users and not acts(node):
-            candidates.extend(node.all_input_nodes)
-            gm.graph.erase_node(node)
-            erased.add(node)
-
-
-def acts(node: fx.Node) -> bool:
-    """Whether a node may have an effect other than its result."""
-    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
-        return True
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    name = getattr(node.target, "__name__", "")
-    if getattr(node.target, "__module__", "") == "_operator":
-        return name in IN_PLACE_OPERATORS
-    return name.endswith("_") or "nesting" in name
-
-
 def same_size(a: object, b: object) -> bool:
     """Whether two sizes are known to be equal; asks without adding a guard."""
     if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
         return str(a) == str(b)
     return a == b
+
+
+def size_symbols(gm: fx.GraphModule) -> dict[object, fx.Node]:
+    """Return the placeholders that are symbolic sizes, by symbol."""
+    return {
+        value.node.expr: node
+        for node in placeholders(gm)
+        if isinstance(value := traced_value(node), torch.SymInt)
+    }
 
 
 def node_of_size(gm: fx.GraphModule, size: int | torch.SymInt) -> fx.Node | int:
@@ -224,22 +116,25 @@ def node_of_size(gm: fx.GraphModule, size: int | torch.SymInt) -> fx.Node | int:
     if isinstance(size, int):
         return size
     tracer = fx.proxy.GraphAppendingTracer(gm.graph)
-    symbols = {
-        node.meta["example_value"].node.expr: fx.Proxy(node, tracer)
-        for node in placeholders(gm)
-        if isinstance(node.meta.get("example_value"), torch.SymInt)
-    }
+    symbols = {symbol: fx.Proxy(node, tracer) for symbol, node in size_symbols(gm).items()}
     found = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr)
     return found.node if isinstance(found, fx.Proxy) else int(found)
 
 
-def ancestors(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield a node and everything that it is computed from, each once."""
+def ancestors(
+    node: fx.Node, *, through: Callable[[fx.Node], bool] = lambda _: True
+) -> Iterator[fx.Node]:
+    """Yield a node and everything that it is computed from, each once.
+
+    Args:
+        node: A node of a graph.
+        through: Which nodes are followed; the others are left out, with what only they lead to.
+    """
     seen, waiting = {node}, [node]
     while waiting:
         current = waiting.pop()
         yield current
         for parent in current.all_input_nodes:
-            if parent not in seen:
+            if parent not in seen and through(parent):
                 seen.add(parent)
                 waiting.append(parent)

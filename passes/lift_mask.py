@@ -22,25 +22,25 @@ from torch import fx
 
 from blindsight.attention.base_mask import CAUSAL, Expression, Fact, Form, Tier
 from blindsight.passes.expressions import (
-    ARITHMETIC,
-    FLIPPED,
-    FOLD,
     and_,
-    arithmetic,
     assuming,
     axes_of,
+    flatten,
     is_op,
     loads_of,
-    not_,
-    or_,
 )
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import fake_tensor, same_size
+from blindsight.passes.integers import (
+    column_bounds,
+    direction,
+    is_integer_comparison,
+    linear_terms,
+    normalized,
+)
 from blindsight.passes.mask_values import NotUnderstoodError, Value
 from blindsight.passes.read_mask import MaskReader, opaque_part, over_named_axes
 from blindsight.passes.read_views import is_natural
-
-_MAX_BOUND = 2**60  # beyond any column, and safe to add to
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class _Matcher:
         self.facts: dict[Fact, None] = {}
 
     def form(self, expression: Expression) -> Form:
-        return self._all_of(_flatten("and", _normal(expression, False)), _Context())
+        return self._all_of(flatten("and", normalized(expression)), _Context())
 
     def _all_of(self, parts: Sequence[Expression], context: _Context) -> Form:
         """Return the form of a conjunction."""
@@ -164,12 +164,12 @@ class _Matcher:
         rows = context.rows
         of_row = [part for part in parts if axes_of(part) <= {"b", "q"}]
         others = [assuming(part, of_row) for part in parts if part not in of_row]
-        parts = [*of_row, *(leaf for part in others for leaf in _flatten("and", part))]
+        parts = [*of_row, *(leaf for part in others for leaf in flatten("and", part))]
         for part in dict.fromkeys(parts):
             if part is True:
                 continue
             axes = axes_of(part)
-            if (found := _bounds(part)) is not None:
+            if (found := column_bounds(part)) is not None:
                 forms.extend(found)
             elif axes <= {"b", "q"}:
                 rows = and_(rows, part)
@@ -189,7 +189,7 @@ class _Matcher:
             forms.extend(self._equalities(list(dict.fromkeys(sames)), inner))
         for part in waiting:
             if is_op(part, "or"):
-                forms.append(self._any_of(_flatten("or", part), inner))
+                forms.append(self._any_of(flatten("or", part), inner))
             elif (remapped := self._remapped(part, inner)) is not None:
                 forms.extend(remapped)
             else:
@@ -201,7 +201,7 @@ class _Matcher:
 
     def _any_of(self, parts: Sequence[Expression], context: _Context) -> Form:
         """Return the form of a disjunction, if it is one interval."""
-        forms = [self._all_of(_flatten("and", part), context) for part in parts]
+        forms = [self._all_of(flatten("and", part), context) for part in parts]
         forms = list(dict.fromkeys(forms))
         if ("nothing",) in forms:
             return ("nothing",)
@@ -226,8 +226,8 @@ class _Matcher:
         self, sames: list[tuple[Expression, Expression]], context: _Context
     ) -> list[Form]:
         """Return the forms of ``value of the row == value of the column``."""
-        if all(_is_monotone(column) for _, column in sames):
-            return [("same", (row,), (column,), _is_monotone(column) == 1) for row, column in sames]
+        if all(direction(column) for _, column in sames):
+            return [("same", (row,), (column,), direction(column) == 1) for row, column in sames]
         # Values that come back in another sequence tell tokens apart together with its number.
         rows, columns = zip(*context.sames, strict=True)
         self.facts["contiguous", context.rows, rows, columns] = None
@@ -235,10 +235,10 @@ class _Matcher:
 
     def _remapped(self, part: Expression, context: _Context) -> list[Form] | None:
         """Compare the positions of two tokens of a sequence by where the tokens are."""
-        if not _is_integer_comparison(part):
+        if not is_integer_comparison(part):
             return None
         loads = list(dict.fromkeys(loads_of(part)))
-        if len({(load[1], load[2][:-1]) for load in loads}) != 1:
+        if len({(load[1], load[2][:-1]) for load in loads}) != 1 or not loads[0][2]:
             return None
         positions, batch = loads[0][1], loads[0][2][:-1]
         tokens = {load[2][-1] for load in loads}
@@ -247,7 +247,7 @@ class _Matcher:
         by_axis = {_only_axis(token): token for token in tokens}
         if set(by_axis) != {"q", "k"} or not all(is_natural(token) for token in tokens):
             return None
-        difference = _linear(("sub", part[1], part[2]))
+        difference = linear_terms(("sub", part[1], part[2]))
         if sum(difference.get(load, 0) for load in loads) != 0:
             return None
         if any(load not in difference for load in loads):
@@ -265,179 +265,21 @@ class _Matcher:
             ):
                 ids = row[1]
         replaced = {load: load[2][-1] for load in loads}
-        found = _bounds((part[0], *(_exchange(side, replaced) for side in part[1:])))
+        found = column_bounds((part[0], *(_exchange(side, replaced) for side in part[1:])))
         if found is not None:
             chosen = _chosen(batch)
             self.facts["consecutive", (positions, *chosen) if chosen else positions, ids] = None
         return found
 
 
-def _normal(expression: Expression, negate: bool) -> Expression:
-    """Return a boolean expression with its negations at the leaves, and ``abs`` written out."""
-    if isinstance(expression, bool):
-        return expression != negate
-    name = expression[0] if isinstance(expression, tuple) else ""
-    if name == "not":
-        return _normal(expression[1], not negate)
-    if name in ("and", "or"):
-        join = and_ if (name == "and") != negate else or_
-        return join(_normal(expression[1], negate), _normal(expression[2], negate))
-    if name not in FLIPPED or not _is_integer_comparison(expression):
-        return not_(expression) if negate else expression
-    if negate:
-        name = FLIPPED[name]
-    a, b = expression[1:]
-    if is_op(b, "abs") and not is_op(a, "abs"):
-        a, b = b, a
-        name = {"le": "ge", "ge": "le", "lt": "gt", "gt": "lt"}.get(name, name)
-    if is_op(a, "abs") and not is_op(b, "abs"):
-        inside, minus = a[1], ("neg", b)
-        if name in ("le", "lt"):
-            return and_((name, inside, b), ("ge" if name == "le" else "gt", inside, minus))
-        if name in ("ge", "gt"):
-            return or_((name, inside, b), ("le" if name == "ge" else "lt", inside, minus))
-    constant = _constant_comparison(name, a, b)
-    return (name, a, b) if constant is None else constant
-
-
-def _constant_comparison(name: str, a: Expression, b: Expression) -> bool | None:
-    """Return the value of a comparison that no token can change."""
-    difference = _linear(("sub", a, b))
-    constant = difference.pop(None, 0)
-    if not difference and name in FOLD:
-        return bool(FOLD[name](constant, 0))
-    natural = all(is_op(term, "index") and factor > 0 for term, factor in difference.items())
-    if natural and ((name == "ge" and constant >= 0) or (name == "gt" and constant > 0)):
-        return True
-    if natural and ((name == "lt" and constant >= 0) or (name == "le" and constant > 0)):
-        return False
-    return None
-
-
-def _flatten(name: str, expression: Expression) -> list[Expression]:
-    if not is_op(expression, name):
-        return [expression]
-    return [leaf for part in expression[1:] for leaf in _flatten(name, part)]
-
-
-def _is_integer(expression: Expression) -> bool:
-    if type(expression) is int or isinstance(expression, fx.Node):
-        return True
-    if not isinstance(expression, tuple):
-        return False
-    if expression[0] == "load":
-        fake = fake_tensor(expression[1])
-        return fake is not None and Value(0, (), fake.dtype).kind == "int"
-    if expression[0] == "where":
-        return all(_is_integer(part) for part in expression[2:])
-    return expression[0] == "index" or (
-        expression[0] in (*ARITHMETIC, "neg", "abs")
-        and all(_is_integer(part) for part in expression[1:])
-    )
-
-
-def _is_integer_comparison(expression: Expression) -> bool:
-    return is_op(expression, *FLIPPED) and all(_is_integer(part) for part in expression[1:])
-
-
-def _linear(expression: Expression) -> dict[Expression | None, int]:
-    """Return the factor of each term of a sum; that of None is the constant."""
-    if type(expression) is int:
-        return {None: expression}
-    terms: dict[Expression | None, int] = {}
-    if is_op(expression, "add", "sub", "neg"):
-        parts = [_linear(part) for part in expression[1:]]
-        signs = {"add": (1, 1), "sub": (1, -1), "neg": (-1,)}[expression[0]]
-        for sign, part in zip(signs, parts, strict=True):
-            for term, factor in part.items():
-                terms[term] = terms.get(term, 0) + sign * factor
-        return {term: factor for term, factor in terms.items() if factor}
-    if is_op(expression, "mul"):
-        a, b = (_linear(part) for part in expression[1:])
-        if set(a) - {None}:
-            a, b = b, a
-        if not set(a) - {None}:
-            scale = a.get(None, 0)
-            return {term: scale * factor for term, factor in b.items() if scale * factor}
-    return {expression: 1}
-
-
-def _sum(terms: Mapping[Expression | None, int]) -> Expression:
-    """Return the expression of a sum, safe to add to where a term is data."""
-    result: Expression = 0
-    for term, factor in terms.items():
-        if term is None:
-            continue
-        if (len(terms) > 1 or factor != 1) and loads_of(term):
-            term = ("max", ("min", term, _MAX_BOUND), -_MAX_BOUND)
-        if factor < 0:
-            scaled = term if factor == -1 else ("mul", term, -factor)
-            result = ("neg", scaled) if result == 0 else ("sub", result, scaled)
-        else:
-            scaled = term if factor == 1 else ("mul", term, factor)
-            result = arithmetic("add", result, scaled)
-    return arithmetic("add", result, terms.get(None, 0))
-
-
-def _bounds(part: Expression) -> list[Form] | None:
-    """Return the bounds that a comparison sets on the column, if it does."""
-    if not _is_integer_comparison(part) or part[0] == "ne":
-        return None
-    difference = _linear(("sub", part[1], part[2]))
-    column = ("index", "k")
-    slope = difference.pop(column, 0)
-    if slope == 0 or any("k" in axes_of(term) for term in difference):
-        return None
-    name = part[0]
-    if slope < 0:
-        difference = {term: -factor for term, factor in difference.items()}
-        name = {"le": "ge", "ge": "le", "lt": "gt", "gt": "lt"}.get(name, name)
-        slope = -slope
-    if slope != 1:
-        return None
-    # From here: column + difference <name> 0.
-    limit = {term: -factor for term, factor in difference.items()}
-    if name in ("lt", "gt"):
-        limit[None] = limit.get(None, 0) + (-1 if name == "lt" else 1)
-    edge = _sum({term: factor for term, factor in limit.items() if factor})
-    forms: list[Form] = []
-    if name in ("le", "lt", "eq"):
-        forms.append(("upper", edge))
-    if name in ("ge", "gt", "eq"):
-        forms.append(("lower", edge))
-    return forms
-
-
 def _same(part: Expression) -> tuple[Expression, Expression] | None:
     """Return the values of row and column that an equation compares."""
-    if not is_op(part, "eq") or not _is_integer_comparison(part):
+    if not is_op(part, "eq") or not is_integer_comparison(part):
         return None
     a, b = part[1:]
     if "k" in axes_of(a):
         a, b = b, a
     return (a, b) if axes_of(a) <= {"b", "q"} and axes_of(b) <= {"b", "k"} else None
-
-
-def _is_monotone(expression: Expression) -> int:
-    """Return 1 if a value never decreases from column to column, -1 if never increases, or 0."""
-    if "k" not in axes_of(expression):
-        return 1
-    name = expression[0]
-    if name == "index":
-        return 1
-    if name == "neg":
-        return -_is_monotone(expression[1])
-    if name in ("add", "sub"):
-        first, second = (_is_monotone(part) for part in expression[1:])
-        if "k" not in axes_of(expression[1]):
-            first = second if name == "add" else -second
-        if "k" not in axes_of(expression[2]):
-            return first
-        second = second if name == "add" else -second
-        return first if first == second else 0
-    if name in ("mul", "floordiv") and type(expression[2]) is int and expression[2] > 0:
-        return _is_monotone(expression[1])
-    return 0
 
 
 def _always_touch(a: Form, b: Form) -> bool:
@@ -449,7 +291,7 @@ def _always_touch(a: Form, b: Form) -> bool:
         lower, upper = one["lower"], other["upper"]
         if lower is None or upper is None:
             continue
-        gap = _linear(("sub", lower, upper))
+        gap = linear_terms(("sub", lower, upper))
         if set(gap) - {None} or gap.get(None, 0) > 1:
             return False
     return True
@@ -495,7 +337,7 @@ def _num_tokens(node: fx.Node) -> str:
 
 def _only_axis(token: Expression) -> str | None:
     """Return the axis of an index that counts up by one along it."""
-    terms = _linear(token)
+    terms = linear_terms(token)
     axes = [term for term in terms if term is not None and axes_of(term)]
     if len(axes) == 1 and is_op(axes[0], "index") and terms[axes[0]] == 1:
         return cast(str, axes[0][1])

@@ -23,6 +23,8 @@ from blindsight.passes.expressions import (
     where,
 )
 
+Shape = tuple[int | torch.SymInt, ...]
+
 
 class NotUnderstoodError(Exception):
     """The mask is opaque; says why."""
@@ -41,7 +43,7 @@ class Value:
     """
 
     expression: Expression
-    shape: tuple[Any, ...]
+    shape: Shape
     dtype: torch.dtype
 
     @property
@@ -53,7 +55,6 @@ class Value:
         return "complex" if self.dtype.is_complex else "int"
 
 
-Shape = tuple[Any, ...]
 Operand = Value | bool | int | float | fx.Node  # a node is a symbolic size
 
 
@@ -93,7 +94,7 @@ def number(value: Any, dtype: torch.dtype) -> Any:
     return int(value)
 
 
-def aligned(operand: Operand, shape: tuple[Any, ...]) -> Expression:
+def aligned(operand: Operand, shape: Shape) -> Expression:
     """Return an operand as an expression of the dimensions of a result."""
     if not isinstance(operand, Value):
         return operand

@@ -10,6 +10,9 @@ from torch import fx
 _NAMES_OF_OPERATORS = {
     operator.and_: "and",
     operator.or_: "or",
+    # No operation on tensors: it gives a Python bool. Its own name ends in an underscore, as do
+    # those of operations that write into their argument, and memory.overwritten would take it for
+    # one of them.
     operator.not_: "",
     operator.invert: "not",
     operator.inv: "not",
@@ -33,13 +36,14 @@ _SYNONYMS = {
     "subtract": "sub",
     "multiply": "mul",
     "rmul": "mul",
-    "rsub": "rsub",
     "negative": "neg",
     "absolute": "abs",
     "floor_divide": "floordiv",
     "remainder": "mod",
     "minimum": "min",
     "maximum": "max",
+    "reshape_as": "reshape",
+    "view_as": "reshape",
 }
 # What fills a new tensor, and with what.
 FILLS = {"new_ones": 1, "ones": 1, "ones_like": 1, "new_zeros": 0, "zeros": 0, "zeros_like": 0}
@@ -60,6 +64,4 @@ def name_of(node: fx.Node) -> str:
         name = getattr(target, "__name__", str(target))
     if name.startswith("__") and name.endswith("__"):
         name = {"rand": "and", "ror": "or"}.get(name[2:-2], name[2:-2])
-    if name == "reshape_as" or name == "view_as":
-        return "reshape"
     return _SYNONYMS.get(name, name)

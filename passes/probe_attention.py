@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
+from blindsight.attention.base_mask import Tier
 from blindsight.calibration.probe import Losses, ProbedCall
 from blindsight.calibration.visibility import (
     visibility_of_expression,
@@ -17,11 +18,9 @@ from blindsight.calibration.visibility import (
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import add_placeholder, fake_tensor, placeholders
 from blindsight.passes.lift_mask import Lifted
+from blindsight.passes.replace_attention import TOKEN_INPUTS
 
 logger = logging.getLogger(__name__)
-
-# The inputs that the pass appends, in this order.
-PROBE_INPUTS = ("blindsight_span_id", "blindsight_is_sink")
 
 
 def probe_attention_pass(
@@ -50,7 +49,7 @@ def probe_attention_pass(
     del example_inputs
     if not attention:
         return gm
-    inputs = [add_placeholder(gm, name) for name in PROBE_INPUTS]
+    inputs = [add_placeholder(gm, name) for name in TOKEN_INPUTS]
     templates: dict[torch.device | None, list[fx.Node]] = {}
     visibilities: dict[object, fx.Node] = {}
     losses = []
@@ -96,10 +95,10 @@ def _visibility(
     """Add what is known of a mask, evaluated before what it reads may be overwritten."""
     known = None
     with gm.graph.inserting_before(proof.before):
-        if proof.tier == 1:
+        if proof.tier is Tier.INTERVALS:
             arguments = (proof.form, proof.facts, span_id, is_sink)
             known = gm.graph.call_function(visibility_of_form, arguments)
-        elif proof.tier == 2:
+        elif proof.tier is Tier.EXPRESSION:
             known = gm.graph.call_function(visibility_of_expression, (proof.expression, span_id))
     with gm.graph.inserting_before(call.node):
         return gm.graph.call_function(visibility_or_given, (known, call.attn_mask, span_id))

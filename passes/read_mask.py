@@ -9,7 +9,7 @@ Shapes: B batch, H heads, Q query rows, K key columns, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import fx
@@ -26,12 +26,13 @@ from blindsight.passes.expressions import (
     loads_of,
     substitute,
 )
-from blindsight.passes.graph import fake_tensor, same_size
+from blindsight.passes.graph import fake_tensor, same_size, traced_value
 from blindsight.passes.mask_values import (
     CannotReadError,
     NotUnderstoodError,
     Operand,
     Reader,
+    Shape,
     Value,
 )
 from blindsight.passes.memory import MemoryGroups, overwritten
@@ -55,7 +56,7 @@ from blindsight.passes.read_views import (
     read_view,
 )
 
-_OPERATIONS: dict[str, Callable[[Reader, fx.Node, str, Any, torch.dtype], Expression]] = {
+_OPERATIONS: dict[str, Callable[[Reader, fx.Node, str, Shape, torch.dtype], Expression]] = {
     **dict.fromkeys((*FILLS, *FULLS), read_fill),
     "arange": read_arange,
     **dict.fromkeys(("tril", "triu"), read_triangle),
@@ -135,7 +136,7 @@ class MaskReader:
         value = Value(substitute(expression, ones), shape, dtype)
         return self._leaf(node, shape, dtype) if self._is_plain_data(node, value) else value
 
-    def _leaf(self, node: fx.Node, shape: tuple[Any, ...], dtype: torch.dtype) -> Value:
+    def _leaf(self, node: fx.Node, shape: Shape, dtype: torch.dtype) -> Value:
         if self.is_hidden(node):
             raise NotUnderstoodError(f"{name_of(node)} inside a vmap is not understood")
         self._reading = {node}  # and not on what the graph computes it from
@@ -172,7 +173,7 @@ class MaskReader:
 
     # What the reading of one operation asks for.
 
-    def _expression(self, node: fx.Node, shape: tuple[Any, ...], dtype: torch.dtype) -> Expression:
+    def _expression(self, node: fx.Node, shape: Shape, dtype: torch.dtype) -> Expression:
         name = name_of(node)
         is_call = node.op in ("call_function", "call_method")
         if not is_call or "out" in node.kwargs or name not in _OPERATIONS:
@@ -189,7 +190,7 @@ class MaskReader:
 
     def _size(self, node: fx.Node) -> fx.Node:
         """Return one node for all that hold the same symbolic size."""
-        value = node.meta.get("example_value", node.meta.get("val"))
+        value = traced_value(node)
         if not isinstance(value, torch.SymInt):
             raise CannotReadError
         self._reading.add(node)

@@ -14,9 +14,9 @@ from torch import fx
 
 from blindsight.attention.base_mask import Expression
 from blindsight.passes.expressions import (
-    FLIPPED,
     FOLD,
     MAX_LEAVES,
+    NEGATED,
     and_,
     arithmetic,
     bare_axes_of,
@@ -143,7 +143,7 @@ def read_pointwise(
         if len(constants[0]) * len(constants[1]) > MAX_LEAVES:
             raise CannotReadError
         return _fold(name, operands, parts, dtype)
-    if name in FLIPPED:
+    if name in NEGATED:
         return _comparison(name, kinds, parts)
     if kinds == {"bool"} and dtype == torch.bool and name == "mul":
         return and_(parts[0], parts[1])
@@ -168,7 +168,7 @@ def _fold(
             raise CannotReadError
         return number(function(a, b), dtype)
 
-    if name not in FLIPPED:
+    if name not in NEGATED:
         return on_leaves(parts[0], lambda a: on_leaves(parts[1], lambda b: compute(a, b)))
     narrow = [
         operand.dtype

@@ -12,7 +12,7 @@ from torch import fx
 
 from blindsight.attention.base_mask import Expression
 from blindsight.passes.expressions import arithmetic, axes_of, is_op, substitute
-from blindsight.passes.graph import fake_tensor, same_size
+from blindsight.passes.graph import fake_tensor, same_size, traced_value
 from blindsight.passes.mask_values import (
     CannotReadError,
     NotUnderstoodError,
@@ -241,7 +241,7 @@ def is_natural(expression: Expression) -> bool:
     if type(expression) is int:
         return expression >= 0
     if isinstance(expression, fx.Node):
-        size = expression.meta.get("example_value", expression.meta.get("val"))
+        size = traced_value(expression)
         return isinstance(size, torch.SymInt) and bool(size.node.expr.is_nonnegative)
     if is_op(expression, "index"):
         return True

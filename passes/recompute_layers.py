@@ -17,8 +17,8 @@ from torch.fx.passes.split_module import split_module
 from torch.utils.checkpoint import checkpoint
 
 from blindsight.passes.find_attention import Attention
-from blindsight.passes.graph import fake_tensor, placeholders
-from blindsight.passes.memory import overwritten
+from blindsight.passes.graph import placeholders
+from blindsight.passes.memory import overwritten, storage_of
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def _together(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> set[int] | None:
     """
     made: dict[int, int] = {}  # where the memory of a tensor was
     for node in placeholders(gm):
-        if (memory := _memory(node)) is not None:
+        if (memory := storage_of(node)) is not None:
             made[memory] = -1
     found: set[int] = set()
     depth = 0
@@ -103,19 +103,10 @@ def _together(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> set[int] | None:
         elif name.startswith("_exit_") or name.endswith("_decrement_nesting"):
             depth -= 1
         for changed in overwritten(node):
-            begin = made.get(_memory(changed) or 0, -1)
+            begin = made.get(storage_of(changed) or 0, -1)
             if begin < 0:
                 return None
             found.update(range(begin + 1, at + 1))
-        if (memory := _memory(node)) is not None:
+        if (memory := storage_of(node)) is not None:
             made.setdefault(memory, at)
     return found
-
-
-def _memory(node: object) -> int | None:
-    """Return what tells the memory of a tensor from others', where it has some."""
-    tensor = fake_tensor(node)
-    try:
-        return None if tensor is None else int(tensor.untyped_storage()._cdata)
-    except NotImplementedError:  # in a vmap
-        return None

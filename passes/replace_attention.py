@@ -10,23 +10,23 @@ from torch import fx
 
 from blindsight.attention.attend import Group, attend, attend_in_region
 from blindsight.attention.base_mask import Tier
+from blindsight.attention.element_masks import expressed_mask, materialised_mask
 from blindsight.attention.flex import constant_rows
 from blindsight.attention.mask_forms import (
     MaskForm,
-    expressed_mask,
-    materialised_mask,
     ordered_mask,
     sorted_mask,
 )
 from blindsight.attention.mask_operator import ordered_mask_by_operator, sorted_mask_by_operator
 from blindsight.passes.find_attention import Attention
-from blindsight.passes.graph import add_placeholder, erase_unused, fake_tensor, node_of_size
+from blindsight.passes.graph import add_placeholder, fake_tensor, node_of_size
 from blindsight.passes.lift_mask import Lifted
+from blindsight.passes.memory import acts
 from blindsight.template import template_of_ids
 
 logger = logging.getLogger(__name__)
 
-# The inputs that the pass appends, in this order.
+# The inputs that rewritten graphs get, in this order; graphs that measure get the first two.
 TOKEN_INPUTS = ("blindsight_span_id", "blindsight_is_sink")
 HEAD_INPUTS = ("blindsight_heads", "blindsight_categories")
 
@@ -109,50 +109,72 @@ def replace_attention_pass(
     span_id, is_sink, heads, categories = inputs
     masks: dict[object, fx.Node] = {}
     outputs: dict[fx.Node, fx.Node] = {}
-    make_mask = {**_MAKE_MASK, **_BY_OPERATOR} if by_operator else _MAKE_MASK
     for row, call in enumerate(attention):
-        proof = None if lifted is None else lifted[row]
-        its_form = form.for_tier(Tier.OPAQUE if proof is None else proof.tier)
-        sizes = call.sizes(size_of)
-        num_queries, num_keys = call.lengths
+        num_keys = call.lengths[1]
         # Layers with the same base mask and number of keys share one mask and its tables.
-        number = sizes["num_keys"] if capacities is None else str(num_keys)
+        number = size_of(num_keys) if capacities is None else str(num_keys)
         shared = (call.attn_mask, call.is_causal, number)
         if shared not in masks:
-            options: dict[str, object] = {**sizes}
-            if proof is None or its_form is MaskForm.MATERIALISED:
-                base: object = call.attn_mask
-                before = call.node
-                options["is_causal"] = call.is_causal
-            else:
-                base = proof.expression if its_form is MaskForm.EXPRESSED else proof.form
-                before = proof.before
-            if its_form is MaskForm.GROUPED:
-                options["by_group"] = True
-            with gm.graph.inserting_before(before):
-                if capacities is not None:
-                    options["num_queries"] = node_of_size(gm, num_queries)
-                    options["num_keys"] = node_of_size(gm, num_keys)
-                    options["query_capacity"], options["key_capacity"] = capacities[row]
-                template = (base, span_id, is_sink)
-                masks[shared] = _call(gm, call, make_mask[its_form], template, options)
-        of_call = (("all", call.num_heads),) if groups is None else tuple(groups[row])
+            masks[shared] = _make_mask(
+                gm,
+                call,
+                None if lifted is None else lifted[row],
+                form,
+                template=(span_id, is_sink),
+                size_of=size_of,
+                capacity=None if capacities is None else capacities[row],
+                by_operator=by_operator,
+            )
         with gm.graph.inserting_before(call.node):
             rows = tuple(
                 gm.graph.call_function(torch.select, (x, 0, row)) for x in (heads, categories)
             )
+            its_groups = (("all", call.num_heads),) if groups is None else tuple(groups[row])
             tensors = (outputs.get(x, x) for x in (call.query, call.key, call.value))
-            args = (*tensors, masks[shared], *rows, of_call, call.scale)
+            args = (*tensors, masks[shared], *rows, its_groups, call.scale)
             output = _call(gm, call, attend_in_region if in_region else attend, args)
             output.meta["example_value"] = fake_tensor(call.node)
         call.node.replace_all_uses_with(output)
         outputs[call.node] = output
     # Not before: the masks of later calls are put before nodes that earlier calls may have needed.
-    erase_unused(gm, [call.node for call in attention])
+    _erase_unused(gm, [call.node for call in attention])
     gm.graph.lint()
     gm.recompile()
     logger.info("replaced %d attention calls, %d masks", len(attention), len(masks))
     return gm
+
+
+def _make_mask(
+    gm: fx.GraphModule,
+    call: Attention,
+    proof: Lifted | None,
+    form: MaskForm,
+    *,
+    template: tuple[fx.Node, fx.Node],
+    size_of: Callable[[int | torch.SymInt], int],
+    capacity: Capacity | None,
+    by_operator: bool,
+) -> fx.Node:
+    """Add what makes the mask of a call; arguments as for :func:`replace_attention_pass`."""
+    form = form.for_tier(Tier.OPAQUE if proof is None else proof.tier)
+    options: dict[str, object] = {**call.sizes(size_of)}
+    if proof is None or form is MaskForm.MATERIALISED:
+        base: object = call.attn_mask
+        before = call.node
+        options["is_causal"] = call.is_causal
+    else:
+        base = proof.expression if form is MaskForm.EXPRESSED else proof.form
+        before = proof.before
+    if form is MaskForm.GROUPED:
+        options["by_group"] = True
+    functions = {**_MAKE_MASK, **_BY_OPERATOR} if by_operator else _MAKE_MASK
+    with gm.graph.inserting_before(before):
+        if capacity is not None:
+            options["num_queries"], options["num_keys"] = (
+                node_of_size(gm, length) for length in call.lengths
+            )
+            options["query_capacity"], options["key_capacity"] = capacity
+        return _call(gm, call, functions[form], (base, *template), options)
 
 
 def _call(
@@ -169,3 +191,19 @@ def _call(
             node.meta[name] = origin.node.meta[name]
     node.meta["blindsight"] = f"{function.__name__} of {origin.path or 'the frame'}"
     return node
+
+
+def _erase_unused(gm: fx.GraphModule, candidates: list[fx.Node]) -> None:
+    """Erase those of the candidates, and of what they alone used, that nobody reads any more.
+
+    Never a sweep over the whole graph: ``eliminate_dead_code`` also deletes calls that are there
+    for their effect, such as those which enter and leave a vmap.
+    """
+    erased: set[fx.Node] = set()
+    while candidates:
+        node = candidates.pop()
+        is_call = node.op in ("call_function", "call_method") and node not in erased
+        if is_call and not node.users and not acts(node):
+            candidates.extend(node.all_input_nodes)
+            gm.graph.erase_node(node)
+            erased.add(node)

@@ -22,7 +22,8 @@ from torch import Tensor, fx
 
 from blindsight.attention.attend import attend, attend_in_region
 from blindsight.attention.region import call_in_region
-from blindsight.passes.graph import acts, fake_tensor, module_of
+from blindsight.passes.graph import fake_tensor, module_of
+from blindsight.passes.memory import acts, storage_of
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +218,7 @@ def _is_pure(node: fx.Node) -> bool:
 
 def _are_own_tensors(outputs: tuple[fx.Node, ...], inputs: tuple[fx.Node, ...]) -> bool:
     """Whether all are plain tensors, and outputs have memory of their own: so a region wants it."""
-    memory = set()
+    memory: set[int | None] = {None}  # what is not known may be that of another
     for node in inputs:
         tensor = fake_tensor(node)
         if tensor is None:
@@ -226,22 +227,18 @@ def _are_own_tensors(outputs: tuple[fx.Node, ...], inputs: tuple[fx.Node, ...]) 
             continue
         if _is_subclass(tensor):
             return False
-        memory.add(_storage(tensor))
+        memory.add(storage_of(node))
     for node in outputs:
         tensor = fake_tensor(node)
-        if tensor is None or _is_subclass(tensor) or _storage(tensor) in memory:
+        if tensor is None or _is_subclass(tensor) or storage_of(node) in memory:
             return False
-        memory.add(_storage(tensor))
+        memory.add(storage_of(node))
     return True
 
 
 def _is_subclass(tensor: Tensor) -> bool:
     """Whether a tensor is made of others: quantised weights, DTensors."""
     return hasattr(tensor, "__tensor_flatten__")
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _name(node: fx.Node) -> str:

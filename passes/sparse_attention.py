@@ -13,7 +13,6 @@ import hashlib
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx
@@ -24,8 +23,9 @@ from blindsight.attention.base_mask import Tier, is_plain_causal
 from blindsight.attention.flex import constant_rows
 from blindsight.cache_keys import source_digest
 from blindsight.families import DECODER_ATTENTION_CLASSES
-from blindsight.passes.find_attention import Attention, find_attention, find_input_ids
-from blindsight.passes.graph import add_placeholder, placeholders, source_name
+from blindsight.passes.find_attention import Attention, find_attention
+from blindsight.passes.find_inputs import find_input_ids
+from blindsight.passes.graph import add_placeholder, input_name, placeholders
 from blindsight.passes.lift_mask import Lifted, lift_mask
 from blindsight.passes.replace_attention import TOKEN_INPUTS, replace_attention_pass
 from blindsight.profile import Profile
@@ -123,7 +123,7 @@ def rewrite(
     profile = _rows_of_rank(gm, calls, profile)
     for call in calls:
         layer = _layer_of(call, profile)
-        if layer is None or not profile.categories[layer].any() or _fixed_sizes(call)[1] == 1:
+        if layer is None or not profile.categories[layer].any() or _fixed_lengths(call)[0] == 1:
             continue
         chosen.append(call)
         layers.append(layer)
@@ -218,35 +218,41 @@ def _layer_of(call: Attention, profile: Profile) -> int | None:
     return layer
 
 
-def _fixed_sizes(call: Attention) -> tuple[int, int, int]:
-    """Return B, Q and K."""
-    sizes: dict[str, Any] = call.sizes(lambda size: size)  # type: ignore[arg-type, return-value]
+def _fixed_lengths(call: Attention) -> tuple[int, int]:
+    """Return Q and K.
+
+    Raises:
+        ValueError: They or B are symbolic, or not known.
+    """
+    num_queries, num_keys = call.lengths
+    sizes = {"batch": call.batch_size, "num_queries": num_queries, "num_keys": num_keys}
     if symbolic := [f"{name}={size}" for name, size in sizes.items() if not isinstance(size, int)]:
         raise ValueError(
             f"sizes of attention must be fixed, got {', '.join(symbolic)} at {call.path}. Trace "
             "without dynamic shapes, once for each length."
         )
-    return sizes["batch"], sizes["num_queries"], sizes["num_keys"]
+    return int(num_queries), int(num_keys)
 
 
 def _layout(categories: list[int], proof: Lifted, lowering: Lowering) -> Layout:
     if lowering is Lowering.FUSED:
         return fused_layout(categories)
-    proven = proof.tier == 1 and not proof.facts and proof.form is not None
-    return split_layout(categories, is_causal=bool(proven and is_plain_causal(proof.form or ())))
+    is_proven = proof.tier is Tier.INTERVALS and not proof.facts
+    return split_layout(categories, is_causal=is_proven and is_plain_causal(proof.form or ()))
 
 
 def _template(
     gm: fx.GraphModule, calls: Sequence[Attention], profile: Profile, *, add_inputs: bool
 ) -> tuple[fx.Node, fx.Node]:
     """Return the nodes of span_id and is_sink."""
-    given = [_input_named(gm, name) for name in ("span_id", "is_sink")]
-    if given[0] is not None and given[1] is not None:
-        return given[0], given[1]
+    # Of several inputs with one name the first counts.
+    inputs = {input_name(node): node for node in reversed(placeholders(gm))}
+    if "span_id" in inputs and "is_sink" in inputs:
+        return inputs["span_id"], inputs["is_sink"]
     at = find_input_ids(gm)
     if at is not None:
         for call in calls:
-            _, num_queries, num_keys = _fixed_sizes(call)
+            num_queries, num_keys = _fixed_lengths(call)
             if num_keys != num_queries:
                 raise ValueError(
                     f"attention at {call.path} must have as many keys as queries where the images "
@@ -269,13 +275,6 @@ def _template(
         f"{', '.join(node.name for node in placeholders(gm))[:200]}. Compile a module that takes "
         "one of these, or say add_inputs=True."
     )
-
-
-def _input_named(gm: fx.GraphModule, name: str) -> fx.Node | None:
-    for node in placeholders(gm):
-        if (source_name(node).rpartition(".")[2] or node.name) == name:
-            return node
-    return None
 
 
 def _after_inputs(gm: fx.GraphModule) -> fx.Node:

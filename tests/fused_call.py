@@ -13,9 +13,8 @@ from torch import Tensor
 from blindsight.attention import mask_forms
 from blindsight.attention.attend import attend
 from blindsight.attention.base_mask import CAUSAL
+from blindsight.attention.element_masks import expressed_mask, materialised_mask
 from blindsight.attention.mask_forms import (
-    expressed_mask,
-    materialised_mask,
     ordered_mask,
     sorted_mask,
 )

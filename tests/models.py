@@ -23,7 +23,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from blindsight.families import cache_argument
+from blindsight.configs import cache_argument
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3")
 

@@ -136,7 +136,7 @@ def test_where_any_number_will_do_short_prompts_share_the_graph_of_long_ones(
     """As on a GPU, where few tokens have a graph of their own only if they come first."""
     for module in ("any_length", "rewriting"):
         monkeypatch.setattr(
-            f"blindsight.runtime.{module}.takes_any_number", lambda device, size: is_symbol(size)
+            f"blindsight.runtime.{module}.takes_any_number", lambda size, device: is_symbol(size)
         )
     monkeypatch.setattr("blindsight.runtime.any_length._MIN_CAPACITY", 100)
     model = without_vision(tiny_model("qwen2_5_vl", num_layers=2))
@@ -412,15 +412,15 @@ def test_capacities_are_few() -> None:
     env = ShapeEnv()
     symbol = env.create_symbol(9, ConstantSource("size"), dynamic_dim=DimDynamic.DYNAMIC)
     size = env.create_symintnode(symbol, hint=9)
-    of_cpu = {n: capacity_of(n, CPU, size) for n in range(1, 16385)}
+    of_cpu = {n: capacity_of(n, size, CPU) for n in range(1, 16385)}
     assert set(of_cpu.values()) == {1024, 2048, 4096, 8192, 16384}
     assert all(capacity >= n for n, capacity in of_cpu.items())
     cuda = torch.device("cuda")
     lengths = (2, 1024, 1025, 300_000)
-    assert [capacity_of(n, cuda, size) for n in lengths] == [1024, 1024, None, None]
-    composed = [capacity_of(n, cuda, size + 1) for n in lengths]
+    assert [capacity_of(n, size, cuda) for n in lengths] == [1024, 1024, None, None]
+    composed = [capacity_of(n, size + 1, cuda) for n in lengths]
     assert composed == [1024, 1024, 2048, 2**19]
-    assert [capacity_of(n, device, 7) for n in lengths for device in (CPU, cuda)] == [None] * 8
+    assert [capacity_of(n, 7, device) for n in lengths for device in (CPU, cuda)] == [None] * 8
 
 
 def test_a_warmup_of_a_model_that_is_not_compiled() -> None:

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import blindsight
 from blindsight import BlindsightWarning, Profile, TemplateRule, blindsight_backend, use_template
-from blindsight.backend import blindsight as by_name
+from blindsight.backend_by_name import blindsight as by_name
 from blindsight.reference import reference_logits
 from blindsight.runtime.compiled_graph import CompiledGraph
 from blindsight.template import Template
@@ -349,15 +349,15 @@ def reasons() -> Iterator[Any]:
 
 def test_a_decoder_that_dynamo_gives_up_on_is_told_with_the_logits(reasons: Any) -> None:
     backend = blindsight_backend(profile_of(without_vision(tiny_model("qwen2_5_vl"))))
-    runtime = backend.state.runtime
-    runtime.finish()  # a head may be compiled alone
+    forwards = backend.state.forwards
+    forwards.finish()  # a head may be compiled alone
     reasons[LIMIT] += 1
-    runtime.serve([0])
-    runtime.finish()
+    forwards.serve([0])
+    forwards.finish()
     with blindsight.disabled():
-        runtime.finish()
+        forwards.finish()
     with pytest.warns(BlindsightWarning, match=r"outside of this backend's graphs.*dense"):
-        runtime.finish()
+        forwards.finish()
 
 
 def given_to(part: Any, call: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -401,7 +401,7 @@ def test_regional_compilation(family: str) -> None:
         layer._compiled_call_impl = None
     check(model, profile, inputs, logits)
     assert not backend.report().missing_layers
-    assert backend.state.runtime.pending is None
+    assert backend.state.forwards.pending is None
 
 
 def test_a_decoder_called_alone_takes_a_template(inputs: Any) -> None:
@@ -635,7 +635,7 @@ def test_dropout(inputs: Any) -> None:
         model.train(),
         backend=blindsight_backend(profile_of(model), inner="eager", lowering="fused"),
     )
-    with pytest.raises(ValueError, match=r"Dropout of attention .* must be 0, got 0.5.*eval\(\)"):
+    with pytest.raises(ValueError, match=r"dropout of attention .* must be 0, got 0.5.*eval\(\)"):
         compiled(**inputs, use_cache=False)
 
 

@@ -134,7 +134,7 @@ def test_a_program_cannot_be_saved_yet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: {n: v for n, v in x.items() if n != "is_sink"}, r"got none of is_sink"),
+        (lambda x: {n: v for n, v in x.items() if n != "is_sink"}, r"got no is_sink"),
         (lambda x: {"attention_mask": x["attention_mask"]}, r"input_ids or inputs_embeds, got att"),
     ],
 )

@@ -24,16 +24,13 @@ from blindsight.calibration.prober import Prober
 from blindsight.calibration.selection import select_categories
 from blindsight.cli.calibrate import summary
 from blindsight.cli.show import describe, heads_by_layer
+from blindsight.configs import cache_argument
 from blindsight.evaluation.baselines import shuffled_categories
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.prefill import Decoder
 from blindsight.exported import decoder_inputs
-from blindsight.families import (
-    DECODER_ATTENTION_CLASSES,
-    FAMILIES,
-    cache_argument,
-    fingerprint,
-)
+from blindsight.families import DECODER_ATTENTION_CLASSES, FAMILIES
+from blindsight.fingerprints import fingerprint, layer_types_of
 from blindsight.reference import attention_layers, reference_logits
 from family_models import (
     COLUMN_ID,
@@ -154,7 +151,7 @@ def extents(family: str, ids: list[int]) -> list[tuple[int, int]]:
 
 def profile_of(model: Any, family: str) -> Profile:
     """A profile whose heads and layers are all unlike."""
-    types = fingerprint(model)["layer_types"].split(",")
+    types = layer_types_of(fingerprint(model))
     codes = torch.tensor([[(head + layer) % 4 for head in range(4)] for layer in range(len(types))])
     codes[[kind in ("linear_attention", "conv") for kind in types]] = 0
     return Profile.for_model(model, codes, rule=rule_of(family))
@@ -446,7 +443,7 @@ def test_layers_may_have_unlike_head_dims(tmp_path: Any) -> None:
         profile.shard(0, 2)
     text = config.get_text_config()
     text.per_layer_config = {0: {"num_attention_heads": 8}}
-    with pytest.raises(ValueError, match=r"as many query heads as each other, got \[4, 8\]"):
+    with pytest.raises(ValueError, match=r"the same number of query heads, got \[4, 8\]"):
         fingerprint(config)
 
 

@@ -39,7 +39,7 @@ from blindsight.attention.base_mask import (
     facts_hold,
     is_plain_causal,
 )
-from blindsight.families import cache_argument
+from blindsight.configs import cache_argument
 from blindsight.passes.find_attention import find_attention
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import Lifted, lift_mask
@@ -578,6 +578,14 @@ def overwritten_padding(x: Tensor, data: Tensor) -> Tensor:
     return allowed
 
 
+def overwritten_by_another_name(x: Tensor, data: Tensor) -> Tensor:
+    buffer = torch.empty(data.shape, dtype=torch.bool)
+    padding = torch.gt(data, 1, out=buffer)
+    allowed = (grid(x)[1] <= grid(x)[0]) & padding[:, None, None]
+    buffer.zero_()
+    return allowed & (grid(x)[1] > grid(x)[0] - 3)
+
+
 def images(data: Tensor) -> Tensor:
     """The number of each token's image, or -1, as Gemma 4 counts them."""
     is_image = data > 1
@@ -606,6 +614,7 @@ LOOK_ALIKES: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
     "overwritten through a view": (3, overwritten_through_a_view),
     "overwritten positions": (3, overwritten_positions),
     "overwritten padding": (1, overwritten_padding),
+    "overwritten by another name": (3, overwritten_by_another_name),
     "written before it is read": (1, written_before_it_is_read),
     "written after it is read": (3, written_after_it_is_read),
     "index_put": (
@@ -710,6 +719,11 @@ LOOK_ALIKES: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
         1,
         lambda x, data: (grid(x)[1] <= grid(x)[0]) ^ (grid(x)[1] == 0),
     ),
+    "chunks up to a number of data": (
+        2,
+        lambda x, data: (grid(x)[1] - grid(x)[0]) % 4 <= data[0, 0],
+    ),
+    "chunks up to a number": (2, lambda x, data: (grid(x)[1] + grid(x)[0]) // 4 <= data.amax()),
     "a group of keys or another": (
         1,
         lambda x, data: (grid(x)[1] <= grid(x)[0]) | ((data > 2) & (data < 9))[:, None, None],

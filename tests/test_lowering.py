@@ -14,7 +14,7 @@ from blindsight import Profile, TemplateRule, blindsight_backend, tune
 from blindsight.attention.attend import attend
 from blindsight.attention.interval_masks import BaseMask, causal_base
 from blindsight.attention.mask_forms import MaskForm, sorted_mask
-from blindsight.runtime.choose import ChoosableCall, Fastest, choose_layouts
+from blindsight.runtime.choose import Choice, ChoosableCall, Device, Fastest, choose_layouts
 from blindsight.runtime.cost_model import (
     CallSize,
     Costs,
@@ -26,7 +26,7 @@ from blindsight.runtime.cost_model import (
     time_of_own,
 )
 from blindsight.runtime.data_check import _is_plain_causal
-from blindsight.runtime.history import History
+from blindsight.runtime.history import GivenHistory, History
 from blindsight.runtime.lowering import Layout, Lowering, causal_layout, fused_layout, split_layout
 from blindsight.template import Template
 from blindsight.timer import Timer
@@ -47,7 +47,7 @@ def prompt(num_images: int, image: int, text: int) -> History:
     rule = TemplateRule(
         image_token_ids=(1,),
     )
-    return History(rule, template=Template(span_id, is_sink))
+    return GivenHistory(rule, Template(span_id, is_sink))
 
 
 def call_of(history: History, categories: list[int], *, is_masked: bool = True) -> ChoosableCall:
@@ -178,9 +178,7 @@ def choose(history: History, categories: list[int], lowering: str, **options: An
         [call_of(history, categories, **options)],
         history,
         lowering=Lowering.of(lowering),
-        costs=COSTS,
-        block_size=128,
-        num_threads=2,
+        device=Device(COSTS, block_size=128, num_threads=2),
     )
     of_dense = {Fastest.CAUSAL: (causal_layout(len(categories)),), Fastest.OWN_GRAPH: None}
     return of_dense.get(choice.fastest, choice.layouts)
@@ -212,26 +210,26 @@ def test_short_prompts_run_dense_and_long_ones_sparse() -> None:
 def test_dense_prompts_need_no_mask_where_it_is_plain_causal() -> None:
     """A mask that the model builds costs all pairs, and ``is_causal`` half of them."""
     history = prompt(2, 400, 5)
-    options: dict[str, Any] = {"block_size": 128, "num_threads": 1, "lowering": Lowering.AUTO}
+
+    def choose_with(costs: Costs, *calls: ChoosableCall) -> Choice:
+        device = Device(costs, block_size=128, num_threads=1)
+        return choose_layouts(calls, history, lowering=Lowering.AUTO, device=device)
+
     call = call_of(history, [0, 0, 1, 1, 2, 2, 3, 3])
     slow = replace(COSTS, flex=1000.0, call=10.0)
-    choice = choose_layouts([call], history, costs=slow, **options)
+    choice = choose_with(slow, call)
     assert choice.fastest is Fastest.CAUSAL
     assert "ms with is_causal" in choice.reasons[0]
     # Of a call that has no mask, or another one, and where it would save too little.
     unmasked = replace(call, size=replace(call.size, is_masked=False))
     other = replace(call, is_causal=False)
     for own in ([unmasked], [other], [call, other]):
-        choice = choose_layouts(own, history, costs=slow, **options)
-        assert choice.fastest is Fastest.OWN_GRAPH
+        assert choose_with(slow, *own).fastest is Fastest.OWN_GRAPH
     large = replace(slow, call=1e9)
-    assert choose_layouts([call], history, costs=large, **options).fastest is Fastest.OWN_GRAPH
+    assert choose_with(large, call).fastest is Fastest.OWN_GRAPH
     # Sparse must beat the better of both.
     between = replace(COSTS, call=10.0, flex=1.1 * COSTS.causal, move=0.0)
-    found = [
-        choose_layouts([each], history, costs=between, **options).fastest
-        for each in (unmasked, call, other)
-    ]
+    found = [choose_with(between, each).fastest for each in (unmasked, call, other)]
     assert found == [Fastest.OWN_GRAPH, Fastest.CAUSAL, Fastest.SPARSE]
 
 
@@ -239,8 +237,8 @@ def test_tables_per_head_do_not_grow_beyond_a_bound(monkeypatch: pytest.MonkeyPa
     history = prompt(30, 256, 16)
     for_fused = replace(COSTS, move=0.0, causal=2 * COSTS.flex)
     call = call_of(history, [0, 1, 2, 3] * 2)
-    options: dict[str, Any] = {"costs": for_fused, "block_size": 128, "num_threads": 1}
-    auto = {"lowering": Lowering.AUTO, **options}
+    device = Device(for_fused, block_size=128, num_threads=1)
+    auto: dict[str, Any] = {"lowering": Lowering.AUTO, "device": device}
     choice = choose_layouts([call], history, **auto)
     assert choice.layouts[0].name == "fused" and "fused" in choice.reasons[0]
     blocks = -(-history.num_tokens // 128)

@@ -68,7 +68,7 @@ def test_installed_metadata(pyproject: dict[str, Any]) -> None:
         pytest.skip("blindsight is not installed")
     assert distribution.version == pyproject["project"]["version"]
     entries = {(entry.group, entry.name): entry.value for entry in distribution.entry_points}
-    assert entries["torch_dynamo_backends", "blindsight"] == "blindsight.backend:blindsight"
+    assert entries["torch_dynamo_backends", "blindsight"] == "blindsight.backend_by_name:blindsight"
     assert entries["console_scripts", "blindsight"] == "blindsight.cli:main"
 
 

@@ -13,7 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight import Profile, blindsight_backend
 from blindsight.passes import GraphPass, SparseAttention, sparse_attention_pass
-from blindsight.passes.find_attention import count_attention, find_attention, find_key_cache
+from blindsight.passes.find_attention import count_attention, find_attention
+from blindsight.passes.find_key_cache import find_key_cache
 from blindsight.passes.graph import copy_graph_module, node_of_size, placeholders
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.replace_attention import replace_attention_pass
@@ -467,6 +468,25 @@ def test_a_mask_may_be_made_among_the_nodes_of_another() -> None:
         torch.compile(function, backend=backend)(x)
     assert found[0].count("attend") == found[0].count("sorted_mask") == 2
     assert "scaled_dot_product_attention" not in found[0]
+
+
+def test_what_a_mask_is_made_beside_is_still_written() -> None:
+    """Of the mask nothing is left, but what was written in making it is read later."""
+
+    class Function(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x + 1
+            mask = torch.ones_like(y[0, 0, :, :3].mul_(2), dtype=torch.bool)
+            return scaled_dot_product_attention(x, x, x, attn_mask=mask) + y.sum()
+
+    gm = torch.export.export(Function(), (torch.randn(1, 2, 3, 4),)).module()
+    calls = find_attention(gm, layer_pattern=r"layers\.(\d+)")
+    lifted = [lift_mask(gm, call) for call in calls]
+    assert [proof.form for proof in lifted] == [("nothing",)]
+    replace_attention_pass(gm, attention=calls, lifted=lifted)
+    targets = [node.target for node in gm.graph.nodes]
+    assert torch.ops.aten.ones_like.default not in targets
+    assert torch.ops.aten.mul_.Tensor in targets
 
 
 def test_auto_is_the_backends(qwen: Any) -> None:

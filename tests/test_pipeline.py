@@ -10,7 +10,7 @@ import torch
 
 from blindsight import Profile, blindsight_backend, disabled, use_template
 from blindsight.cli.show import describe
-from blindsight.runtime.forwards import Runtime
+from blindsight.runtime.forwards import Forwards
 from decoders import PROMPT, check_decoder, decoder_prompt, template_of
 from models import Image, make_inputs, tiny_model
 from stages import CATEGORIES, NUM_LAYERS, Stage, compile_stages, prompts
@@ -126,12 +126,8 @@ def test_a_template_is_read_whole() -> None:
     wide = torch.arange(8, dtype=torch.int32).clamp(max=1).expand(2, -1).contiguous()
     is_sink = wide > 0
     with use_template(wide[:, :5], is_sink[:, :5]):
-        history = Runtime(
-            Profile.for_model(tiny_model("qwen2_5_vl"), "sink").rule,
-            [0],
-            sparse_layers=[0],
-            strict=True,
-        ).explicit_history()
+        profile = Profile.for_model(tiny_model("qwen2_5_vl"), "sink")
+        history = Forwards(profile, strict=True).explicit_history()
     assert history is not None
     assert all(tensor.is_contiguous() for tensor in history.template.tensors())
 

@@ -131,6 +131,11 @@ def in_place(self: Any, x: Tensor) -> Tensor:
     return x * self.weight + self.seen
 
 
+def in_place_by_aten(self: Any, x: Tensor) -> Tensor:
+    torch.ops.aten.add_.Tensor(self.seen, x.sum(0))
+    return x * self.weight + self.seen
+
+
 def set_item(self: Any, x: Tensor) -> Tensor:
     self.seen[0] = x.sum()
     return x * self.weight + self.seen
@@ -156,7 +161,15 @@ def switches_a_mode(self: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "function",
-    [in_place, set_item, into_out, returns_its_input, returns_one_twice, switches_a_mode],
+    [
+        in_place,
+        in_place_by_aten,
+        set_item,
+        into_out,
+        returns_its_input,
+        returns_one_twice,
+        switches_a_mode,
+    ],
 )
 def test_what_a_region_cannot_do_stays_as_it_is(function: Any) -> None:
     torch.manual_seed(0)

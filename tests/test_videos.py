@@ -16,7 +16,7 @@ from blindsight.evaluation.prefill import Decoder
 from blindsight.families import FAMILIES
 from blindsight.reference import reference_logits
 from blindsight.runtime.context import BlindsightWarning, disabled
-from blindsight.runtime.forwards import Runtime
+from blindsight.runtime.forwards import Forwards
 from blindsight.runtime.history import History
 from models import END_ID, FIRST_TEXT_ID, IMAGE_ID, PAD_ID, START_ID, VIDEO_ID, VOCAB_SIZE
 from oracles import (
@@ -258,42 +258,42 @@ def test_generation_that_shows_no_frames_says_so() -> None:
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
-def runtime_of(model: Any) -> Runtime:
-    return blindsight_backend(profile_of(model), inner="eager", model=model).state.runtime
+def forwards_of(model: Any) -> Forwards:
+    return blindsight_backend(profile_of(model), inner="eager", model=model).state.forwards
 
 
-def spans_of(runtime: Runtime, past: History | None = None) -> tuple[History, str]:
-    assert runtime.pending is not None
-    history = runtime.history(runtime.pending, past)
+def spans_of(forwards: Forwards, past: History | None = None) -> tuple[History, str]:
+    assert forwards.pending is not None
+    history = forwards.history(forwards.pending, past)
     assert history is not None
     return history, "".join(map(str, history.template.span_id[0].tolist()))
 
 
 def test_a_video_that_comes_frame_by_frame() -> None:
     """Each call with the grid of its own frame, as one run or in the middle of one."""
-    runtime = runtime_of(tiny_model("qwen2_5_vl"))
+    forwards = forwards_of(tiny_model("qwen2_5_vl"))
     grid, history, spans = torch.tensor([[1, 4, 4]]), None, ""
     frame = [VIDEO_ID] * 4
     for tokens in ([FIRST_TEXT_ID, START_ID, *frame], frame, [*frame, END_ID, FIRST_TEXT_ID]):
         ids = torch.tensor([tokens])
-        runtime.observe(ids)
-        runtime.observe_videos(grid)
-        history, spans = spans_of(runtime, history)
+        forwards.observe(ids)
+        forwards.observe_videos(grid)
+        history, spans = spans_of(forwards, history)
     assert spans == "011111" + "2222" + "333330"
 
 
 def test_the_last_grid_that_is_shown_counts() -> None:
     """The first call failed: its grid did not fit its pixels."""
-    runtime = runtime_of(tiny_model("qwen2_5_vl"))
+    forwards = forwards_of(tiny_model("qwen2_5_vl"))
     ids = torch.tensor([[START_ID, *[VIDEO_ID] * 8, END_ID]])
     for frames, expected in ((2, "1111122222"), (4, "1112233444"), (3, "1111111111")):
-        runtime.observe(ids)
-        runtime.observe_videos(torch.tensor([[frames, 4, 32 // frames // 4]]))
+        forwards.observe(ids)
+        forwards.observe_videos(torch.tensor([[frames, 4, 32 // frames // 4]]))
         if frames == 3:
             with pytest.warns(BlindsightWarning, match="does not fit its tokens"):
-                assert spans_of(runtime)[1] == expected
+                assert spans_of(forwards)[1] == expected
         else:
-            assert spans_of(runtime)[1] == expected
+            assert spans_of(forwards)[1] == expected
 
 
 def places(*corners: tuple[int, int]) -> torch.Tensor:
@@ -310,7 +310,7 @@ CORNERS = [(0, 0), (0, 1), (1, 0), (1, 1)] * 2
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 7, 8])
 def test_chunks_may_begin_anywhere(chunk: int) -> None:
     """Each chunk in the same buffer, as some callers do."""
-    runtime = runtime_of(tiny_model("qwen2_5_vl"))
+    forwards = forwards_of(tiny_model("qwen2_5_vl"))
     ids, history, spans = torch.tensor([[VIDEO_ID] * 8]), None, ""
     buffer = torch.zeros(4, 1, chunk, dtype=torch.int64)
     with warnings.catch_warnings():
@@ -319,57 +319,57 @@ def test_chunks_may_begin_anywhere(chunk: int) -> None:
             part = ids[:, begin : begin + chunk]
             positions = buffer[..., : part.shape[1]]
             positions.copy_(places(*CORNERS[begin : begin + chunk]))
-            runtime.observe(part)
-            runtime.observe_positions(positions)
-            history, spans = spans_of(runtime, history)
+            forwards.observe(part)
+            forwards.observe_positions(positions)
+            history, spans = spans_of(forwards, history)
     assert spans == "11112222"
 
 
 @pytest.mark.parametrize("second", [None, [(7, 7), (8, 8)], [(7, 7)]])
 def test_chunks_whose_frames_nobody_tells(second: Any) -> None:
     """No positions, or those of text."""
-    runtime = runtime_of(tiny_model("qwen2_5_vl"))
+    forwards = forwards_of(tiny_model("qwen2_5_vl"))
     ids = torch.tensor([[VIDEO_ID] * 4])
     before, after = ids[:, :2], ids[:, 2 : 3 if second is None else 2 + len(second)]
-    runtime.observe(before)
-    runtime.observe_positions(places(*CORNERS[:2]))
-    history, _ = spans_of(runtime)
-    runtime.observe(after)
+    forwards.observe(before)
+    forwards.observe_positions(places(*CORNERS[:2]))
+    history, _ = spans_of(forwards)
+    forwards.observe(after)
     if second is not None:
-        runtime.observe_positions(places(*second))
+        forwards.observe_positions(places(*second))
     with disabled(), warnings.catch_warnings():
         warnings.simplefilter("error", BlindsightWarning)
-        spans_of(runtime, history)
-    runtime.pending.joined.clear()
+        spans_of(forwards, history)
+    forwards.pending.joined.clear()
     with pytest.warns(BlindsightWarning, match="not told apart"):
-        spans_of(runtime, history)
+        spans_of(forwards, history)
 
 
 def test_a_video_right_after_an_image() -> None:
-    runtime = runtime_of(tiny_model("qwen2_5_vl"))
+    forwards = forwards_of(tiny_model("qwen2_5_vl"))
     image, video = [IMAGE_ID] * 2, [VIDEO_ID] * 8
     corners = [(9, 9)] * 2 + CORNERS
     for parts in ([image + video], [image, video]):
         history, begin, spans = None, 0, ""
         for part in parts:
             ids = torch.tensor([part])
-            runtime.observe(ids)
-            runtime.observe_positions(places(*corners[begin : begin + len(part)]))
-            history, spans = spans_of(runtime, history)
+            forwards.observe(ids)
+            forwards.observe_positions(places(*corners[begin : begin + len(part)]))
+            history, spans = spans_of(forwards, history)
             begin += len(part)
         assert spans == "1122223333"
 
 
 def test_positions_of_the_call_count_more_than_a_grid_of_one_that_failed() -> None:
-    runtime = runtime_of(tiny_model("qwen2_5_vl"))
+    forwards = forwards_of(tiny_model("qwen2_5_vl"))
     ids = torch.tensor([[VIDEO_ID] * 8])
-    runtime.observe(ids)
-    runtime.observe_videos(torch.tensor([[4, 2, 4]]))
-    assert spans_of(runtime)[1] == "11223344"
-    runtime.observe_positions(places(*CORNERS))
-    assert spans_of(runtime)[1] == "11112222"
-    runtime.observe_videos(torch.tensor([[9, 9, 9]]))  # which are not these videos
-    assert spans_of(runtime)[1] == "11112222"
+    forwards.observe(ids)
+    forwards.observe_videos(torch.tensor([[4, 2, 4]]))
+    assert spans_of(forwards)[1] == "11223344"
+    forwards.observe_positions(places(*CORNERS))
+    assert spans_of(forwards)[1] == "11112222"
+    forwards.observe_videos(torch.tensor([[9, 9, 9]]))  # which are not these videos
+    assert spans_of(forwards)[1] == "11112222"
 
 
 def test_videos_are_measured_and_evaluated() -> None:

@@ -21,7 +21,8 @@ from transformers import DynamicCache, StaticCache
 import blindsight
 from blindsight import BlindsightWarning, Profile, blindsight_backend, use_template
 from blindsight.reference import reference_logits
-from blindsight.runtime.history import History, Witness
+from blindsight.runtime.cache_notes import Witness
+from blindsight.runtime.history import SeenHistory
 from blindsight.runtime.tensor_notes import TensorNotes
 from models import Image, full_position_ids, make_inputs, split_turns, tiny_model, without_vision
 
@@ -74,7 +75,7 @@ def test_pixels_without_a_token_of_an_image_are_warned_of(model: Any) -> None:
 
 def test_a_witness_sees_what_changed_places(model: Any) -> None:
     """In inference mode nothing counts what is written: the keys themselves have to tell."""
-    history = History(profile_of(model).rule, kinds=torch.zeros(3, 8, dtype=torch.uint8))
+    history = SeenHistory(profile_of(model).rule, torch.zeros(3, 8, dtype=torch.uint8))
     with torch.inference_mode():
         keys = torch.randn(3, 2, 10, 4)
         witness = Witness.of(keys, history, before=None)
@@ -170,14 +171,14 @@ def test_a_forward_that_may_have_failed_is_a_warning(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no hook tells its end, half of the layers may have run, and then an error."""
-    monkeypatch.setattr("blindsight.runtime.forwards._limit_hits", lambda: 0)
-    runtime = backend_of(model).state.runtime
-    runtime.met.update(runtime.layers)
+    monkeypatch.setattr("blindsight.runtime.left_dense.recompile_limit_was_hit", lambda: False)
+    forwards = backend_of(model).state.forwards
+    forwards.met.update(forwards.layers)
     first, second = (inputs_of(*PROMPT, seed=seed)["input_ids"] for seed in (0, 1))
-    runtime.observe(first)
-    runtime.serve([0])
+    forwards.observe(first)
+    forwards.serve([0])
     with pytest.warns(BlindsightWarning, match=r"layers 1 of the profile .* call again"):
-        runtime.observe(second)
+        forwards.observe(second)
 
 
 @pytest.mark.parametrize(
@@ -299,8 +300,8 @@ def test_what_other_threads_compile_is_no_matter(
     model.model.language_model.compile(backend=backend)
     for text in (1, 2):
         assert_right(model, inputs_of(text, *PROMPT), model)
-    runtime = backend.state.runtime
-    model.lm_head.register_forward_pre_hook(lambda *_: watched.append(runtime.is_watched))
+    forwards = backend.state.forwards
+    model.lm_head.register_forward_pre_hook(lambda *_: watched.append(forwards.is_watched))
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # it is one for all
     model(**inputs_of(2, *reversed(PROMPT), seed=1))
     assert watched == [True]

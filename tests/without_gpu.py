@@ -556,7 +556,7 @@ def inductor_for_gpu() -> Iterator[LargestTensor]:
     compile_fx = inductor.compile_fx
     is_inside = False
 
-    def takes_any_number(_: torch.device, size: int | torch.SymInt) -> bool:
+    def takes_any_number(size: int | torch.SymInt, _: torch.device) -> bool:
         return any_length.is_symbol(size)
 
     def moved(x: Any) -> Any:

@@ -9,7 +9,7 @@ Shapes: B batch, H query heads, G key/value heads, Q and K lengths in tokens, D 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from blindsight.attention.region import call_in_region
 #   "mixed": one call of FlexAttention, block tables per head
 #   "alike": one call of FlexAttention, one block table for all, which are of one category
 #   "causal": scaled_dot_product_attention with is_causal; dense heads whose mask is just that
-Group = tuple[str, int]
+Group = tuple[Literal["all", "mixed", "alike", "causal"], int]
 
 
 def attend(
@@ -46,8 +46,8 @@ def attend(
         mask: Of every category, see :mod:`blindsight.attention.mask_forms`.
         heads: ``[H]`` int64, the heads group by group.
         categories: ``[H]`` int32 codes of :class:`~blindsight.HeadCategory`, in that order.
-        groups: Of which the sizes sum up to H. Key heads stay shared by their query heads in a
-            group of "all" alone, which is then the only one.
+        groups: Their sizes sum up to H. An "all" group must be the only one, and keeps key heads
+            shared by their query heads; other groups repeat them.
         scale: Factor on the scores; default ``D ** -0.5``.
     """
     if groups[0][0] == "all":

@@ -310,7 +310,9 @@ class _Grid:
         assert name in ("nothing", "valid"), f"unknown form {name}"
         return first, last
 
-    def is_contiguous(self, of_row: Form, of_column: Form) -> Tensor:
+    def is_contiguous(
+        self, of_row: tuple[Expression, ...], of_column: tuple[Expression, ...]
+    ) -> Tensor:
         """Whether the columns whose values equal a row's are neighbours, ``[B, Q]``."""
         first, last, count = self._equal(of_row, of_column, False)
         fits = _pair_fits(*self._compared(of_row, of_column))
@@ -338,7 +340,9 @@ class _Grid:
         begin, end = (edge.expand(len(self.b), self.q.shape[1]) for edge in (first, last + 1))
         return self._ranks.gather(1, end) - self._ranks.gather(1, begin)
 
-    def _compared(self, of_row: Form, of_column: Form) -> tuple[list[Tensor], list[Tensor]]:
+    def _compared(
+        self, of_row: tuple[Expression, ...], of_column: tuple[Expression, ...]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Return the values of rows and columns that must be equal; columns of the group are."""
         rows = [self.row(value) for value in of_row]
         columns = [self.column(value) for value in of_column]
@@ -348,7 +352,7 @@ class _Grid:
         return rows, columns
 
     def _equal(
-        self, of_row: Form, of_column: Form, is_sorted: bool
+        self, of_row: tuple[Expression, ...], of_column: tuple[Expression, ...], is_sorted: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the first and last column whose values equal a row's, and how many do."""
         row, column = _as_one_number(*self._compared(of_row, of_column))

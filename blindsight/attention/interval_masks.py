@@ -146,13 +146,36 @@ def keep_intervals(
     return Keep(lower.to(torch.int32), upper.to(torch.int32), visible)
 
 
+def is_kept(
+    b: Tensor,
+    h: Tensor,
+    q: Tensor,
+    k: Tensor,
+    categories: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    visible: Tensor,
+) -> Tensor:
+    """Whether a head of its category keeps an element, prompt order."""
+    category = categories[h]
+    inside = (lower[b, category, q] <= k) & (k <= upper[b, category, q])
+    return inside | visible[b, category, k]
+
+
+def keep_elements(keep: Keep, num_keys: int) -> Tensor:
+    """Return what the categories keep, element by element: ``[B, C, Q, K]`` bool."""
+    column = torch.arange(num_keys, device=keep.visible.device)
+    inside = (keep.lower[..., None] <= column) & (column <= keep.upper[..., None])
+    return inside | keep.visible[:, :, None, :]
+
+
 def is_unrestricted(query_span: Tensor, first_span: Tensor | None = None) -> Tensor:
     """Whether a query ``[B, Q]`` sees all that the base mask allows, whatever the category."""
     return (query_span == 0) | (query_span == 1 if first_span is None else first_span)
 
 
 def to_columns(flags: Tensor, offset: int, num_keys: int, *, fill: bool = False) -> Tensor:
-    """Return what tokens are ``[B, T]`` by key column ``[B, K]``."""
+    """Map flags of tokens ``[B, T]`` to key columns ``[B, K]``; unfilled slots get ``fill``."""
     flags = flags[:, offset:]
     missing = num_keys - flags.shape[1]
     return torch.nn.functional.pad(flags, (0, missing), value=fill) if missing > 0 else flags

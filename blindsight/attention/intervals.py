@@ -1,4 +1,4 @@
-"""The mask of every category as intervals of keys per query row, in an order of tokens for it.
+"""Every category's mask as intervals of keys per query row, with tokens sorted to suit.
 
 Shapes: B batch, C categories, Q and K lengths of queries and keys in tokens, T tokens of the
 whole sequence, L any of them. Rows and columns are numbered as in ``interval_masks``.
@@ -20,7 +20,7 @@ NUM_PARTS = 3  # of a row: text, sinks, other tokens of spans
 
 
 class TokenOrder(NamedTuple):
-    """An order of tokens that puts those together which a sparse mask treats alike.
+    """A token order that groups the tokens a sparse mask treats alike.
 
     ``[text | sinks | other tokens of spans | padding]``, each by position. Text tokens lie
     between all images, and are dense rows and columns: in prompt order nearly every block holds
@@ -132,7 +132,7 @@ def sorted_bounds(
 def stretched(
     bounds: SortedBounds, order: TokenOrder, num_queries: int | None, num_keys: int | None
 ) -> tuple[SortedBounds, TokenOrder]:
-    """Return both for so many sorted positions of queries and keys; None: as many as there are.
+    """Pad bounds and order to these numbers of sorted queries and keys (None: leave as is).
 
     A position beyond the last has a token all the same, so that a gather fills it: the last one.
     Its row is empty, and no interval reaches its column.

@@ -29,54 +29,23 @@ _TENSOR, _NUMBER = "tensor", "number"  # stand for one in a form that is written
 
 
 def sorted_mask_by_operator(
-    form: Form,
-    span_id: Tensor,
-    is_sink: Tensor,
-    *,
-    batch: int,
-    num_queries: int,
-    num_keys: int,
-    query_capacity: int | None = None,
-    key_capacity: int | None = None,
-    by_group: bool = False,
+    form: Form, span_id: Tensor, is_sink: Tensor, **sizes: Any
 ) -> SortedMask:
     """As :func:`~blindsight.attention.mask_forms.sorted_mask`."""
     if (written := _write(form)) is None:
-        return sorted_mask(
-            form,
-            span_id,
-            is_sink,
-            batch=batch,
-            num_queries=num_queries,
-            num_keys=num_keys,
-            query_capacity=query_capacity,
-            key_capacity=key_capacity,
-            by_group=by_group,
-        )
-    sizes = (batch, num_queries, num_keys, query_capacity, key_capacity)
-    query, key, inverse_query, lower, upper, *tables = _sorted_mask(
-        *written, span_id, is_sink, *sizes, by_group
-    )
-    order = TokenOrder(query, key, inverse_query)
-    block_size = block_size_of(span_id.device)
-    return SortedMask(order, lower, upper, BlockTables(*tables), block_size)
+        return sorted_mask(form, span_id, is_sink, **sizes)
+    made = _sorted_mask(*written, span_id, is_sink, **sizes)
+    order, (lower, upper), tables = TokenOrder(*made[:3]), made[3:5], BlockTables(*made[5:])
+    return SortedMask(order, lower, upper, tables, block_size_of(span_id.device))
 
 
 def ordered_mask_by_operator(
-    form: Form,
-    span_id: Tensor,
-    is_sink: Tensor,
-    *,
-    batch: int,
-    num_queries: int,
-    num_keys: int,
+    form: Form, span_id: Tensor, is_sink: Tensor, **sizes: Any
 ) -> OrderedMask:
     """As :func:`~blindsight.attention.mask_forms.ordered_mask`."""
     if (written := _write(form)) is None:
-        return ordered_mask(
-            form, span_id, is_sink, batch=batch, num_queries=num_queries, num_keys=num_keys
-        )
-    made = _ordered_mask(*written, span_id, is_sink, batch, num_queries, num_keys)
+        return ordered_mask(form, span_id, is_sink, **sizes)
+    made = _ordered_mask(*written, span_id, is_sink, **sizes)
     block_size = block_size_of(span_id.device)
     return OrderedMask(BaseMask(*made[:3]), Keep(*made[3:6]), BlockTables(*made[6:]), block_size)
 
@@ -91,9 +60,9 @@ def _sorted_mask(
     batch: int,
     num_queries: int,
     num_keys: int,
-    query_capacity: int | None,
-    key_capacity: int | None,
-    by_group: bool,
+    query_capacity: int | None = None,
+    key_capacity: int | None = None,
+    by_group: bool = False,
 ) -> list[Tensor]:
     mask = sorted_mask(
         _read(form, tensors, numbers),
@@ -119,9 +88,9 @@ def _(
     batch: int,
     num_queries: int,
     num_keys: int,
-    query_capacity: int | None,
-    key_capacity: int | None,
-    by_group: bool,
+    query_capacity: int | None = None,
+    key_capacity: int | None = None,
+    by_group: bool = False,
 ) -> list[Tensor]:
     queries = num_queries if query_capacity is None else query_capacity
     keys = num_keys if key_capacity is None else key_capacity

@@ -21,7 +21,7 @@ from blindsight.calibration.prober import Prober
 from blindsight.data.processors import model_inputs
 from blindsight.data.rows import Sample
 from blindsight.data.samples import Samples
-from blindsight.families import fingerprint
+from blindsight.fingerprints import fingerprint
 from blindsight.modules import digest_of_weights, in_eval_mode
 from blindsight.progress import progress_bar
 from blindsight.ranks import current_ranks

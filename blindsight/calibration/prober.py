@@ -18,8 +18,9 @@ from torch import Tensor, fx, nn
 from blindsight.calibration.gradients import gradients_from_embeddings, losses_with_gradients
 from blindsight.calibration.measurements import Measurements
 from blindsight.calibration.probe import Losses, ProbedCall, empty_losses, measure_losses
+from blindsight.configs import config_of, shares_keys, text_config, with_attention
 from blindsight.data.processors import inputs_on
-from blindsight.families import config_of, fingerprint, shares_keys, text_config, with_attention
+from blindsight.fingerprints import fingerprint, layer_types_of
 from blindsight.modules import plain_name
 from blindsight.passes.find_attention import Attention, find_attention, has_attention
 from blindsight.passes.graph import copy_graph_module
@@ -50,7 +51,7 @@ class Prober:
         self._towers = _towers_of(model, rule.layer_pattern)
         self._rule = rule
         shape = fingerprint(model)
-        self._layer_types = shape["layer_types"].split(",")
+        self._layer_types = layer_types_of(shape)
         self._num_heads = int(shape["num_heads"])
         self._next_token = next_token
         self._backend = _ProbeBackend(model, rule, ProbedCall if next_token else _measure_at_once)

@@ -48,7 +48,8 @@ def load_model(
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from blindsight.families import check_has_vision, family_of
+    from blindsight.configs import check_has_vision
+    from blindsight.families import family_of
     from blindsight.ranks import is_launched_with_others, local_device
 
     if device == "auto" and is_launched_with_others():

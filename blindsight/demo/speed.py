@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from blindsight.backend import blindsight_backend
 from blindsight.categories import NUM_CATEGORIES, summarize_categories
+from blindsight.configs import cache_argument, cache_of, text_config
 from blindsight.cost import AttentionFlops, attention_flops
 from blindsight.demo.prompt import DemoOptions, load
-from blindsight.families import cache_argument, cache_of, text_config
 from blindsight.modules import find_decoder
 from blindsight.profile import Profile
 from blindsight.progress import Progress

@@ -19,6 +19,14 @@ from torch import Tensor, nn
 from blindsight.attention.interval_masks import BaseMask
 from blindsight.attention.intervals import groups_of_keys
 from blindsight.backend import blindsight_backend
+from blindsight.configs import (
+    cache_argument,
+    cache_of,
+    check_has_vision,
+    config_of,
+    text_config,
+    with_attention,
+)
 from blindsight.cost import count_visible
 from blindsight.data.processors import inputs_on
 from blindsight.evaluation.masked_model import (
@@ -29,15 +37,7 @@ from blindsight.evaluation.masked_model import (
     Prompt,
     masked,
 )
-from blindsight.families import (
-    cache_argument,
-    cache_of,
-    check_has_vision,
-    config_of,
-    text_config,
-    widths_of,
-    with_attention,
-)
+from blindsight.fingerprints import widths_of
 from blindsight.modules import find_decoder, record_call
 from blindsight.profile import Profile
 from blindsight.reference import attention_layers

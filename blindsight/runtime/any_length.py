@@ -27,13 +27,13 @@ def is_symbol(size: int | torch.SymInt) -> bool:
     return isinstance(size, torch.SymInt) and bool(size.node.expr.is_symbol)
 
 
-def takes_any_number(device: torch.device, size: int | torch.SymInt) -> bool:
-    """Whether attention that is compiled for many queries, or keys, does for every number."""
+def takes_any_number(size: int | torch.SymInt, device: torch.device) -> bool:
+    """Whether one compiled kernel serves any number of queries, or keys."""
     return device.type == "cuda" and is_symbol(size)
 
 
-def capacity_of(num_tokens: int, device: torch.device, size: int | torch.SymInt) -> int | None:
-    """Return up to how many queries, or keys, attention with so many is compiled for; None: any.
+def capacity_of(num_tokens: int, size: int | torch.SymInt, device: torch.device) -> int | None:
+    """Return the largest number of queries, or keys, to compile attention for; None: no limit.
 
     The next power of two. The rows beyond the last token list no block: they cost moving the
     tokens that fill them, and no attention. Kernels of Triton take any number; but what is
@@ -43,12 +43,12 @@ def capacity_of(num_tokens: int, device: torch.device, size: int | torch.SymInt)
 
     Args:
         num_tokens: How many there are now.
-        device: Where.
         size: The graph's own.
+        device: Where.
     """
     if isinstance(size, int):
         return None
-    if num_tokens > _MIN_CAPACITY and takes_any_number(device, size):
+    if num_tokens > _MIN_CAPACITY and takes_any_number(size, device):
         return None
     return max(_MIN_CAPACITY, 1 << (num_tokens - 1).bit_length())
 

@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from blindsight.families import text_config
+from blindsight.configs import text_config
 from blindsight.profile import Profile
-from blindsight.runtime.forwards import Runtime
-from blindsight.runtime.history import module_calls
+from blindsight.runtime.calls import module_calls
+from blindsight.runtime.forwards import Forwards
 from blindsight.runtime.layers import LayerMap, compact
 from blindsight.runtime.watch import observe_call, watch_forward
 
@@ -23,22 +23,22 @@ class AttachedModels:
 
     Args:
         profile: The profile of these models.
-        runtime: Takes note of their forwards.
+        forwards: Takes note of their forwards.
         is_backend: Whether Dynamo's compiler leads to the backend.
 
     Attributes:
         layer_map: Tells their layers by parameters.
-        problem: Why the profile does not fit a model that was called and that it seems meant for,
-            or None.
+        problem: Why the profile does not fit the model that was called, where it seems meant for
+            it; else None.
         is_of_another: Whether that is because it is of another model; else no layers were found.
     """
 
     def __init__(
-        self, profile: Profile, runtime: Runtime, is_backend: Callable[[object], bool]
+        self, profile: Profile, forwards: Forwards, is_backend: Callable[[object], bool]
     ) -> None:
         self.layer_map = LayerMap(profile.rule.layer_pattern)
         self._profile = profile
-        self._runtime = runtime
+        self._forwards = forwards
         self._is_backend = is_backend
         self._parts: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of the models, and they
         self._others: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -66,7 +66,7 @@ class AttachedModels:
             )
         self.layer_map.add(model)
         self._parts.update(model.modules())
-        self._hooks += watch_forward(model, self._runtime, self._is_backend)
+        self._hooks += watch_forward(model, self._forwards, self._is_backend)
 
     def find(self) -> None:
         """Attach to the outermost model of the profile that is being called, if any is."""
@@ -84,7 +84,7 @@ class AttachedModels:
                     if self.problem is None:
                         self._note_problem(model, str(error).removesuffix("."))
                     continue
-            observe_call(self._runtime, call)
+            observe_call(self._forwards, call)
             return
 
     def _note_problem(self, model: nn.Module, problem: str) -> None:
@@ -114,15 +114,15 @@ class AttachedModels:
 
     def look_for_prompt(self) -> None:
         """Take note of what the model is given whose decoder runs, if no hook has told it."""
-        if self._runtime.is_watched:
+        if self._forwards.is_watched:
             return  # not to walk through all calls for each layer
         self.find()
-        if self._runtime.pending is not None:
+        if self._forwards.pending is not None:
             return
         models = self.layer_map.models
         for call, module in module_calls():
             if any(module is model for model in models):  # called before its hooks were there
-                observe_call(self._runtime, call)
+                observe_call(self._forwards, call)
                 return
 
     def layer_of(self, parameters: Sequence[Any]) -> int | None:

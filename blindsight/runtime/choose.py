@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from blindsight.attention.block_tables import (
+    block_size_of,
     ceil_div,
     prompt_order_lists_less,
     runs_of_sorted,
@@ -24,7 +25,13 @@ from blindsight.attention.interval_masks import BaseMask, Keep, causal_base, kee
 from blindsight.attention.intervals import sorted_bounds
 from blindsight.attention.mask_forms import MaskForm
 from blindsight.categories import NUM_CATEGORIES
-from blindsight.runtime.cost_model import CallSize, Costs, time_of_groups, time_of_own
+from blindsight.runtime.cost_model import (
+    CallSize,
+    Costs,
+    costs_of,
+    time_of_groups,
+    time_of_own,
+)
 from blindsight.runtime.history import History
 from blindsight.runtime.lowering import Layout, Lowering, fused_layout, split_layout
 
@@ -43,6 +50,26 @@ MAX_TABLE_BYTES = 256 * 2**20
 # The layouts of a model's layers are the same for every prompt.
 _fused_layout = lru_cache(maxsize=4096)(fused_layout)
 _split_layout = lru_cache(maxsize=4096)(split_layout)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What attention runs on.
+
+    Attributes:
+        costs: What its operations take.
+        block_size: Of its block tables, in tokens.
+        num_threads: Among how many threads a CPU's kernels deal out their work, else 1.
+    """
+
+    costs: Costs
+    block_size: int
+    num_threads: int
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype) -> Device:
+        num_threads = torch.get_num_threads() if device.type == "cpu" else 1
+        return cls(costs_of(device, dtype), block_size_of(device), num_threads)
 
 
 @dataclass(frozen=True)
@@ -105,7 +132,7 @@ class _Estimate:
     note: str
 
     @property
-    def fastest(self) -> Layout:
+    def best_layout(self) -> Layout:
         return self.layouts[self.sparse.index(min(self.sparse))]
 
     def __str__(self) -> str:
@@ -117,9 +144,7 @@ class _Estimate:
         return told
 
 
-def best_form(
-    history: History, num_queries: int, categories: Tensor, *, costs: Costs, block_size: int
-) -> MaskForm:
+def best_form(history: History, num_queries: int, categories: Tensor, device: Device) -> MaskForm:
     """Return the token order that lists fewer blocks for heads of these categories.
 
     Judged for a causal base mask, once per prompt.
@@ -128,21 +153,21 @@ def best_form(
         history: The whole sequence.
         num_queries: Q, the last tokens of it.
         categories: Codes of all heads that run.
-        costs, block_size: Of the device.
+        device: What they run on.
     """
     num_heads = torch.bincount(categories.flatten().long(), minlength=NUM_CATEGORIES).tolist()
-    key = ("form", num_queries, tuple(num_heads), block_size)
-    if key not in history.memo:
+
+    def find() -> MaskForm:
         less = prompt_order_lists_less(
             *_prompt_order(history, num_queries),
-            _num_sorted(history, num_queries, block_size),
+            _num_sorted(history, num_queries, device.block_size),
             num_heads,
-            block_size,
-            keys_per_move=costs.keys_per_move,
+            device.block_size,
+            keys_per_move=device.costs.keys_per_move,
         )
-        history.memo[key] = MaskForm.ORDERED if less else MaskForm.SORTED
-    form: MaskForm = history.memo[key]
-    return form
+        return MaskForm.ORDERED if less else MaskForm.SORTED
+
+    return history.once(("form", num_queries, tuple(num_heads), device.block_size), find)
 
 
 def choose_layouts(
@@ -150,9 +175,7 @@ def choose_layouts(
     history: History,
     *,
     lowering: Lowering,
-    costs: Costs,
-    block_size: int,
-    num_threads: int,
+    device: Device,
 ) -> Choice:
     """Return how to compute each call, and why.
 
@@ -160,31 +183,30 @@ def choose_layouts(
         calls: Of one graph, rewritten together or not at all.
         history: The whole sequence.
         lowering: What was asked for.
-        costs, block_size: Of the device.
-        num_threads: Among how many threads a CPU's kernels deal out their work, else 1.
+        device: What they run on.
     """
-    ways = [_ways(call, lowering, block_size, num_threads) for call in calls]
+    ways = [_ways(call, lowering, device) for call in calls]
     if lowering is not Lowering.AUTO:
         layouts = tuple(of_call[0] for of_call, _ in ways)
         return Choice(layouts, ("",) * len(calls), Fastest.SPARSE)
     estimates = [
-        _estimate(call, of_call, note, history, costs, block_size)
+        _estimate(call, of_call, note, history, device)
         for call, (of_call, note) in zip(calls, ways, strict=True)
     ]
     return Choice(
-        layouts=tuple(each.fastest for each in estimates),
+        layouts=tuple(each.best_layout for each in estimates),
         reasons=tuple(map(str, estimates)),
-        fastest=_fastest(estimates, costs),
+        fastest=_fastest(estimates, device.costs),
     )
 
 
 def _ways(
-    call: ChoosableCall, lowering: Lowering, block_size: int, num_threads: int
+    call: ChoosableCall, lowering: Lowering, device: Device
 ) -> tuple[tuple[Layout, ...], str]:
     """Return the layouts that a call may have, what was asked for first, and what is left out."""
-    parts = num_threads // gcd(num_threads, call.size.batch)
+    parts = device.num_threads // gcd(device.num_threads, call.size.batch)
     split = _split_layout(call.categories, parts, is_causal=call.is_causal)
-    if _table_bytes(split, call.size, block_size) > MAX_TABLE_BYTES:
+    if _table_bytes(split, call.size, device.block_size) > MAX_TABLE_BYTES:
         split = _split_layout(call.categories, is_causal=call.is_causal, per_category=True)
     # A layer of dense heads alone needs no FlexAttention, where is_causal says it all.
     is_plain = call.is_causal and not any(call.categories)
@@ -193,7 +215,7 @@ def _ways(
     fused = _fused_layout(call.categories, parts)
     if lowering is Lowering.FUSED or split == fused:
         return (fused,), ""
-    table_bytes = _table_bytes(fused, call.size, block_size)
+    table_bytes = _table_bytes(fused, call.size, device.block_size)
     if table_bytes > MAX_TABLE_BYTES:
         return (split,), f" (tables of fused: {table_bytes / 2**30:.2g} GiB, too large)"
     return (fused, split), ""
@@ -204,10 +226,10 @@ def _estimate(
     layouts: tuple[Layout, ...],
     note: str,
     history: History,
-    costs: Costs,
-    block_size: int,
+    device: Device,
 ) -> _Estimate:
-    listed = _listed_pairs(history, call.size.num_queries, call.form, block_size)
+    costs = device.costs
+    listed = _listed_pairs(history, call.size.num_queries, call.form, device.block_size)
     sparse = tuple(
         time_of_groups(
             costs,
@@ -247,40 +269,41 @@ def _table_bytes(layout: Layout, size: CallSize, block_size: int) -> int:
 
 def _listed_pairs(history: History, num_queries: int, form: MaskForm, block_size: int) -> list[int]:
     """Return the pairs in the blocks that a head of each category visits, over a causal mask."""
-    key = ("listed", num_queries, form.is_sorted, block_size)
-    if key not in history.memo:
+
+    def find() -> list[int]:
         if form.is_sorted:
             listed = _num_sorted(history, num_queries, block_size)
         else:
             masks = _prompt_order(history, num_queries)
             tables = tables_of_prompt_order(*masks, history.num_tokens, block_size)
             listed = tables.num_partial + tables.num_full
-        history.memo[key] = (listed.sum((0, 2), dtype=torch.int64) * block_size**2).tolist()
-    pairs: list[int] = history.memo[key]
-    return pairs
+        pairs: list[int] = (listed.sum((0, 2), dtype=torch.int64) * block_size**2).tolist()
+        return pairs
+
+    return history.once(("listed", num_queries, form.is_sorted, block_size), find)
 
 
 def _prompt_order(history: History, num_queries: int) -> tuple[BaseMask, Keep]:
     """Return a causal base mask, and what the categories keep of it; on the CPU."""
-    key = ("prompt order", num_queries)
-    if key not in history.memo:
+
+    def find() -> tuple[BaseMask, Keep]:
         span_id, is_sink = history.template.tensors()
         keep = keep_intervals(span_id, is_sink, num_queries, history.num_tokens)
-        history.memo[key] = _causal(history, num_queries), keep
-    masks: tuple[BaseMask, Keep] = history.memo[key]
-    return masks
+        return _causal(history, num_queries), keep
+
+    return history.once(("prompt order", num_queries), find)
 
 
 def _num_sorted(history: History, num_queries: int, block_size: int) -> Tensor:
     """Return the blocks that categories list of a causal mask in sorted order, ``[B, C, N]``."""
-    key = ("sorted", num_queries, block_size)
-    if key not in history.memo:
+
+    def find() -> Tensor:
         base = _causal(history, num_queries)
         tokens = history.template.tensors()
         bounds, _ = sorted_bounds(base, *tokens, num_queries, history.num_tokens)
-        history.memo[key] = runs_of_sorted(bounds, block_size).num_listed()
-    listed: Tensor = history.memo[key]
-    return listed
+        return runs_of_sorted(bounds, block_size).num_listed()
+
+    return history.once(("sorted", num_queries, block_size), find)
 
 
 def _causal(history: History, num_queries: int) -> BaseMask:

@@ -67,7 +67,7 @@ class CompiledGraph:
         inner: Inner,
     ) -> None:
         self._state = state
-        self._runtime = state.runtime
+        self._forwards = state.forwards
         self._inner = inner
         self._passes = state.passes
         if self._passes:
@@ -110,35 +110,37 @@ class CompiledGraph:
             raise ValueError(self._plan.problem)
         if not self._calls:
             if self._plan.runs_head:
-                self._runtime.finish()
+                self._forwards.finish()
             return self._run_own(args)
         layers = self._layers_of(args)
-        self._runtime.met.update(layers)
+        self._forwards.met.update(layers)
         known = self._sequences.find(args, layers)
         history, dense_because = known.history, known.dense_because
         rewriting = None
-        if dense_because is None and history is not None:
+        if dense_because is None:
+            assert history is not None
             self._state.check_unchanged()
             rewriting = self._rewriter.choose(args, layers, history)
             dense_because = None if rewriting else _FASTER_DENSE
-        if rewriting is not None and history is not None:
+        if rewriting is not None:
+            assert history is not None
             outputs, runs = self._run_rewritten(args, layers, history, rewriting)
             for call, how in zip(self._calls, runs, strict=True):
                 call.verdict.own_runs[how] += 1
         else:
             outputs = self._run_own(args)
             self._plan.runs[f"dense: {dense_because}"] += 1
-        self._runtime.serve(layers)
+        self._forwards.serve(layers)
         self._sequences.remember(args, outputs, layers, known)
         return outputs
 
     def _observe(self, args: Sequence[Any]) -> None:
         if self._plan.input_ids is not None:
-            self._runtime.observe(args[self._plan.input_ids])
+            self._forwards.observe(args[self._plan.input_ids])
         if self._plan.video_grid is not None:
-            self._runtime.observe_videos(args[self._plan.video_grid])
+            self._forwards.observe_videos(args[self._plan.video_grid])
         if self._plan.positions is not None:
-            self._runtime.observe_positions(args[self._plan.positions])
+            self._forwards.observe_positions(args[self._plan.positions])
 
     def _layers_of(self, args: Sequence[Any]) -> tuple[int, ...]:
         if self._layers is not None:
@@ -151,8 +153,8 @@ class CompiledGraph:
             if layer is None:
                 raise ValueError(
                     f"the parameters of attention at {call.attention.path or 'the frame'} must "
-                    "belong to one layer of the model that is compiled, and belong to none. Give "
-                    "the backend that model, after changing its weights: "
+                    "belong to one layer of the model that is compiled, and belong to none. If its "
+                    "weights were replaced, make a new backend for it: "
                     "blindsight_backend(profile, model=model)."
                 )
             layers.append(layer)
@@ -237,7 +239,9 @@ class CompiledGraph:
             if rewriting.capacities is not None:
                 variant = self._compile_for_lengths(gm, inputs, rewriting.given, num_tokens)
             else:
-                variant = CompiledForLengths(self._compile(gm, inputs), lambda *sizes: True)
+                variant = CompiledForLengths(
+                    self._compile(gm, inputs), lambda sizes, num_tokens: True
+                )
             self._variants.keep(key, variant)
         return variant
 

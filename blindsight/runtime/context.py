@@ -16,11 +16,11 @@ from blindsight.template import Template, find_order_problem
 
 
 class BlindsightWarning(UserWarning):
-    """Something ran dense, or was left alone, that the profile would have made sparse."""
+    """Attention ran dense, more slowly, or on other images than the profile says; and why."""
 
 
 class HasForwards(Protocol):
-    """A backend's runtime, as far as a template given by hand is concerned."""
+    """A backend's forwards, as far as a template given by hand is concerned."""
 
     def check_explicit(self, forward: ForwardUnder) -> None:
         """Complain of sparse layers that did not run under the template."""
@@ -36,14 +36,14 @@ class ForwardUnder:
 
 
 @dataclass
-class GivenTemplate:
+class ExplicitTemplate:
     """A template given by hand, and what each backend did under it."""
 
     template: Template
     forwards: dict[HasForwards, ForwardUnder] = field(default_factory=dict)
 
 
-_given: ContextVar[GivenTemplate | None] = ContextVar("blindsight_template", default=None)
+_given: ContextVar[ExplicitTemplate | None] = ContextVar("blindsight_template", default=None)
 _disabled: ContextVar[bool] = ContextVar("blindsight_disabled", default=False)
 
 
@@ -63,19 +63,19 @@ def use_template(span_id: Tensor | Template, is_sink: Tensor | None = None) -> I
     """
     if isinstance(span_id, Template):
         if is_sink is not None:
-            raise ValueError("is_sink must be left out with a template, which has it, got one.")
+            raise ValueError("is_sink must be left out with a template, which has one, got both.")
         span_id, is_sink = span_id.tensors()
-    given = GivenTemplate(_checked(span_id, is_sink))
+    given = ExplicitTemplate(_checked(span_id, is_sink))
     token = _given.set(given)
     try:
         yield
     finally:
         _given.reset(token)
-    for runtime, forward in given.forwards.items():
-        runtime.check_explicit(forward)
+    for forwards, forward in given.forwards.items():
+        forwards.check_explicit(forward)
 
 
-def given_template() -> GivenTemplate | None:
+def explicit_template() -> ExplicitTemplate | None:
     """Return the template given by hand that holds here, if any does."""
     return _given.get()
 

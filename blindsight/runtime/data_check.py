@@ -1,4 +1,4 @@
-"""What only the data of a call can tell of its masks: facts that a proof rests on, and more.
+"""Check, at each call, what the proof of a mask assumes of the data.
 
 The tensors in question are computed from a graph's inputs as the graph does, without the rest of
 it: they are ids, positions and paddings, O(T).

@@ -10,7 +10,6 @@ copying a cache makes another tensor (or another version of it), of which nothin
 
 from __future__ import annotations
 
-import inspect
 import re
 import threading
 import warnings
@@ -24,17 +23,18 @@ import torch
 from torch import Tensor, nn
 
 from blindsight.modules import plain_name
-from blindsight.runtime.context import BlindsightWarning, ForwardUnder, given_template, is_disabled
-from blindsight.runtime.history import CacheNote, History, Pending, has_returned, module_calls
-from blindsight.runtime.layers import compact
-from blindsight.runtime.tensor_notes import TensorNotes, version_of
-from blindsight.template import TemplateRule
-
-RAISE_LIMIT = (
-    "Raise the limit: torch.compile(model, backend=backend, recompile_limit=64)."
-    if "recompile_limit" in inspect.signature(torch.compile).parameters
-    else "Raise the limit: torch._dynamo.config.recompile_limit = 64, in every thread that runs it."
+from blindsight.profile import Profile
+from blindsight.runtime import left_dense
+from blindsight.runtime.cache_notes import CacheNote
+from blindsight.runtime.calls import has_returned, module_calls
+from blindsight.runtime.context import (
+    BlindsightWarning,
+    ForwardUnder,
+    explicit_template,
+    is_disabled,
 )
+from blindsight.runtime.history import GivenHistory, History, Pending, SeenHistory
+from blindsight.runtime.tensor_notes import TensorNotes, version_of
 
 
 @dataclass
@@ -52,21 +52,14 @@ class _Thread(threading.local):
     decoder_ran: bool = False  # in the backend's graphs, since it last ended
 
 
-class Runtime:
+class Forwards:
     """The state of one backend; each thread has its own forward under way."""
 
-    def __init__(
-        self,
-        rule: TemplateRule,
-        layers: Sequence[int],
-        *,
-        sparse_layers: Sequence[int],
-        strict: bool,
-    ) -> None:
-        self.rule = rule
-        self.layers = frozenset(layers)
-        self.sparse_layers = frozenset(sparse_layers)
-        self.strict = strict
+    def __init__(self, profile: Profile, *, strict: bool) -> None:
+        self.rule = profile.rule
+        self.layers = frozenset(profile.layers)
+        self._sparse_layers = {at for at in self.layers if not profile.layer_is_dense(at)}
+        self._strict = strict
         self.met: set[int] = set()
         self.caches: TensorNotes[CacheNote] = TensorNotes()  # by the tensor of a cache's keys
         self.masks: TensorNotes[Any] = TensorNotes()  # what blindsight.runtime.given_mask found out
@@ -140,7 +133,7 @@ class Runtime:
     def expect_images(self) -> None:
         """Warn if the forward under way is given pixels, and no token is known to be an image's."""
         pending = self.pending
-        if pending is None or given_template() is not None or is_disabled():
+        if pending is None or explicit_template() is not None or is_disabled():
             return
         if not pending.has_images:
             self.warn_once(
@@ -216,12 +209,12 @@ class Runtime:
             if past is not None and past.cuts_delimiter(pending) and not is_disabled():
                 self.warn_once(
                     "a chunk ended in the start delimiter of an image, which counted as text "
-                    "there: it saw all images before, and in a prompt that is prefilled whole it "
-                    "does not. Cut prompts elsewhere for the same numbers."
+                    "there, so it saw all earlier images; in a prompt that is prefilled whole it "
+                    "would not. Cut prompts elsewhere to get the same numbers."
                 )
             if past is None:
-                joined: History | None = History(
-                    self.rule, kinds=pending.kinds, corner=pending.last_corner
+                joined: History | None = SeenHistory(
+                    self.rule, pending.kinds, corner=pending.last_corner
                 )
             else:
                 joined = past.extended(pending)
@@ -230,37 +223,28 @@ class Runtime:
 
     def explicit_history(self) -> History | None:
         """Return the history of the template given by hand, one for all graphs; None: none is."""
-        given = given_template()
+        given = explicit_template()
         if given is None:
             return None
         if self not in given.forwards:
-            given.forwards[self] = ForwardUnder(History(self.rule, template=given.template))
+            given.forwards[self] = ForwardUnder(GivenHistory(self.rule, given.template))
         return given.forwards[self].history
 
     def expect_all_layers(self) -> None:
         """Take note that the forward under a template given by hand is to be sparse."""
-        if (given := given_template()) is not None and self in given.forwards:
+        if (given := explicit_template()) is not None and self in given.forwards:
             given.forwards[self].is_sparse = True
 
     def check_explicit(self, forward: ForwardUnder) -> None:
         """Complain of sparse layers that did not run here under a template given by hand."""
-        missing = sorted(self.sparse_layers - forward.served)
-        if not missing or not forward.is_sparse:
-            return
-        message = (
-            f"the attention of layers {compact(missing)} of the profile did not run through this "
-            f"backend under the template, layers {compact(sorted(forward.served))} did. If this is "
-            "a stage of a pipeline, give its backend the stage's profile: profile.stage(first, "
-            "stop, keeps_numbers=...). If torch._dynamo warned of its recompile_limit: "
-            f"{RAISE_LIMIT}"
-        )
-        if self.strict:
-            raise ValueError(message[0].upper() + message[1:])
-        self.warn_once(message)
+        missing = self._sparse_layers - forward.served
+        if missing and forward.is_sparse:
+            message = left_dense.layers_under_template(missing, forward.served)
+            self._complain(message, is_error=True)
 
     def serve(self, layers: Sequence[int]) -> None:
         """Take note that these layers of the forward under way have run."""
-        pending, given = self._thread.pending, given_template()
+        pending, given = self._thread.pending, explicit_template()
         self._thread.decoder_ran = True
         if given is not None and self in given.forwards:
             given.forwards[self].served.update(layers)
@@ -276,6 +260,12 @@ class Runtime:
             self._warned.add(message)
             warnings.warn(message, BlindsightWarning, stacklevel=2)
 
+    def _complain(self, message: str, *, is_error: bool) -> None:
+        """Raise, if that is an error to a strict backend; warn if not."""
+        if is_error and self._strict:
+            raise ValueError(message)
+        self.warn_once(message)
+
     def finish(self) -> None:
         """Take note that the decoder has run: what it did not serve here, ran elsewhere."""
         if self._watched is not None:
@@ -286,12 +276,8 @@ class Runtime:
             return
         if pending is not None:
             self._check_served(pending, certain=True)
-        elif not ran and _limit_hits():
-            self.warn_once(
-                "a forward ran its decoder outside of this backend's graphs, so dense, as Dynamo "
-                f"gave up compiling it. {RAISE_LIMIT} Or compile the decoder alone: "
-                "model.model.language_model.compile(backend=backend)."
-            )
+        elif not ran and left_dense.recompile_limit_was_hit():
+            self.warn_once(left_dense.DECODER_NOT_SEEN)
 
     def _check_served(self, pending: Pending, *, certain: bool) -> None:
         """Complain of layers that a forward ran outside of the backend's graphs.
@@ -300,41 +286,21 @@ class Runtime:
             pending: What is known of the forward.
             certain: Whether the decoder has run; a forward may also have ended with an error.
         """
-        missing = sorted(self.layers - pending.served)
+        missing = self.layers - pending.served
         if not missing or not self._restricts(pending):
             return
         self._thread.pending = None
-        never = sorted(self.layers - self.met)
-        message = (
-            f"the attention of layers {compact(missing)} of the profile did not run through this "
-            "backend, so it was dense"
-        )
-        if never:
-            message += f" (layers {compact(never)} were never met)"
-        message += (
-            ". Load the model with attn_implementation='sdpa', call it without output_attentions, "
-            "and set no stance of torch.compiler that compiles nothing new. If torch._dynamo "
-            "warned of its recompile_limit: "
-            f"{RAISE_LIMIT}"
-        )
-        if not certain:
-            message += " If the last forward ended with an error of its own, call again."
-        if self.strict and (certain or never or (pending.served and _limit_hits())):
-            raise ValueError(message[0].upper() + message[1:])
-        self.warn_once(message)
+        never = self.layers - self.met
+        gave_up = bool(pending.served) and left_dense.recompile_limit_was_hit()
+        message = left_dense.layers_of_forward(missing, never, certain=certain)
+        self._complain(message, is_error=certain or bool(never) or gave_up)
 
     def _restricts(self, pending: Pending) -> bool:
         """Whether any query of a forward is one that a category restricts."""
         num_queries = pending.kinds.shape[1]
         known = [joined for _, joined in pending.joined.values() if joined is not None]
-        alone = History(self.rule, kinds=pending.kinds)
+        alone = SeenHistory(self.rule, pending.kinds)
         return any(
             history.restricts_queries_from(history.num_tokens - num_queries)
             for history in (alone, *known)
         )
-
-
-def _limit_hits() -> int:
-    """Return how often Dynamo has reached its recompile limit; it then runs a frame as it is."""
-    reasons = torch._dynamo.utils.counters["unimplemented"]
-    return sum(reasons[text] for text in reasons if "recompile limit exceeded" in text)

@@ -1,25 +1,25 @@
-"""The tokens of a sequence, and where they are kept.
+"""The tokens of a sequence, as far as they are known.
 
 - ``Pending``: the tokens of the forward under way, until all of its layers have run.
 - ``History``: those of a whole sequence, the ones in a cache and after them a forward's own.
-- ``CacheNote``: a history, kept with the tensor of the cache's keys that a forward left.
-- ``Witness``: what shows at a later call that the tensor still holds these keys.
+
+Shapes: B batch, T tokens of the whole sequence, Q tokens of a forward.
 """
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
+from blindsight.runtime.calls import has_returned
 from blindsight.runtime.tensor_notes import version_of
 from blindsight.template import IMAGE, START, Template, TemplateRule, is_all_text
 from blindsight.videos import (
@@ -33,50 +33,57 @@ from blindsight.videos import (
 
 _NO_FRAME = 0xFF ^ FRAME
 
+_T = TypeVar("_T")
+
 
 class History:
-    """The tokens of one sequence so far: their kinds, or a template given by hand."""
+    """The tokens of one sequence so far.
 
-    def __init__(
-        self,
-        rule: TemplateRule,
-        *,
-        kinds: Tensor | None = None,
-        text_after: int = 0,
-        corner: Tensor | None = None,
-        template: Template | None = None,
-        kinds_after: Tensor | None = None,
-    ) -> None:
+    Attributes:
+        batch, num_tokens: B, T.
+    """
+
+    def __init__(self, rule: TemplateRule, batch: int, num_tokens: int) -> None:
         self._rule = rule
-        # Tokens of text after the others are joined to them when needed: not in decoding. One
-        # attribute, as threads may share a history.
-        self._tokens = None if kinds is None else (kinds, text_after)
-        self._corner = corner  # [2, B], height and width of the last token, if it is of a video
-        self._template = template if kinds_after is None else None
-        self._given = template, kinds_after  # by hand, and what came after it
+        self.batch = batch
+        self.num_tokens = num_tokens
         self._on_device: dict[torch.device, Template] = {}
         self._restricts: dict[int, bool] = {}
-        self.memo: dict[object, Any] = {}  # what others found out of this sequence
-        known = kinds if template is None else template.span_id
-        assert known is not None
-        self.batch: int = known.shape[0]
-        self.num_tokens: int = known.shape[1] + text_after
-        if kinds_after is not None:
-            self.num_tokens += kinds_after.shape[1]
+        self._found: dict[object, Any] = {}  # what others found out of this sequence
 
-    @property
+    @cached_property
     def template(self) -> Template:
-        """The template, computed on first use: decoding never needs it."""
-        if self._template is None:
-            given, after = self._given
-            if given is None:
-                kinds = self._kinds
-                assert kinds is not None
-                self._template = self._rule.template_of_kinds(kinds)
-            else:
-                assert after is not None
-                self._template = _joined(given, self._rule.template_of_kinds(after))
-        return self._template
+        """Where the images are, computed on first use: decoding never needs it."""
+        raise NotImplementedError
+
+    def extended(self, new: Pending) -> History | None:
+        """Return the history with new tokens after it, or None where that is ambiguous."""
+        raise NotImplementedError
+
+    def lacks_frames(self, new: Pending) -> bool:
+        """Whether new tokens go on with a video, and nothing tells if they begin a frame."""
+        return False
+
+    def cuts_delimiter(self, new: Pending) -> bool:
+        """Whether new tokens begin with an image after the first whose delimiter came before."""
+        if new.is_text or new.kinds.shape[0] != self.batch:
+            return False
+        last = self._last_kinds()
+        if last is None:
+            return False
+        opens = ((last & START) > 0) & ((new.kinds[:, 0] & IMAGE) > 0)
+        return bool(opens.any()) and bool((opens & (self.template.span_id > 0).any(1)).any())
+
+    def _last_kinds(self) -> Tensor | None:
+        """The kind of the last token ``[B]``, if it is known."""
+        raise NotImplementedError
+
+    def once(self, key: object, find: Callable[[], _T]) -> _T:
+        """Return what ``find`` finds out of this sequence; it is called once per key."""
+        if key not in self._found:
+            self._found[key] = find()
+        found: _T = self._found[key]
+        return found
 
     def restricts_queries_from(self, past: int) -> bool:
         """As the template's, computed once: every layer asks."""
@@ -90,77 +97,76 @@ class History:
             self._on_device[device] = Template(*(x.to(device) for x in self.template.tensors()))
         return self._on_device[device]
 
-    def extended(self, new: Pending) -> History | None:
-        """Return the history with new tokens after it, or None where that is ambiguous."""
-        kinds = new.kinds
-        if kinds.shape[0] != self.batch:
-            return None
-        if self._tokens is not None and new.is_text:
-            first_kinds, text = self._tokens
-            return History(self._rule, kinds=first_kinds, text_after=text + kinds.shape[1])
-        if (before := self._kinds) is not None:
-            goes_on, _ = self._border(before, new)
-            first = torch.where(goes_on, kinds[:, 0] & _NO_FRAME, kinds[:, 0])
-            whole = torch.cat([before, first[:, None], kinds[:, 1:]], dim=1)
-            return History(self._rule, kinds=whole, corner=new.last_corner)
-        given, after = self._given
-        assert given is not None
-        if after is not None and bool((after[:, -1] & kinds[:, 0] & VIDEO).any()):
-            return None  # whether a frame goes on is told by more than is kept here
-        after = kinds if after is None else torch.cat([after, kinds], dim=1)
-        # A template given by hand says nothing of the tokens that would join its last span, nor of
-        # marks, which tell what tiles are part of.
-        joins = (given.span_id[:, -1] > 0) & (after[:, 0] > 0)
-        if self._rule.leading_tile_ids or self._rule.trailing_tile_ids:
-            joins |= (after & IMAGE).bool().any(1)
-        if bool(joins.any()):
-            return None
-        return History(self._rule, template=given, kinds_after=after)
-
-    def lacks_frames(self, new: Pending) -> bool:
-        """Whether new tokens go on with a video, and nothing tells if they begin a frame."""
-        if new.is_text or new.kinds.shape[0] != self.batch:
-            return False
-        before = self._kinds
-        return before is not None and bool(self._border(before, new)[1].any())
-
     def is_like(self, other: History) -> bool:
         """Whether the images of two sequences are at the same places."""
         pairs = zip(self.template.tensors(), other.template.tensors(), strict=True)
         return self is other or all(torch.equal(mine, its) for mine, its in pairs)
 
-    def cuts_delimiter(self, new: Pending) -> bool:
-        """Whether new tokens begin with an image after the first whose delimiter came before."""
+
+class SeenHistory(History):
+    """A sequence of which every token was seen.
+
+    Args:
+        rule: How images are found.
+        kinds: ``[B, T]``, of its tokens.
+        text_after: How many more there are, all of text.
+        corner: ``[2, B]``, height and width of the last token, if it is of a video.
+    """
+
+    def __init__(
+        self,
+        rule: TemplateRule,
+        kinds: Tensor,
+        *,
+        text_after: int = 0,
+        corner: Tensor | None = None,
+    ) -> None:
+        super().__init__(rule, kinds.shape[0], kinds.shape[1] + text_after)
+        # Text after the other tokens is joined to them when needed: not in decoding. One
+        # attribute, as threads may share a history.
+        self._tokens = kinds, text_after
+        self._corner = corner
+
+    @cached_property
+    def template(self) -> Template:
+        return self._rule.template_of_kinds(self._kinds)
+
+    def extended(self, new: Pending) -> History | None:
+        kinds = new.kinds
+        if kinds.shape[0] != self.batch:
+            return None
+        if new.is_text:
+            first_kinds, text = self._tokens
+            return SeenHistory(self._rule, first_kinds, text_after=text + kinds.shape[1])
+        goes_on, _ = self._border(new)
+        first = torch.where(goes_on, kinds[:, 0] & _NO_FRAME, kinds[:, 0])
+        whole = torch.cat([self._kinds, first[:, None], kinds[:, 1:]], dim=1)
+        return SeenHistory(self._rule, whole, corner=new.last_corner)
+
+    def lacks_frames(self, new: Pending) -> bool:
         if new.is_text or new.kinds.shape[0] != self.batch:
             return False
-        last = self._given[1] if self._tokens is None else self._kinds
-        if last is None:
-            return False
-        opens = ((last[:, -1] & START) > 0) & ((new.kinds[:, 0] & IMAGE) > 0)
-        return bool(opens.any()) and bool((opens & (self.template.span_id > 0).any(1)).any())
+        return bool(self._border(new)[1].any())
+
+    def _last_kinds(self) -> Tensor:
+        return self._kinds[:, -1]
 
     @property
-    def _kinds(self) -> Tensor | None:
-        """The kinds of all tokens, ``[B, T]``; None where a template was given instead."""
-        if self._tokens is None:
-            return None
+    def _kinds(self) -> Tensor:
+        """The kinds of all tokens, ``[B, T]``."""
         kinds, text = self._tokens
         if text:
             kinds = pad(kinds, (0, text))  # 0: text
             self._tokens = kinds, 0
         return kinds
 
-    def _border(self, before: Tensor, new: Pending) -> tuple[Tensor, Tensor]:
+    def _border(self, new: Pending) -> tuple[Tensor, Tensor]:
         """Whether the first new token goes on with a frame, and whether that is not known.
-
-        Args:
-            before: The kinds of this history's tokens.
-            new: What comes after them.
 
         Returns:
             Two flags ``[B]``; what is not known goes on.
         """
-        is_cut = (before[:, -1] & new.kinds[:, 0] & VIDEO) > 0
+        is_cut = (self._kinds[:, -1] & new.kinds[:, 0] & VIDEO) > 0
         if new.by_grid:  # whose frames are whole
             return torch.zeros_like(is_cut), torch.zeros_like(is_cut)
         if self._corner is None or new.corners is None:
@@ -168,6 +174,47 @@ class History:
         corner = new.corners[..., 0]
         unknown = is_cut & is_of_text(self._corner, corner)
         return is_cut & (unknown | ~begins_frame(self._corner, corner)), unknown
+
+
+class GivenHistory(History):
+    """A sequence whose template was given by hand, and the tokens that were seen after it.
+
+    Args:
+        rule: How images are found.
+        given: The template.
+        kinds_after: ``[B, A]``, of the tokens after it, if there are any.
+    """
+
+    def __init__(
+        self, rule: TemplateRule, given: Template, kinds_after: Tensor | None = None
+    ) -> None:
+        after = 0 if kinds_after is None else kinds_after.shape[1]
+        super().__init__(rule, given.span_id.shape[0], given.num_tokens + after)
+        self._given = given
+        self._kinds_after = kinds_after
+
+    @cached_property
+    def template(self) -> Template:
+        if self._kinds_after is None:
+            return self._given
+        return _joined(self._given, self._rule.template_of_kinds(self._kinds_after))
+
+    def extended(self, new: Pending) -> History | None:
+        kinds, after = new.kinds, self._kinds_after
+        if kinds.shape[0] != self.batch:
+            return None
+        if after is not None and bool((after[:, -1] & kinds[:, 0] & VIDEO).any()):
+            return None  # whether a frame goes on is told by more than is kept here
+        after = kinds if after is None else torch.cat([after, kinds], dim=1)
+        # A template given by hand says nothing of the tokens that would join its last span, nor of
+        # marks, which tell what tiles are part of.
+        joins = (self._given.span_id[:, -1] > 0) & (after[:, 0] > 0)
+        if self._rule.leading_tile_ids or self._rule.trailing_tile_ids:
+            joins |= (after & IMAGE).bool().any(1)
+        return None if bool(joins.any()) else GivenHistory(self._rule, self._given, after)
+
+    def _last_kinds(self) -> Tensor | None:
+        return None if self._kinds_after is None else self._kinds_after[:, -1]
 
 
 def _joined(first: Template, second: Template) -> Template:
@@ -178,52 +225,6 @@ def _joined(first: Template, second: Template) -> Template:
         torch.cat([first.span_id, span_id], dim=1),
         torch.cat([first.is_sink, second.is_sink], dim=1),
     )
-
-
-class Witness(NamedTuple):
-    """What tells later whether a cache still holds the keys that it held.
-
-    Tensors made in inference mode keep no count of what is written to them.
-    """
-
-    num_rows: int
-    totals: Tensor  # of the bits of those rows, as ints: whatever order they are added in
-
-    @classmethod
-    def of(cls, keys: Tensor, history: History, before: Witness | None) -> Witness | None:
-        """Return the witness of a cache; None where there is no need, or no way.
-
-        Args:
-            keys: ``[B, G, K, D]``.
-            history: Of the tokens in it.
-            before: Of some of its rows, which will do.
-        """
-        num_rows = history.num_tokens
-        if not keys.is_inference() or keys.dim() != 4 or keys.itemsize not in _INTS:
-            return None
-        if num_rows > keys.shape[2]:  # it slid: its first rows are gone, the others elsewhere
-            return None
-        return before or cls(num_rows, _totals(keys, num_rows))
-
-    def holds(self, keys: Tensor) -> bool:
-        return torch.equal(self.totals, _totals(keys, self.num_rows))
-
-
-_INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _totals(keys: Tensor, num_rows: int) -> Tensor:
-    """Return one number for each sequence and head, ``[B, G]``: tokens may have changed places."""
-    of_tokens = keys[:, :, :num_rows].view(_INTS[keys.itemsize]).sum(-1, dtype=torch.int64)
-    weights = torch.arange(1, 2 * num_rows, 2, device=keys.device)  # odd: none loses a bit
-    return (of_tokens * weights).sum(-1)
-
-
-class CacheNote(NamedTuple):
-    """What is known of the tensors that hold a cache's keys, of one layer each."""
-
-    history: History
-    witness: Witness | None = None
 
 
 @dataclass
@@ -301,28 +302,3 @@ class Pending:
     @property
     def last_corner(self) -> Tensor | None:
         return None if self.corners is None else self.corners[..., -1].clone()
-
-
-def module_calls() -> list[tuple[FrameType, nn.Module]]:
-    """Return the calls of modules that are running in this thread, the outermost first."""
-    return list(inner_calls())[::-1]
-
-
-def inner_calls() -> Iterator[tuple[FrameType, nn.Module]]:
-    """Yield the calls of modules that are running in this thread, the innermost first."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code is nn.Module._wrapped_call_impl.__code__:
-            yield frame, frame.f_locals["self"]
-        frame = frame.f_back
-
-
-def has_returned(call: FrameType | None) -> bool:
-    """Whether a call is over, if it is known; lets go of what it held."""
-    if call is None:
-        return False
-    try:
-        call.clear()
-    except RuntimeError:  # it is running
-        return False
-    return True

@@ -30,7 +30,7 @@ class Lowering(Enum):
     AUTO = "auto"
 
     @classmethod
-    def of(cls, name: str | Lowering) -> Lowering:
+    def of(cls, name: str) -> Lowering:
         """Return a lowering by its name.
 
         Raises:
@@ -69,8 +69,8 @@ def fused_layout(categories: Sequence[int], num_parts: int = 1) -> Layout:
 
     Args:
         categories: ``[H]`` codes of :class:`~blindsight.HeadCategory`.
-        num_parts: Among how many threads the kernel deals out its work, in runs of neighbours:
-            each gets as many dense heads. 1: heads stay as they are, and share their keys.
+        num_parts: Threads that share the kernel's work, each a run of neighbouring heads: dense
+            heads are spread evenly over them. 1 keeps the order, and key heads shared.
     """
     heads = tuple(range(len(categories)))
     if num_parts == 1 or len(set(categories)) == 1:
@@ -117,7 +117,7 @@ def split_layout(
 
 
 def _deal(heads: Sequence[int], categories: Sequence[int], num_parts: int) -> tuple[int, ...]:
-    """Return heads in as many runs of like cost: dealt out there and back, the dense ones first."""
+    """Deal heads into ``num_parts`` runs of similar cost, in snake order, dense heads first."""
     by_cost = sorted(heads, key=lambda head: categories[head])
     parts: list[list[int]] = [[] for _ in range(num_parts)]
     for turn, head in enumerate(by_cost):

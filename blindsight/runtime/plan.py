@@ -14,12 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from blindsight.passes.find_attention import (
-    Attention,
-)
-from blindsight.passes.graph import (
-    fake_tensor,
-)
+from blindsight.passes.find_attention import Attention
+from blindsight.passes.graph import fake_tensor
 from blindsight.passes.lift_mask import Lifted
 from blindsight.profile import Profile
 from blindsight.report import Verdict
@@ -57,7 +53,7 @@ class CacheInputs:
 
 
 class KeptKeys(NamedTuple):
-    """Where the keys of a graph's caches are when it has run, by position.
+    """Positions of the tensors that hold the caches' keys after a graph has run.
 
     Attributes:
         left: Outputs that hold them.

@@ -9,25 +9,24 @@ import torch
 from torch import Tensor, fx
 
 from blindsight.categories import summarize_categories
-from blindsight.families import DECODER_ATTENTION_CLASSES, forgets
+from blindsight.configs import forgets
+from blindsight.families import DECODER_ATTENTION_CLASSES
 from blindsight.passes.find_attention import (
     Attention,
     find_attention,
-    find_axis_positions,
     find_eager_attention,
-    find_input_ids,
-    find_key_cache,
-    find_video_grid,
     has_attention,
 )
+from blindsight.passes.find_inputs import find_axis_positions, find_input_ids, find_video_grid
+from blindsight.passes.find_key_cache import find_key_cache
 from blindsight.passes.graph import (
     copy_graph_module,
     fake_tensor,
-    has_regions,
-    inline_regions,
     placeholders,
+    size_symbols,
     source_name,
 )
+from blindsight.passes.inline_regions import has_regions, inline_regions
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.report import Verdict
 from blindsight.runtime.layers import compact, layer_of_path
@@ -53,7 +52,8 @@ class _Planner:
         copied = copy_graph_module(gm) if has_attention(gm) else gm
         if copied is not gm and has_regions(copied):
             copied = inline_regions(copied)
-        self.plan = Plan(copied, state.profile, input_ids=find_input_ids(gm), symbols=_symbols(gm))
+        symbols = {size: self._inputs.index(node) for size, node in size_symbols(gm).items()}
+        self.plan = Plan(copied, state.profile, input_ids=find_input_ids(gm), symbols=symbols)
         if self._profile.rule.video_token_ids:
             self.plan.video_grid = find_video_grid(gm)
             self.plan.positions = find_axis_positions(gm)
@@ -84,7 +84,7 @@ class _Planner:
             mask=lifted.reason,
             categories="",
             rewritten=False,
-            reason=reason or "its heads keep what their categories keep",
+            reason=reason or "each head keeps what its category keeps",
             runs_of_graph=self.plan.runs,
         )
         self._state.verdicts.append(verdict)
@@ -241,19 +241,10 @@ class _Planner:
     def _refuse(self, problem: str) -> str:
         """Make a problem an error of every call (strict), or warn of it; return it."""
         if self._state.strict:
-            sentence = problem[0].upper() + problem[1:]
-            self.plan.problem = f"{sentence}, or leave such attention dense with strict=False."
+            self.plan.problem = f"{problem}, or leave such attention dense with strict=False."
         else:
-            self._state.runtime.warn_once(f"left dense: {problem}.")
+            self._state.forwards.warn_once(f"left dense: {problem}.")
         return problem
-
-
-def _symbols(gm: fx.GraphModule) -> dict[object, int]:
-    return {
-        node.meta["example_value"].node.expr: position
-        for position, node in enumerate(placeholders(gm))
-        if isinstance(node.meta.get("example_value"), torch.SymInt)
-    }
 
 
 def _numbers(gm: fx.GraphModule) -> dict[str, int]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx
 
 from blindsight.attention.base_mask import Tier
-from blindsight.attention.block_tables import block_size_of
 from blindsight.attention.interval_masks import BaseMask
 from blindsight.attention.mask_forms import MaskForm
 from blindsight.passes.find_attention import find_attention
@@ -22,8 +21,15 @@ from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.replace_attention import Capacity, replace_attention_pass
 from blindsight.profile import Profile
 from blindsight.runtime.any_length import capacity_of, is_symbol, takes_any_number
-from blindsight.runtime.choose import Choice, ChoosableCall, Fastest, best_form, choose_layouts
-from blindsight.runtime.cost_model import CallSize, costs_of
+from blindsight.runtime.choose import (
+    Choice,
+    ChoosableCall,
+    Device,
+    Fastest,
+    best_form,
+    choose_layouts,
+)
+from blindsight.runtime.cost_model import CallSize
 from blindsight.runtime.data_check import DataCheck
 from blindsight.runtime.given_mask import GivenMasks, add_given_inputs, lifted_of_given
 from blindsight.runtime.history import History
@@ -68,7 +74,7 @@ class Rewriter:
         self._plan = plan
         self._calls = plan.calls
         self._data = DataCheck(plan)
-        self._given = GivenMasks(plan, state.runtime.masks)
+        self._given = GivenMasks(plan, state.forwards.masks)
 
     def choose(
         self, args: Sequence[Any], layers: Sequence[int], history: History
@@ -108,7 +114,9 @@ class Rewriter:
                 )
                 for at in replaced
             ]
-            return self._choose_layouts(calls, history)
+            return choose_layouts(
+                calls, history, lowering=self._state.lowering, device=self._device()
+            )
 
         choice = choose(own, replaced)
         # The ranks of a tensor-parallel model decide alike, as one process with all heads would:
@@ -129,16 +137,9 @@ class Rewriter:
             is_dense=is_dense,
         )
 
-    def _choose_layouts(self, calls: Sequence[ChoosableCall], history: History) -> Choice:
-        device = self._plan.device
-        return choose_layouts(
-            calls,
-            history,
-            lowering=self._state.lowering,
-            costs=costs_of(device, self._plan.dtype),
-            block_size=block_size_of(device),
-            num_threads=torch.get_num_threads() if device.type == "cpu" else 1,
-        )
+    def _device(self) -> Device:
+        # Looked up each time: threads may be set, and costs measured, between two prompts.
+        return Device.of(self._plan.device, self._plan.dtype)
 
     def rewrite(
         self,
@@ -248,7 +249,7 @@ class Rewriter:
         for call in self._calls:
             if (tier := tier_of(call, given)) is not Tier.INTERVALS:
                 how = "evaluated" if tier is Tier.EXPRESSION else "read"
-                self._state.runtime.warn_once(
+                self._state.forwards.warn_once(
                     f"a mask is {how} element by element, which is slower: {call.lifted.reason}. "
                     "The report says whose."
                 )
@@ -257,25 +258,19 @@ class Rewriter:
         if not self._data.facts_hold(args):
             if self._data.facts_hold(args, by_groups_of=history):
                 return MaskForm.GROUPED
-            self._state.runtime.warn_once(
+            self._state.forwards.warn_once(
                 "a mask is evaluated element by element: what its interval form rests on does "
                 f"not hold for this prompt ({self._data.names})."
             )
             return MaskForm.EXPRESSED
         if any_length:
             return MaskForm.SORTED
-        return best_form(
-            history,
-            self._plan.sizes(args)[1],
-            categories,
-            costs=costs_of(self._plan.device, self._plan.dtype),
-            block_size=block_size_of(self._plan.device),
-        )
+        return best_form(history, self._plan.sizes(args)[1], categories, self._device())
 
     def _capacity(self, at: int, args: Sequence[Any]) -> Capacity:
         size_of, device = self._plan.size_of(args), self._plan.device
         queries, keys = (
-            capacity_of(size_of(size), device, size) for size in self._calls[at].attention.lengths
+            capacity_of(size_of(size), size, device) for size in self._calls[at].attention.lengths
         )
         return queries, keys
 
@@ -283,7 +278,7 @@ class Rewriter:
         """Return the capacity of a call in longer prompts, where the device has one for all."""
         device, lengths = self._plan.device, self._calls[at].attention.lengths
         queries, keys = (
-            None if takes_any_number(device, size) else number
+            None if takes_any_number(size, device) else number
             for size, number in zip(lengths, capacity, strict=True)
         )
         return queries, keys

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from blindsight.families import forgets
+from blindsight.configs import forgets
+from blindsight.runtime.cache_notes import CacheNote, Witness
 from blindsight.runtime.context import is_disabled
-from blindsight.runtime.history import CacheNote, History, Pending, Witness
+from blindsight.runtime.history import History, Pending
 from blindsight.runtime.plan import DENSE_HEADS, Plan
 from blindsight.runtime.state import BackendState
 
@@ -28,6 +29,33 @@ class Past(NamedTuple):
 
 
 _EMPTY, _UNKNOWN = Past(None, True), Past(None, False)
+
+
+class _Call(NamedTuple):
+    """A call of the graph, before it runs.
+
+    Attributes:
+        args: The inputs of the graph.
+        layers: The layer of each attention call.
+        batch, num_queries, num_keys: B, Q, and the largest K.
+        pending: The tokens of the forward under way, if they were seen.
+    """
+
+    args: Sequence[Any]
+    layers: tuple[int, ...]
+    batch: int
+    num_queries: int
+    num_keys: int
+    pending: Pending | None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there are no keys but the call's own."""
+        return self.num_keys == self.num_queries
+
+    @property
+    def decodes(self) -> bool:
+        return self.num_queries == 1 and self.pending is not None and self.pending.is_text
 
 
 class Known(NamedTuple):
@@ -54,7 +82,7 @@ class Sequences:
 
     def __init__(self, state: BackendState, plan: Plan) -> None:
         self._state = state
-        self._runtime = state.runtime
+        self._forwards = state.forwards
         self._plan = plan
 
     def find(self, args: Sequence[Any], layers: tuple[int, ...]) -> Known:
@@ -67,28 +95,23 @@ class Sequences:
         Raises:
             ValueError: What is known does not fit the call.
         """
-        sizes = self._plan.sizes(args)
-        explicit, pending = self._runtime.explicit_history(), self._runtime.pending
+        explicit, pending = self._forwards.explicit_history(), self._forwards.pending
         if explicit is None and pending is None:
             self._state.models.look_for_prompt()
-            pending = self._runtime.pending
-        past = None
-        if explicit is not None:
-            past = self._past_beyond(explicit, args, layers, sizes, pending)
+            pending = self._forwards.pending
+        call = _Call(args, layers, *self._plan.sizes(args), pending)
+        past = None if explicit is None else self._past_beyond(explicit, call)
         if past is not None:
             explicit = None
         else:
-            past = self._past(args, layers, sizes, explicit, pending)
+            past = self._past(call, explicit)
         if explicit is None:
-            history, unknown = self._whole(sizes, pending, past)
+            history, unknown = self._whole(call, past)
         else:
-            self._check(explicit, args, sizes, past)
+            self._check(explicit, call, past)
             history, unknown = explicit, ""
         is_text = explicit is None and pending is not None and pending.is_text
-        dense_because = self._dense_because(
-            history, unknown, layers, num_queries=sizes[1], is_text=is_text
-        )
-        return Known(history, dense_because, past)
+        return Known(history, self._dense_because(call, history, unknown, is_text=is_text), past)
 
     def remember(
         self,
@@ -102,7 +125,7 @@ class Sequences:
         Of every layer: other graphs may run some of them in the next call.
         """
         history, _, past = known
-        notes, caches = self._runtime.caches, self._plan.kept_keys
+        notes, caches = self._forwards.caches, self._plan.kept_keys
         tensors = [*[outputs[at] for at in caches.left], *[args[at] for at in caches.written]]
         labels = [layers[call] for call in caches.calls]
         left: Sequence[CacheNote] = []
@@ -126,46 +149,37 @@ class Sequences:
         if left:
             notes.put(tensors, left, labels)
 
-    def _past(
-        self,
-        args: Sequence[Any],
-        layers: tuple[int, ...],
-        sizes: tuple[int, int, int],
-        explicit: History | None,
-        pending: Pending | None,
-    ) -> Past:
+    def _past(self, call: _Call, explicit: History | None) -> Past:
         """Return what is known of the tokens in the cache before the call."""
-        _, num_queries, num_keys = sizes
-        cache, notes = self._plan.cache, self._runtime.caches
-        is_alone = num_keys == num_queries  # no keys but the call's own
+        cache = self._plan.cache
+        note = None if cache.before is None else self._forwards.caches.get(call.args[cache.before])
         # Reading a counter on a device waits for it: not for a decoded token.
-        decodes = pending is not None and pending.is_text and num_queries == 1
-        matters = explicit is not None or not decodes
-        note = None if cache.before is None else notes.get(args[cache.before])
+        matters = explicit is not None or not call.decodes
         length = None
         if cache.length is not None and (matters or note is None):
-            length = int(args[cache.length])
-        if length == 0:
+            length = int(call.args[cache.length])
+        # A cache of which no key is read, without a counter, is overwritten from its beginning.
+        is_new = length is None and call.is_alone and (cache.before is None or not cache.is_read)
+        if length == 0 or is_new:
             return _EMPTY
         if cache.before is None:
-            return _EMPTY if length is None and is_alone else _UNKNOWN
-        keys: Tensor = args[cache.before]
-        if not cache.is_read and length is None and is_alone:
-            return _EMPTY  # what it holds is overwritten
+            return _UNKNOWN
+        keys: Tensor = call.args[cache.before]
         if note is not None and cache.has_new:
             # An earlier layer, whose keys this one shares, may have left it in this very forward.
             if note.history is explicit:
                 return _UNKNOWN
-            for past, whole in () if pending is None else pending.joined.values():
+            for past, whole in () if call.pending is None else call.pending.joined.values():
                 if note.history is whole:
-                    return Past(past, True, decodes)
-        if note is None and not decodes:
-            note = self._note_of_a_copy(keys, layers[cache.call])
+                    return Past(past, True, call.decodes)
+        if note is None and not call.decodes:
+            note = self._note_of_a_copy(keys, call.layers[cache.call])
         if note is not None and length in (None, note.history.num_tokens):
             witness = note.witness if matters else None
             if witness is None or witness.holds(keys):
-                return Past(note.history, True, decodes)
-        return _EMPTY if (cache.has_new and is_alone) or keys.numel() == 0 else _UNKNOWN
+                return Past(note.history, True, call.decodes)
+        is_empty = (cache.has_new and call.is_alone) or keys.numel() == 0
+        return _EMPTY if is_empty else _UNKNOWN
 
     def _note_of_a_copy(self, keys: Tensor, layer: int) -> CacheNote | None:
         """Return what is known of a cache that holds the very same keys, if there is one.
@@ -173,66 +187,48 @@ class Sequences:
         First-layer keys do not depend on masks: two caches of one prompt hold the same ones even
         where their templates differ.
         """
-        found = self._runtime.caches.find_equal(keys, layer)
+        found = self._forwards.caches.find_equal(keys, layer)
         if not found or found[0].history.num_tokens > keys.shape[2]:
             return None  # it slid: other sequences may end alike
         first = found[0].history
         return found[0] if all(first.is_like(note.history) for note in found) else None
 
-    def _past_beyond(
-        self,
-        explicit: History,
-        args: Sequence[Any],
-        layers: tuple[int, ...],
-        sizes: tuple[int, int, int],
-        pending: Pending | None,
-    ) -> Past | None:
+    def _past_beyond(self, explicit: History, call: _Call) -> Past | None:
         """Return what is in the cache, if a text token follows the prompt of the template."""
-        _, num_queries, num_keys = sizes
-        if num_queries != 1 or pending is None or pending.has_images:
+        if call.num_queries != 1 or call.pending is None or call.pending.has_images:
             return None
-        past = self._past(args, layers, sizes, None, pending)
-        expected = self._num_tokens(args, past, num_queries, num_keys)
+        past = self._past(call, None)
+        expected = self._num_tokens(call, past)
         return past if expected is not None and expected > explicit.num_tokens else None
 
-    def _check(
-        self, explicit: History, args: Sequence[Any], sizes: tuple[int, int, int], past: Past
-    ) -> None:
+    def _check(self, explicit: History, call: _Call, past: Past) -> None:
         """Check that a template given by hand is of the whole sequence."""
-        batch, num_queries, num_keys = sizes
-        expected = self._num_tokens(args, past, num_queries, num_keys)
+        batch, num_queries = call.batch, call.num_queries
+        expected = self._num_tokens(call, past)
         if expected is not None and (batch, expected) != (explicit.batch, explicit.num_tokens):
             raise ValueError(
                 f"template must be [B, T] = [{batch}, {expected}] for {expected - num_queries} "
                 f"past and {num_queries} new tokens, got [{explicit.batch}, "
                 f"{explicit.num_tokens}]. Give use_template the whole sequence"
-                + (", or leave it before decoding." if num_queries == 1 else ".")
+                + (", or leave the context before decoding." if num_queries == 1 else ".")
             )
 
-    def _whole(
-        self, sizes: tuple[int, int, int], pending: Pending | None, past: Past
-    ) -> tuple[History | None, str]:
+    def _whole(self, call: _Call, past: Past) -> tuple[History | None, str]:
         """Return the whole sequence as the model's inputs tell it, or what is not known of it."""
-        batch, num_queries, _ = sizes
+        pending = call.pending
         if pending is None:
             return None, "input_ids were not seen and no template was given"
-        if tuple(pending.kinds.shape) != (batch, num_queries):
+        if tuple(pending.kinds.shape) != (call.batch, call.num_queries):
             raise ValueError(
-                f"input_ids must have the shape of the decoder's queries, {batch} x "
-                f"{num_queries} tokens, got {' x '.join(map(str, pending.kinds.shape))}. Give "
+                f"input_ids must have the shape of the decoder's queries, {call.batch} x "
+                f"{call.num_queries} tokens, got {' x '.join(map(str, pending.kinds.shape))}. Give "
                 "the template of the whole sequence: blindsight.use_template(span_id, is_sink)."
             )
-        history = self._runtime.history(pending, past.history) if past.is_known else None
+        history = self._forwards.history(pending, past.history) if past.is_known else None
         return history, "the tokens already in the cache are not known"
 
     def _dense_because(
-        self,
-        history: History | None,
-        unknown: str,
-        layers: tuple[int, ...],
-        *,
-        num_queries: int,
-        is_text: bool,
+        self, call: _Call, history: History | None, unknown: str, *, is_text: bool
     ) -> str | None:
         """Return why a call runs dense; None: it does not."""
         if is_disabled():
@@ -240,33 +236,27 @@ class Sequences:
         if is_text:
             return _NO_IMAGE_QUERY
         if history is None:
-            self._runtime.warn_once(
+            self._forwards.warn_once(
                 f"prefill ran dense: {unknown}. Give the template of the whole sequence: "
                 "blindsight.use_template(span_id, is_sink)."
             )
             return unknown
-        if not history.restricts_queries_from(history.num_tokens - num_queries):
+        if not history.restricts_queries_from(history.num_tokens - call.num_queries):
             return _NO_IMAGE_QUERY
-        self._runtime.expect_all_layers()
-        if not any(self._plan.profile.categories[layer].any() for layer in layers):
+        self._forwards.expect_all_layers()
+        if not any(self._plan.profile.categories[layer].any() for layer in call.layers):
             return DENSE_HEADS
         return None
 
-    def _num_tokens(
-        self,
-        args: Sequence[Any],
-        past: Past,
-        num_queries: int,
-        num_keys: int,
-    ) -> int | None:
+    def _num_tokens(self, call: _Call, past: Past) -> int | None:
         """Return T, or None where only the user knows how much is in the cache."""
         if past.is_known:
-            return num_queries + (0 if past.history is None else past.history.num_tokens)
+            return call.num_queries + (0 if past.history is None else past.history.num_tokens)
         cache = self._plan.cache
         if cache.length is not None:
-            return num_queries + int(args[cache.length])
+            return call.num_queries + int(call.args[cache.length])
         all_types = self._plan.profile.layer_types
         types = [all_types[layer] for layer in self._plan.profile.layers]
-        grows = cache.before is not None and num_keys > args[cache.before].shape[2]
+        grows = cache.before is not None and call.num_keys > call.args[cache.before].shape[2]
         slides = any(map(forgets, types)) and len(self._plan.calls) < len(types)
-        return num_keys if grows and not slides else None
+        return call.num_keys if grows and not slides else None

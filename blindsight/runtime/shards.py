@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from blindsight.fingerprints import shard_of
 from blindsight.modules import plain_name
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import ancestors, fake_tensor
@@ -24,7 +25,7 @@ from blindsight.profile import Profile
 def shard_of_call(
     profile: Profile, call: Attention, inputs: list[fx.Node], model_weights: Iterable[Tensor] = ()
 ) -> tuple[int, int] | None:
-    """Return the rank and the number of ranks whose heads a call has, or None: the profile's own.
+    """Return (rank, number of ranks) of the heads a call computes; None if they are the profile's.
 
     Args:
         profile: Of the whole model, or of the heads of this rank.
@@ -36,16 +37,16 @@ def shard_of_call(
         ValueError: It cannot be told which heads the call has, or they are not the profile's.
     """
     found = call.num_heads
-    shard = profile.fingerprint.get("shard")
+    shard = shard_of(profile.fingerprint)
     if found is None or (found == profile.num_heads and shard is None):
         return None
     weights = list(query_weights(call, inputs)) or list(model_weights)
     where = call.path or "a frame of its own"
     if shard is not None and found == profile.num_heads:
         # The user said which: what the weights tell must not contradict it.
-        rank, size = map(int, shard.split("/"))
+        rank, size = shard
         told = {place for weight in weights for place in _places(weight) if place[1] == size}
-        if len(told) == 1 and told != {(rank, size)}:
+        if len(told) == 1 and told != {shard}:
             raise ValueError(
                 f"the profile must be shard {told.pop()[0]} of {size} for the weights of attention "
                 f"at {where}, got shard {rank}. Give the whole profile, or the rank's own shard"

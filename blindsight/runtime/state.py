@@ -9,7 +9,7 @@ from blindsight.passes.contract import PassList
 from blindsight.profile import Profile
 from blindsight.report import Verdict
 from blindsight.runtime.attached import AttachedModels
-from blindsight.runtime.forwards import Runtime
+from blindsight.runtime.forwards import Forwards
 from blindsight.runtime.lowering import Lowering
 
 
@@ -19,7 +19,7 @@ class BackendState:
 
     Attributes:
         profile, strict, lowering: As the user gave them.
-        runtime: What is known of the calls under way.
+        forwards: What is known of the calls under way.
         models: Those that the backend is attached to.
         passes: The user's, around ours.
         verdicts: Of every attention call that was met, in the order of the graphs.
@@ -29,7 +29,7 @@ class BackendState:
     profile: Profile
     strict: bool
     lowering: Lowering
-    runtime: Runtime
+    forwards: Forwards
     models: AttachedModels
     passes: PassList = field(default_factory=lambda: PassList(()))
     verdicts: list[Verdict] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What is known of tensors, for as long as they are what they were."""
+"""Notes on tensors, dropped when a tensor dies or is written to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Batch(Generic[T]):
         self._watches_end = False
 
     def holds(self, at: int, tensor: Tensor | None) -> bool:
-        """Whether a tensor is there, and the one at this place, and unchanged."""
+        """Whether ``tensor`` is the one noted at this place, unchanged since."""
         if tensor is None or self.references[at]() is not tensor:
             return False
         return self.versions[at] == version_of(tensor)

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from blindsight.modules import plain_name
-from blindsight.passes.find_attention import is_axis_positions, is_token_ids, is_video_grid
-from blindsight.runtime.forwards import Runtime
-from blindsight.runtime.history import inner_calls
+from blindsight.passes.find_inputs import is_axis_positions, is_token_ids, is_video_grid
+from blindsight.runtime.calls import inner_calls
+from blindsight.runtime.forwards import Forwards
 
 
 class _Hook:
-    """Reaches the runtime while that is there; a model that was stored has lost sight of it."""
+    """Holds a backend's forwards weakly; a model that was pickled drops it."""
 
-    def __init__(self, runtime: Runtime, is_backend: Callable[[object], bool]) -> None:
-        self._runtime: Callable[[], Runtime | None] = weakref.ref(runtime)
+    def __init__(self, forwards: Forwards, is_backend: Callable[[object], bool]) -> None:
+        self._forwards: Callable[[], Forwards | None] = weakref.ref(forwards)
         self._is_backend = is_backend
 
     def __deepcopy__(self, memo: object) -> _Hook:
@@ -52,17 +52,17 @@ class _Before(_Hook):
     def _begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], callback: object
     ) -> None:
-        runtime = self._runtime()
-        if runtime is None:
+        forwards = self._forwards()
+        if forwards is None:
             return
         # False: Dynamo runs what is compiled, and compiles nothing new.
         callbacks = list(_callbacks()) if callback is False else [callback]
-        runtime.begin(
+        forwards.begin(
             _call_of(module),
             _input_ids(args, kwargs),
             is_compiled=lambda: any(_is_compiled(each, self._is_backend) for each in callbacks),
         )
-        _observe_images(runtime, kwargs)
+        _observe_images(forwards, kwargs)
 
 
 class _After(_Hook):
@@ -74,41 +74,41 @@ class _After(_Hook):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, model: nn.Module, failed: bool) -> None:
-        if (runtime := self._runtime()) is not None:
-            pattern = runtime.rule.layer_pattern
+        if (forwards := self._forwards()) is not None:
+            pattern = forwards.rule.layer_pattern
             compiles = partial(_compiles_layers, model, pattern, self._is_backend)
-            runtime.end(_call_of(model), failed=failed, may_be_compiled=compiles)
+            forwards.end(_call_of(model), failed=failed, may_be_compiled=compiles)
 
 
-def observe_call(runtime: Runtime, call: FrameType) -> None:
+def observe_call(forwards: Forwards, call: FrameType) -> None:
     """Take note of what a model is given, of which a call is already under way.
 
     Args:
-        runtime: What takes note.
-        call: As :func:`~blindsight.runtime.history.module_calls` returns it.
+        forwards: What takes note.
+        call: As :func:`~blindsight.runtime.calls.module_calls` returns it.
     """
     args, kwargs = call.f_locals["args"], call.f_locals["kwargs"]
     if (input_ids := _input_ids(args, kwargs)) is not None:
-        runtime.observe(input_ids)
-    _observe_images(runtime, kwargs)
+        forwards.observe(input_ids)
+    _observe_images(forwards, kwargs)
 
 
 def watch_forward(
-    model: nn.Module, runtime: Runtime, is_backend: Callable[[object], bool]
+    model: nn.Module, forwards: Forwards, is_backend: Callable[[object], bool]
 ) -> list[RemovableHandle]:
     """Let a model show its forwards.
 
     Args:
-        model: It keeps neither the runtime nor a backend alive.
-        runtime: What takes note.
-        is_backend: Whether a compiler is the backend whose runtime it is.
+        model: It keeps neither the forwards nor a backend alive.
+        forwards: What takes note.
+        is_backend: Whether a compiler is the backend whose forwards it is.
     """
     from torch._dynamo.eval_frame import skip_code
 
     for hook in (_Before, _After):
         # Compiled as frames of their own they would be told that all is being compiled.
         skip_code(hook.__call__.__code__)
-    before, after = _Before(runtime, is_backend), _After(runtime, is_backend)
+    before, after = _Before(forwards, is_backend), _After(forwards, is_backend)
     return [
         model.register_forward_pre_hook(before, with_kwargs=True),
         model.register_forward_hook(after, with_kwargs=True, always_call=True),
@@ -134,17 +134,17 @@ def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return given if isinstance(given, Tensor) and is_token_ids(given) else None
 
 
-def _observe_images(runtime: Runtime, kwargs: dict[str, Any]) -> None:
+def _observe_images(forwards: Forwards, kwargs: dict[str, Any]) -> None:
     """Take note of what tells the frames of videos apart, and that there are images at all."""
     grid, positions = (kwargs.get(name) for name in ("video_grid_thw", "position_ids"))
     if isinstance(grid, Tensor) and is_video_grid(grid):
-        runtime.observe_videos(grid)
+        forwards.observe_videos(grid)
     if isinstance(positions, Tensor) and is_axis_positions(positions):
-        runtime.observe_positions(positions)
+        forwards.observe_positions(positions)
     for name in ("pixel_values", "pixel_values_videos"):
         pixels = kwargs.get(name)
         if isinstance(pixels, Tensor) and pixels.numel() > 0:
-            runtime.expect_images()
+            forwards.expect_images()
 
 
 def _is_compiled(callback: object, is_backend: Callable[[object], bool]) -> bool:

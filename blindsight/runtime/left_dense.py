@@ -1,0 +1,63 @@
+"""What to say of layers that ran outside of a backend's graphs, and so dense."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+
+import torch
+
+from blindsight.runtime.layers import compact
+
+_RAISE_LIMIT = (
+    "Raise the limit: torch.compile(model, backend=backend, recompile_limit=64)."
+    if "recompile_limit" in inspect.signature(torch.compile).parameters
+    else "Raise the limit: torch._dynamo.config.recompile_limit = 64, in every thread that runs it."
+)
+
+DECODER_NOT_SEEN = (
+    "a forward ran its decoder outside of this backend's graphs, so dense, as Dynamo gave up "
+    f"compiling it. {_RAISE_LIMIT} Or compile the decoder alone: "
+    "model.model.language_model.compile(backend=backend)."
+)
+
+
+def layers_of_forward(missing: Iterable[int], never: Iterable[int], *, certain: bool) -> str:
+    """Return what to say of a forward whose tokens are known.
+
+    Args:
+        missing: Layers that it did not run in the backend's graphs.
+        never: Layers that no forward ever did.
+        certain: Whether it ended well.
+    """
+    never_met = sorted(never)
+    return (
+        f"the attention of layers {compact(sorted(missing))} of the profile did not run through "
+        "this backend, so it was dense"
+        + (f" (layers {compact(never_met)} were never met)" if never_met else "")
+        + ". Load the model with attn_implementation='sdpa', call it without output_attentions, "
+        "and set no stance of torch.compiler that compiles nothing new. If torch._dynamo warned "
+        f"of its recompile_limit: {_RAISE_LIMIT}"
+        + ("" if certain else " If the last forward ended with an error of its own, call again.")
+    )
+
+
+def layers_under_template(missing: Iterable[int], served: Iterable[int]) -> str:
+    """Return what to say of a call under a template given by hand.
+
+    Args:
+        missing: Sparse layers that did not run in the backend's graphs.
+        served: Layers that did.
+    """
+    return (
+        f"the attention of layers {compact(sorted(missing))} of the profile did not run through "
+        f"this backend under the template, layers {compact(sorted(served))} did. If this is a "
+        "stage of a pipeline, give its backend the stage's profile: profile.stage(first, stop, "
+        f"keeps_numbers=...). If torch._dynamo warned of its recompile_limit: {_RAISE_LIMIT}"
+    )
+
+
+def recompile_limit_was_hit() -> bool:
+    """Whether Dynamo ever gave up compiling a frame in this process: it then runs as it is."""
+    reasons = torch._dynamo.utils.counters["unimplemented"]
+    return any("recompile limit exceeded" in reason for reason in reasons)
