@@ -47,10 +47,10 @@ __all__ = [
 
 AGGREGATES = ("quantile", "mean")
 CRITERION, QUANTILE = "next_token", 0.95
-BUDGETS = {"next_token": 0.005, "output_error": 0.1, "attention_mass": 0.1}  # by default
+BUDGETS = {"next_token": 0.005, "output_error": 0.1, "attention_mass": 0.1}  # defaults
 
-_LAST_OFFSET = 2**20  # offsets are clipped to the span: its last token
-_SINK_PROMPTS = 8  # are enough to see where the sinks are
+_LAST_OFFSET = 2**20  # longer than any span: offsets are clipped, so this is the last token
+_SINK_PROMPTS = 8  # prompts that suffice to see where the sinks are
 _MAX_SINKS = 2
 
 

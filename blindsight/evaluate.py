@@ -145,7 +145,7 @@ class Evaluation:
             "included; the others are dense under any profile.",
         ]
         if self.sparse.num_changed == 0:
-            # More would have shown in so many questions, in all but 1 - LEVEL of cases.
+            # At a higher rate, at least one of these answers would have changed in LEVEL of cases.
             bound = 1 - (1 - LEVEL) ** (1 / number)
             notes.append(f"No answer changed; at 95 % fewer than {bound:.2%} would.")
         if self.timing is not None:

@@ -63,7 +63,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            # Appended: whoever asked for something else, gets it.
+            # Appended, so that filters somebody has set before take precedence.
             warnings.filterwarnings("default", category=BlindsightWarning, append=True)
             warnings.filterwarnings("ignore", append=True)
             yield

@@ -113,7 +113,7 @@ def sweep(
         outcomes = answer(plans)
         dense = outcomes[dense_point.key]
         if baselines:
-            # At the costs that the curve turned out to have.
+            # At the costs of the curve, which are known only now.
             costs = {
                 _cost(outcomes[point_of(plan.masking).key]) / _cost(dense)
                 for plan in plans

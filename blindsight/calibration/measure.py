@@ -92,7 +92,7 @@ def measure(
         def probe(batch: Sequence[Sample]) -> Measurements:
             return prober(model_inputs(processor, batch, padding_side=padding_side))
 
-        # Gradients are taken, and what inference mode makes has none.
+        # Gradients are taken, and tensors made in inference mode have none.
         with in_eval_mode(model), torch.inference_mode(False):
             return positions, _probe_all(own, probe, batch_size, saved, progress)
 

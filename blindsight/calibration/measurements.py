@@ -21,7 +21,7 @@ from blindsight.files import write_whole
 
 FORMAT = "blindsight-measurements"
 
-_SAVING = 0.05  # of the time may go into writing checkpoints
+_SAVING = 0.05  # the share of the time that saving may take
 
 
 @dataclass(frozen=True, eq=False)

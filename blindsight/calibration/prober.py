@@ -31,7 +31,7 @@ from blindsight.runtime.layers import LayerMap, compact, layer_of_path
 from blindsight.runtime.shards import check_is_whole
 from blindsight.template import Template, TemplateRule
 
-# For one frame, which is compiled for each number and sizes of images; and for all frames so far.
+# For one frame, compiled for each number and sizes of images; and for all frames so far.
 _RECOMPILE_LIMITS = {"recompile_limit": 64, "accumulated_recompile_limit": 100_000}
 
 
@@ -71,7 +71,7 @@ class Prober:
         else:
             layers, shares = {}, None
         num_gradients = 0 if shares is None else shares.shape[1]
-        # Of layers without attention, and of prompts that no category restricts.
+        # For layers without attention, and for prompts that no category restricts.
         nothing = empty_losses(len(mask), self._num_heads, torch.device("cpu"), num_gradients)
         of_all = {at: layers.get(at, nothing) for at in range(len(self._layer_types))}
         return measurements_of(of_all, shares)
@@ -238,7 +238,7 @@ class _ProbeBackend:
 def _check_deviation(layers: Mapping[int, Losses], shape: Sequence[int], model: nn.Module) -> None:
     """Check that the dense output, as it was computed here, is the model's own."""
     dtype = next(model.parameters()).dtype
-    # What rounding (of half-precision weights, or of TF32 products) explains, and no wrong mask.
+    # Rounding explains this much (half-precision weights, TF32 products); a wrong mask is more.
     limit = 0.05 if dtype in (torch.bfloat16, torch.float16) else 0.005
     for layer, losses in layers.items():
         found = (losses.deviation.sum() / losses.norm.sum().clamp(min=1e-30)).sqrt().item()

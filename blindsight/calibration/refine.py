@@ -78,7 +78,7 @@ def refine(
     effect = _by_head(found, profile) if by == "head" else _by_layer(found, profile)
     noted = {**profile.calibration, "effect": f"by {by}, {len(samples)} prompts"}
     for name in ("aggregate", "quantile"):
-        noted.pop(name, None)  # of the error, which no longer decides
+        noted.pop(name, None)  # they describe the error, which no longer decides
     evidence = {**profile.evidence, "effect": effect}
     return reselect(replace(profile, evidence=evidence, calibration=noted), budget)
 
@@ -161,7 +161,7 @@ def _by_head(found: Tensor, profile: Profile) -> Tensor:
 def _by_layer(found: Tensor, profile: Profile) -> Tensor:
     squares = profile.evidence["error"].double() ** 2
     of_layer = squares[:, :, HeadCategory.SINK].sum(1)
-    # A layer whose heads lose nothing has nothing to share out.
+    # If the heads of a layer lose nothing, there is nothing to distribute.
     of_trial = torch.zeros_like(of_layer)
     of_trial[list(profile.layers)] = found
     weight = torch.where(of_layer > 0, of_trial / of_layer.clamp(min=1e-300), 0.0)

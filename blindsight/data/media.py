@@ -102,7 +102,7 @@ def open_image(image: Any, what: str, folder: Path | None, *, decode: bool = Tru
             image = Image.fromarray(image)
         if isinstance(image, Image.Image):
             return upright(image)
-    except Exception as error:  # Pillow raises all kinds for damaged and for huge files
+    except Exception as error:  # Pillow raises all kinds of errors for damaged or huge files
         raise ValueError(
             f"{what} must be an image file, got {shortened(str(error))}. Replace the file, or "
             "remove the sample."
@@ -210,7 +210,7 @@ def identity_of(media: Any, folder: Path | None) -> object:
             return _digest(name.encode())
         try:
             return name, _in(folder, media).stat().st_size
-        except OSError:  # also of names that no file can have
+        except OSError:  # also for names that no file can have
             return name, -1
     if isinstance(media, Video):
         return media.identity()
@@ -274,7 +274,7 @@ def _frames_of(video: Video, video_processor: Any) -> tuple[Any, Any]:
             f"{name} needs a decoder of videos: {on_one_line(error)} Install one "
             '(pip install "blindsight[video]"), or give the frames as images.'
         ) from error
-    except Exception as error:  # of whichever library decodes
+    except Exception as error:  # of whichever library decodes the file
         raise ValueError(
             f"{name} must be a video that can be read and sampled: "
             f"{on_one_line(error)} Or give its frames as images."
@@ -314,7 +314,7 @@ def _decode(path: str, sample: Any, video_processor: Any) -> Any:
         return video_processor.fetch_videos(path, sample_indices_fn=sample)
     from transformers.video_utils import load_video
 
-    of_path: Any = load_video  # which is said to take URLs, and takes paths
+    of_path: Any = load_video  # typed to take URLs, but takes paths too
     return of_path(path, backend="pyav", sample_indices_fn=sample)
 
 

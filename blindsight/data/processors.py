@@ -132,7 +132,7 @@ def load_processor(path: str | os.PathLike[str]) -> Any:
             try:
                 return without_videos(PROCESSOR_MAPPING[type(config)]).from_pretrained(name)
             except (AttributeError, TypeError):
-                raise error from None  # some cannot do without that part
+                raise error from None  # some processors cannot do without that part
     except ImportError as error:
         raise ImportError(
             f"the processor of {name!r} needs a package that is not installed: {on_one_line(error)}"

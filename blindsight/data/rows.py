@@ -127,7 +127,7 @@ def identity_of_row(row: Mapping[str, Any], folder: Path | None) -> object:
         is_media = isinstance(value, bytes) or hasattr(value, "tobytes")
         return identity_of(value, folder) if is_media else str(value)
 
-    # What a row does not have is left out, so that what was measured earlier is found again.
+    # Kinds that a row lacks are left out, so that digests of earlier versions stay valid.
     kinds = ("image", "video") if _column(row, "video") else ("image",)
     names = {name for kind in kinds for name in (kind, f"{kind}s")}
     rest = {name: row[name] for name in sorted(row) if name not in names}
@@ -170,7 +170,7 @@ def _column(row: Mapping[str, Any], kind: str) -> list[Any]:
         return list(several) if isinstance(several, (list, tuple)) else [several]
     if single is None or (isinstance(single, (list, tuple)) and not single):
         return []
-    # A list of images is no image, and a list of frames is a video.
+    # A list under "image" is several images; a list under "video" is the frames of one.
     return list(single) if kind == "image" and isinstance(single, (list, tuple)) else [single]
 
 
@@ -185,7 +185,7 @@ def _take_media(
     held = [_held(entry, kind) for entry in entries]
     beside = _in_order(_column(row, kind), entries, kind, where)
     if len(beside) == len(held):
-        held = [None] * len(held)  # the row has all of them, whatever the entries repeat
+        held = [None] * len(held)  # the row has all of them; entries may repeat them
     missing = sum(media is None for media in held)
     if missing != len(beside):
         raise ValueError(
@@ -286,7 +286,7 @@ def _message_of(turn: Any, what: str) -> dict[str, Any]:
 
 
 def _entry_of(entry: Mapping[str, Any]) -> dict[str, Any]:
-    # Tables fill up what an entry lacks with None.
+    # Tables have None where an entry lacks a column.
     result = {name: value for name, value in entry.items() if value is not None}
     return {**result, "type": _kind_of(entry)} if _kind_of(entry) in _KINDS else result
 

@@ -84,7 +84,9 @@ class Samples(Sequence[Sample]):
 
         Files are told apart by name and size.
         """
-        known = getattr(self._rows, "_fingerprint", None)  # of a dataset, which hashed itself
+        known = getattr(
+            self._rows, "_fingerprint", None
+        )  # a dataset of datasets has a hash of its own
         digest = hashlib.sha256(json.dumps([known, list(self._indices)]).encode())
         if known is None:
             for index in self._indices:
@@ -178,7 +180,7 @@ def _load_dataset(path: Path, name: str) -> Any:
             return datasets.load_dataset("parquet", data_files=name)
         is_saved = any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
         return datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name)
-    except Exception as error:  # its errors have no common class
+    except Exception as error:  # the errors of datasets have no common class
         what = "a folder that datasets reads" if path.exists() else "a path, or an id on the hub"
         raise ValueError(f"dataset must be {what}, got {name!r}: {on_one_line(error)}") from error
 

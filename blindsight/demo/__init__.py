@@ -46,7 +46,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
         ValueError: An option is malformed, or the profile is for another model.
         ImportError: The sample photographs need scikit-learn, which is not installed.
     """
-    # Somebody's own model, images or profile are timed; the testbed is for everybody else.
+    # A model, images or a profile of the user's own are only timed; the testbed has its own.
     own = [name for name in ("model", "images", "profile") if getattr(options, name) is not None]
     if own and options.part == "answers":
         raise ValueError(
@@ -69,7 +69,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
             answers = answer_questions(
                 inner=options.inner, device=options.device, progress=progress
             )
-        # Two models of one class: what Dynamo learned of the first makes it generalise the second.
+        # Both models have one class: after the first, Dynamo would generalise the second.
         torch._dynamo.reset()
         if options.part != "answers":
             speed = measure_speed(options, progress)

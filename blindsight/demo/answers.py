@@ -126,7 +126,7 @@ def answer_questions(*, inner: str, device: str, progress: Progress) -> Answers:
     samples = list(load_samples(QUESTIONS))
     inputs = model_inputs(processor, samples)
     on_device = inputs_on(model, inputs)
-    # Prompts this short run dense if that is estimated to be faster: not here.
+    # "auto" might run prompts this short dense; here they run sparse.
     backend = blindsight_backend(profile, inner=inner, model=model, lowering="fused")
     decoder = find_decoder(model, profile.rule.layer_pattern)
     decoder.compile(backend=backend)

@@ -183,7 +183,7 @@ class _CategoryMasks:
     def count_pairs(self) -> Tensor:
         visible = self._prompt.visible
         heads = [[row.count(code) for code in range(NUM_CATEGORIES)] for row in self._codes]
-        # Not as a product of matrices: a GPU has none of integers.
+        # Not as a matrix product: GPUs have none for integers.
         return (torch.tensor(heads).to(visible)[:, None] * visible).sum((0, 2))
 
     def count_rows(self) -> Tensor:

@@ -68,7 +68,7 @@ class OutcomeFile:
         if ranks.size == 1 or path is None:
             self._open(self._header)
         else:
-            # What was finished together before, and what this process has done of this run.
+            # What earlier runs finished together, and what this process has done of this one.
             for line in self._known_lines(self._header) or ():
                 self._take(line)
             self._path = ranks.own(path)

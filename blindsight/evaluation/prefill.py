@@ -45,7 +45,7 @@ from blindsight.runtime.context import disabled, use_template
 from blindsight.runtime.given_mask import intervals_or_groups
 from blindsight.template import IMAGE, Template
 
-# Config attributes that say to how many experts a token goes.
+# Config attributes with the number of experts that a token is routed to.
 _EXPERTS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 
 
@@ -159,7 +159,7 @@ class Decoder:
         valid = inputs.get("attention_mask", torch.ones_like(ids)).bool().to(self.device)
         if not bool(valid[:, -1].all()):
             raise ValueError("prompts must be padded on the left, got padding at the end.")
-        with masked(self.model, self.layers, None):  # masks that are made before are explicit too
+        with masked(self.model, self.layers, None):  # so that masks made before it are explicit
             decoder_inputs = record_call(self.model, self.decoder, inputs)
         batch = Batch(self._prompt(inputs, valid, decoder_inputs), inputs, decoder_inputs)
         if not self._is_checked:

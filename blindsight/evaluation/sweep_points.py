@@ -19,8 +19,8 @@ from blindsight.profile import Profile
 # What a budget selects: evidence, budget -> category codes [L, H].
 Select = Callable[[Mapping[str, Tensor], float], Tensor]
 
-_LOSSES = ("error", "lost_mass", "effect")  # of the evidence, what a budget limits
-_OWN = "output_error"  # the criterion that looks at nothing but the head itself
+_LOSSES = ("error", "lost_mass", "effect")  # evidence that a budget can limit
+_OWN = "output_error"  # the criterion that considers only the head's own output
 _BISECTIONS = 24
 
 BY_HEAD, BY_LAYER, BY_ERROR, RANDOM = "by head", "by layer", "by own error", "random"
