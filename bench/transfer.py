@@ -172,7 +172,9 @@ class Bench:
                 output = scaled_dot_product_attention(
                     q, k, v, call.base, scale=call.scale, enable_gqa=True
                 )
-                bounds = prompt.lower[call.layer].int(), prompt.upper[call.layer].int()
+                bounds = [side[call.layer].int() for side in (prompt.lower, prompt.upper)]
+                if prompt.groups.shape[1] == 1:  # of all tokens
+                    bounds = [side[:, 0] for side in bounds]
                 base = BaseMask(*bounds, prompt.valid)
                 visibility = IntervalVisibility(base, groups=prompt.groups)
                 template = prompt.template.tensors()
