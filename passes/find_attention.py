@@ -14,6 +14,7 @@ from torch import fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight.passes.graph import fake_tensor, module_of, placeholders, same_size, source_name
+from blindsight.passes.memory import MemoryGroups, overwritten
 
 # Dynamo keeps the builtin; an exported program has the ATen operator.
 _ATTENTION_TARGETS: tuple[Callable[..., Any], ...] = (
@@ -121,15 +122,16 @@ class Attention:
 def has_attention(gm: fx.GraphModule) -> bool:
     """Whether a graph, or a region that it calls, has any attention call."""
     regions = (child for child in gm.children() if isinstance(child, fx.GraphModule))
-    return any(_is_attention(node) for node in gm.graph.nodes) or any(map(has_attention, regions))
+    return any(is_attention(node) for node in gm.graph.nodes) or any(map(has_attention, regions))
 
 
 def count_attention(gm: fx.GraphModule) -> int:
     """Return how many attention calls a graph has."""
-    return sum(_is_attention(node) for node in gm.graph.nodes)
+    return sum(is_attention(node) for node in gm.graph.nodes)
 
 
-def _is_attention(node: fx.Node) -> bool:
+def is_attention(node: fx.Node) -> bool:
+    """Whether a node is a call of ``scaled_dot_product_attention``."""
     return node.op == "call_function" and node.target in _ATTENTION_TARGETS
 
 
@@ -141,19 +143,21 @@ def find_attention(gm: fx.GraphModule, *, layer_pattern: str) -> list[Attention]
         layer_pattern: See :class:`~blindsight.TemplateRule`.
     """
     inputs = [source_name(node) for node in placeholders(gm)]
+    repeats = _Repeats(gm)
     found = []
     for node in gm.graph.nodes:
-        if not _is_attention(node):
+        if not is_attention(node):
             continue
         call = {**_DEFAULTS, **dict(zip(_PARAMETERS, node.args, strict=False)), **node.kwargs}
         path, module_class = module_of(node)
         matched = re.search(layer_pattern, path)
+        key, value = repeats.undone(call["key"], call["value"], node)
         found.append(
             Attention(
                 node=node,
                 query=call["query"],
-                key=before_repeat(call["key"]),
-                value=before_repeat(call["value"]),
+                key=key,
+                value=value,
                 attn_mask=call["attn_mask"],
                 is_causal=bool(call["is_causal"]),
                 dropout_p=float(call["dropout_p"]),
@@ -189,6 +193,47 @@ def find_eager_attention(
         if "softmax" in name and ours:
             paths[path] = None
     return list(paths)
+
+
+class _Repeats:
+    """Finds keys and values before their heads were repeated."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._nodes = list(gm.graph.nodes)
+        self._places = {node: place for place, node in enumerate(self._nodes)}
+        self._writers = [node for node in self._nodes if overwritten(node)]
+
+    @cached_property
+    def _memory(self) -> MemoryGroups:
+        return MemoryGroups(self._nodes)
+
+    def undone(self, key: fx.Node, value: fx.Node, call: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Return both with as few heads as both have, or both as they are."""
+        repeated = key, value
+        before = before_repeat(key), before_repeat(value)
+        num_heads = {fake.shape[1] for x in before if (fake := fake_tensor(x)) is not None}
+        if len(num_heads) != 1 or any(map(self._is_written, before, repeated, (call, call))):
+            return repeated
+        return before
+
+    def _is_written(self, before: fx.Node, repeated: fx.Node, call: fx.Node) -> bool:
+        """Whether either is written into after the first was read and before the call."""
+        if before is repeated or not self._writers:
+            return False
+        read = min(self._places[user] for user in before.users if user in _chain(repeated))
+        groups = {self._memory.find(node) for node in (before, repeated)}
+        return any(
+            self._memory.find(written) in groups
+            for writer in self._writers
+            if read < self._places[writer] < self._places[call]
+            for written in overwritten(writer)
+        )
+
+
+def _chain(repeated: fx.Node) -> set[object]:
+    """Return the nodes of a repeat that :func:`before_repeat` matches."""
+    expanded: Any = repeated.args[0]
+    return {repeated, expanded, expanded.args[0]}
 
 
 def before_repeat(repeated: fx.Node) -> fx.Node:

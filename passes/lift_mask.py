@@ -29,8 +29,8 @@ from blindsight.passes.expressions import (
     is_op,
     loads_of,
 )
-from blindsight.passes.find_attention import Attention
-from blindsight.passes.graph import fake_tensor, same_size
+from blindsight.passes.find_attention import Attention, is_attention
+from blindsight.passes.graph import ancestors, fake_tensor, same_size
 from blindsight.passes.integers import (
     column_bounds,
     direction,
@@ -101,6 +101,10 @@ def lift_mask(gm: fx.GraphModule, call: Attention) -> Lifted:
         form = matcher.form(expression)
     except _NotIntervalsError as problem:
         return Lifted(Tier.EXPRESSION, before, reason=str(problem), expression=expression)
+    if any(map(is_attention, ancestors(call.attn_mask))):
+        # Facts, and whether it is plain causal, would be asked of what the dense graph computes.
+        reason = "it depends on the attention of an earlier layer"
+        return Lifted(Tier.EXPRESSION, before, reason=reason, expression=expression)
     facts = tuple(matcher.facts)
     return Lifted(Tier.INTERVALS, before, form=form, facts=facts, expression=expression)
 
@@ -125,7 +129,10 @@ def _given(value: Value) -> fx.Node | None:
     node, indices = expression[1:]
     batch, head = indices[:-2] if len(indices) == 4 else (None, None)
     is_whole = indices[-2:] == (("index", 2), ("index", 3))
-    return node if is_whole and batch in (0, ("index", 0)) and head == 0 else None
+    fake = fake_tensor(node)
+    is_one = fake is not None and same_size(fake.shape[0], 1)
+    is_every = batch == ("index", 0) or (batch == 0 and is_one)
+    return node if is_whole and is_every and head == 0 else None
 
 
 class _NotIntervalsError(Exception):
@@ -252,6 +259,9 @@ class _Matcher:
             return None
         if any(load not in difference for load in loads):
             return None
+        # Positions need not begin at 0: in a division or a remainder they are no places.
+        if any(loads_of(term) for term in difference if term not in loads):
+            return None
         ids = None
         for row, column in context.sames:
             if (
@@ -263,12 +273,11 @@ class _Matcher:
                 and (row[2][-1], column[2][-1]) == (by_axis["q"], by_axis["k"])
                 and _num_tokens(row[1]) == _num_tokens(positions)
             ):
-                ids = row[1]
+                ids = _of_kind(row[1], row[2][:-1])
         replaced = {load: load[2][-1] for load in loads}
         found = column_bounds((part[0], *(_exchange(side, replaced) for side in part[1:])))
         if found is not None:
-            chosen = _chosen(batch)
-            self.facts["consecutive", (positions, *chosen) if chosen else positions, ids] = None
+            self.facts["consecutive", _of_kind(positions, batch), ids] = None
         return found
 
 
@@ -328,6 +337,12 @@ def _chosen(batch: tuple[Expression, ...]) -> tuple[int, ...]:
     """Return the constant indices in front of a batch index: one of several kinds of positions."""
     front = batch[:-1]
     return front if all(type(index) is int for index in front) else ()
+
+
+def _of_kind(node: fx.Node, batch: tuple[Expression, ...]) -> Expression:
+    """Return a tensor per token, with the indices that choose it of several kinds, if any do."""
+    chosen = _chosen(batch)
+    return (node, *chosen) if chosen else node
 
 
 def _num_tokens(node: fx.Node) -> str:

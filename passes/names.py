@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -58,8 +59,12 @@ def name_of(node: fx.Node) -> str:
         name = target
     elif target in _NAMES_OF_OPERATORS:
         name = _NAMES_OF_OPERATORS[target]
-    elif isinstance(target, torch._ops.OpOverload):
-        name = target.overloadpacket.__name__
+    elif isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        packet: Any = getattr(target, "overloadpacket", target)
+        whole: str = packet._qualified_op_name
+        namespace, _, name = whole.partition("::")
+        if namespace not in ("aten", "prims"):
+            return whole  # whatever somebody else's operator does
     else:
         name = getattr(target, "__name__", str(target))
     if name.startswith("__") and name.endswith("__"):

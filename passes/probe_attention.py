@@ -59,7 +59,7 @@ def probe_attention_pass(
         if device not in templates:
             templates[device] = [_on_device(gm, node, device) for node in inputs]
         span_id, is_sink = templates[device]
-        shared = (call.attn_mask, call.is_causal, device)
+        shared = (call.attn_mask, call.is_causal, device, *map(str, call.lengths))
         if shared not in visibilities:
             visibilities[shared] = _visibility(gm, call, proof, span_id, is_sink)
         with gm.graph.inserting_after(call.node):

@@ -43,6 +43,9 @@ from blindsight.passes.mask_values import (
 )
 from blindsight.passes.names import FILLS
 
+# With indices of less than 2**20 tokens, which 32 bits hold.
+_LARGEST_FACTOR, _LARGEST_TERM = 2**10, 2**30
+
 FULLS = ("full", "new_full", "full_like", "tensor", "scalar_tensor")
 
 
@@ -133,7 +136,7 @@ def read_pointwise(
             return choose(parts[0], not_(parts[1]), parts[1])
         return (and_ if name == "and" else or_)(parts[0], parts[1])
     if name in ("abs", "neg"):
-        if kinds != {"int"} or not _is_safe(dtype, parts):
+        if kinds != {"int"} or not _is_safe(name, dtype, parts):
             raise CannotReadError
         return (name, parts[0])
     if len(parts) != 2:
@@ -144,10 +147,10 @@ def read_pointwise(
             raise CannotReadError
         return _fold(name, operands, parts, dtype)
     if name in NEGATED:
-        return _comparison(name, kinds, parts)
+        return _comparison(name, operands, kinds, parts)
     if kinds == {"bool"} and dtype == torch.bool and name == "mul":
         return and_(parts[0], parts[1])
-    if kinds != {"int"} or not _is_safe(dtype, parts):
+    if kinds != {"int"} or not _is_safe(name, dtype, parts):
         raise CannotReadError
     if name in ("floordiv", "mod") and not (type(parts[1]) is int and parts[1] > 0):
         raise CannotReadError
@@ -186,18 +189,29 @@ def _fold(
     return choose_on_leaves(parts[0], lambda a: choose_on_leaves(parts[1], lambda b: compare(a, b)))
 
 
-def _comparison(name: str, kinds: set[str], parts: list[Expression]) -> Expression:
+def _comparison(
+    name: str, operands: Sequence[Operand], kinds: set[str], parts: list[Expression]
+) -> Expression:
     if kinds == {"bool"} and name in ("eq", "ne"):
         same = choose(parts[0], parts[1], not_(parts[1]))
         return same if name == "eq" else not_(same)
+    # A number is cast to the integers that it is compared with: it wraps where it does not fit.
+    for tensor, other in (operands, operands[::-1]):
+        if isinstance(tensor, Value) and tensor.kind == "int" and type(other) is int:
+            limits = torch.iinfo(tensor.dtype)
+            if not limits.min <= other <= limits.max:
+                raise CannotReadError
     # Mixed with floats, integers are rounded before they are compared.
     if kinds != {"int"} and any(bare_axes_of(part) for part in parts):
         raise CannotReadError
     return (name, parts[0], parts[1])
 
 
-def _is_safe(dtype: torch.dtype, parts: Sequence[Expression]) -> bool:
+def _is_safe(name: str, dtype: torch.dtype, parts: Sequence[Expression]) -> bool:
     """Whether integers of a dtype may be computed with as if they had no limits."""
+    largest = _LARGEST_FACTOR if name == "mul" else _LARGEST_TERM
     return dtype == torch.int64 or (
-        dtype == torch.int32 and not any(loads_of(part) for part in parts)
+        dtype == torch.int32
+        and not any(loads_of(part) for part in parts)
+        and all(abs(part) <= largest for part in parts if type(part) is int)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,6 +23,7 @@ from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import add_placeholder, fake_tensor, node_of_size
 from blindsight.passes.lift_mask import Lifted
 from blindsight.passes.memory import acts
+from blindsight.passes.names import name_of
 from blindsight.template import template_of_ids
 
 logger = logging.getLogger(__name__)
@@ -110,10 +112,9 @@ def replace_attention_pass(
     masks: dict[object, fx.Node] = {}
     outputs: dict[fx.Node, fx.Node] = {}
     for row, call in enumerate(attention):
-        num_keys = call.lengths[1]
-        # Layers with the same base mask and number of keys share one mask and its tables.
-        number = size_of(num_keys) if capacities is None else str(num_keys)
-        shared = (call.attn_mask, call.is_causal, number)
+        # Layers with the same base mask and numbers of queries and keys share one mask.
+        to_number: Callable[..., object] = size_of if capacities is None else str
+        shared = (call.attn_mask, call.is_causal, *map(to_number, call.lengths))
         if shared not in masks:
             masks[shared] = _make_mask(
                 gm,
@@ -135,6 +136,7 @@ def replace_attention_pass(
             output = _call(gm, call, attend_in_region if in_region else attend, args)
             output.meta["example_value"] = fake_tensor(call.node)
         call.node.replace_all_uses_with(output)
+        _copy_before_views(gm, output)
         outputs[call.node] = output
     # Not before: the masks of later calls are put before nodes that earlier calls may have needed.
     _erase_unused(gm, [call.node for call in attention])
@@ -142,6 +144,20 @@ def replace_attention_pass(
     gm.recompile()
     logger.info("replaced %d attention calls, %d masks", len(attention), len(masks))
     return gm
+
+
+def _copy_before_views(gm: fx.GraphModule, output: fx.Node) -> None:
+    """Make views of an output copies: its strides need not be those that the model's own has."""
+    for user in list(output.users):
+        name = name_of(user)
+        if name == "view":
+            with gm.graph.inserting_before(user):
+                format: dict[str, Any] = {"memory_format": torch.contiguous_format}
+                copy = gm.graph.call_function(torch.ops.aten.clone.default, (output,), format)
+            copy.meta["example_value"] = fake_tensor(output)
+            user.replace_input_with(output, copy)
+        elif name in ("transpose", "permute", "swapaxes", "movedim"):
+            _copy_before_views(gm, user)
 
 
 def _make_mask(

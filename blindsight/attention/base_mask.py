@@ -28,7 +28,7 @@ What only the data can tell is a *fact*, to be checked on every call:
     ("connected", row, forms)    the union of the forms is one interval, in every row with ``row``
     ("consecutive", positions, ids)  positions grow by one from token to token, wherever ids
                                  (None: one sequence) stay the same; and ids never decrease.
-                                 positions: a tensor, or one and the indices that choose of it
+                                 Either: a tensor, or one and the indices that choose of it
 
 What is no interval of all keys may be one of each *group* of them: where all images see each
 other (Molmo 2), a query in one sees text up to itself, and every token of an image. A fact may
@@ -42,7 +42,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from enum import IntEnum
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -399,18 +399,21 @@ def _pair_fits(rows: list[Tensor], columns: list[Tensor]) -> Tensor:
     return fits & (product < _MAX_PAIR)
 
 
-def _are_consecutive(positions: Tensor | tuple[Tensor | int, ...], ids: Tensor | None) -> Tensor:
+def _are_consecutive(positions: Expression, ids: Expression) -> Tensor:
     """Whether positions ``[B or 1, T]`` grow by one within each run of ids, 0-d."""
-    if isinstance(positions, tuple):
-        several, *chosen = positions
-        positions = cast(Tensor, several)[tuple(chosen)]
-    positions = positions.reshape(-1, positions.shape[-1])
-    grows = positions[:, 1:] - positions[:, :-1] == 1
+    positions = _per_token(positions)
+    grows = torch.eq(positions[:, 1:] - positions[:, :-1], 1)
     if ids is None:
-        return grows.all()
-    ids = ids.reshape(-1, ids.shape[-1])
-    step = ids[:, 1:] - ids[:, :-1]
+        return torch.all(grows)
+    ids = _per_token(ids)
+    step = torch.sub(ids[:, 1:], ids[:, :-1])
     return ((step > 0) | ((step == 0) & grows)).all()
+
+
+def _per_token(given: Tensor | tuple[Any, ...]) -> Tensor:
+    """Return a tensor, or the one that indices choose of it, as ``[B or 1, T]``."""
+    tensor = given[0][given[1:]] if isinstance(given, tuple) else given
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def map_tensors(expression: Expression, function: Callable[[Tensor], Tensor]) -> Expression:

@@ -20,7 +20,7 @@ from blindsight.attention.interval_masks import BaseMask
 from blindsight.attention.intervals import groups_of_keys
 from blindsight.attention.packing import is_packed
 from blindsight.passes.find_attention import Attention
-from blindsight.passes.graph import ancestors, fake_tensor, placeholders
+from blindsight.passes.graph import ancestors, placeholders
 from blindsight.passes.memory import MemoryGroups, overwritten
 from blindsight.runtime.history import History
 from blindsight.runtime.plan import Plan, PlannedCall
@@ -112,9 +112,7 @@ def _is_plain_causal(base: BaseMask) -> bool:
 
 
 def _key(attention: Attention) -> object:
-    key = fake_tensor(attention.key)
-    num_keys = None if key is None else str(key.shape[2])
-    return attention.attn_mask, attention.is_causal, num_keys
+    return attention.attn_mask, attention.is_causal, *map(str, attention.lengths)
 
 
 class _Extract:

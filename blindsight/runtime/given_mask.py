@@ -11,6 +11,7 @@ Shapes: B batch, Q query rows, K key columns.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,12 +39,12 @@ class Note(NamedTuple):
 
     Attributes:
         sizes: B, Q and K.
-        template: Whose groups of keys were looked at, if all keys together were not enough.
+        history: Of the forward in which it was looked at.
         base: None: it is not intervals.
     """
 
     sizes: tuple[int, int, int]
-    template: Template | None
+    history: weakref.ref[History]
     base: BaseMask | None
 
 
@@ -81,7 +82,7 @@ class GivenMasks:
             sizes, *others = (user.sizes(size_of) for user in users)
             if any(other != sizes for other in others):
                 continue  # a mask of more columns may serve several numbers of keys
-            mask = self._look_at(args[at], history.on(args[at].device), **sizes)
+            mask = self._look_at(args[at], history, **sizes)
             if mask is not None:
                 found[name] = mask
         return found
@@ -91,17 +92,17 @@ class GivenMasks:
         return next(users[0].lengths for _, known, users in self._inputs if known == name)
 
     def _look_at(
-        self, mask: Tensor, template: Template, *, batch: int, num_queries: int, num_keys: int
+        self, mask: Tensor, history: History, *, batch: int, num_queries: int, num_keys: int
     ) -> BaseMask | None:
         sizes = (batch, num_queries, num_keys)
         known = self._notes.get(mask)
         if known is not None and version_of(mask) is None:
             known = None  # a tensor of inference mode keeps no count of its changes
-        if known and known.sizes == sizes and (known.template or template) is template:
+        # Not everybody counts what is written between two forwards: a CUDA graph does not.
+        if known is not None and known.sizes == sizes and known.history() is history:
             return known.base
-        found = intervals_or_groups(mask, *sizes, template)
-        is_of_all = found is not None and not found.is_by_group
-        self._notes.put([mask], [Note(sizes, None if is_of_all else template, found)], [0])
+        found = intervals_or_groups(mask, *sizes, history.on(mask.device))
+        self._notes.put([mask], [Note(sizes, weakref.ref(history), found)], [0])
         return found
 
 

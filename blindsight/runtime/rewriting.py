@@ -97,9 +97,10 @@ class Rewriter:
         if replaced and any_length and form.is_sorted:
             capacities = tuple(self._capacity(at, args) for at in replaced)
             longer = tuple(map(self._longer, replaced, capacities))
-        # Only dense heads can do with less than FlexAttention.
+        # Only dense heads can do with less than FlexAttention, where what proofs rest on holds.
         is_causal = [False] * len(self._calls)
-        if form is not MaskForm.GROUPED and bool((categories == 0).any()):
+        holds = form not in (MaskForm.GROUPED, MaskForm.EXPRESSED)
+        if holds and bool((categories == 0).any()):
             is_causal = self._data.plain_causal(args, given)
         # Work is that of the kernel that will run, which may be one for longer prompts.
         rows = {} if longer is None else dict(zip(replaced, longer, strict=True))
