@@ -25,12 +25,12 @@ from common import conditions, print_table
 from compare import compare
 
 from blindsight.calibrate import (
+    evidence_of,
     find_sink_offsets,
     flops_cut,
     profile_of,
     rule_of,
     select_categories,
-    summarize,
 )
 from blindsight.calibration.measure import measure
 from blindsight.calibration.measurements import Measurements
@@ -78,7 +78,7 @@ def profile_with_cut(
     """Return the profile of the smallest budget that leaves out this share of the pairs."""
     criterion = options.get("criterion", "output_error")
     allocation = options.get("allocation", "per_head")
-    evidence = summarize(measurements, aggregate=options.get("aggregate", "quantile"))
+    evidence = evidence_of(measurements, aggregate=options.get("aggregate", "quantile"))
     loss, pairs = evidence[CRITERIA[criterion]].double(), evidence["pairs"].double()
     if allocation == "global":
         budgets = torch.linspace(0, float(loss.square().mean().sqrt()) * 2, 4001).tolist()

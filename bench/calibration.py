@@ -34,7 +34,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blindsight.attention.base_mask import CAUSAL
-from blindsight.calibration.probe import measure_losses
+from blindsight.calibration.probe import ProbedCall, measure_losses
 from blindsight.calibration.visibility import visibility_of_form
 
 RESULTS = Path(__file__).parent / "results" / "calibration.jsonl"
@@ -107,7 +107,8 @@ def measure_length(length: int, repeats: int) -> list[dict[str, Any]]:
     def probe() -> object:
         visibility = visibility_of_form(CAUSAL, (), span_id, is_sink)
         assert visibility is not None
-        return measure_losses(query, key, value, query, visibility, span_id, is_sink)
+        call = ProbedCall(query, key, value, query, visibility, span_id, is_sink)
+        return measure_losses(call)
 
     before = resident_peak(reset=True)
     probe()
@@ -155,10 +156,10 @@ def measure_decoder(num_layers: int, length: int, keeps: bool, repeats: int) -> 
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     from blindsight import TemplateRule
-    from blindsight.calibration import measure
+    from blindsight.calibration import prober as probing
 
     if keeps:
-        measure.recompute_layers_pass = lambda gm, *, attention: gm
+        probing.recompute_layers_pass = lambda gm, *, attention: gm
     hidden, intermediate, heads, key_heads, _ = SHAPES["qwen2.5-vl-3b"]
     config = AutoConfig.from_pretrained(TESTBED)
     config.text_config.update(
@@ -181,7 +182,7 @@ def measure_decoder(num_layers: int, length: int, keeps: bool, repeats: int) -> 
     model = AutoModelForImageTextToText.from_config(
         config, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
-    prober = measure.Prober(model, TemplateRule.from_config(config), next_token=True)
+    prober = probing.Prober(model, TemplateRule.from_config(config), next_token=True)
 
     def prompt(num_images: int, side: int) -> dict[str, Any]:
         image = [

@@ -27,15 +27,15 @@ from tqdm import tqdm
 
 from blindsight.attention.interval_masks import BaseMask
 from blindsight.calibrate import profile_of, rule_of
-from blindsight.calibration.measure import measurements_of
 from blindsight.calibration.measurements import Measurements
-from blindsight.calibration.probe import Losses, measure_losses
+from blindsight.calibration.probe import Losses, ProbedCall, measure_losses
+from blindsight.calibration.prober import measurements_of
 from blindsight.calibration.refine import UNITS, refine, reselect
 from blindsight.calibration.visibility import IntervalVisibility
 from blindsight.cli.models import load_model
 from blindsight.data.processors import load_processor, model_inputs
 from blindsight.data.samples import Samples, load_samples
-from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks
+from blindsight.evaluation.masked_model import EVERYTHING, HeadMask, MaskedCall, Masks
 from blindsight.evaluation.prefill import Decoder
 from blindsight.evaluation.summary import Summary
 from blindsight.modules import digest_of_weights
@@ -167,17 +167,19 @@ class Bench:
         losses: dict[int, Losses] = {}
 
         class Measuring:
-            def groups(self, call: Call) -> Sequence[Group]:
+            def head_masks(self, call: MaskedCall) -> Sequence[HeadMask]:
                 q, k, v = call.query, call.key, call.value
                 output = scaled_dot_product_attention(
                     q, k, v, call.base, scale=call.scale, enable_gqa=True
                 )
-                bounds = prompt.lower[call.layer].int(), prompt.upper[call.layer].int()
+                bounds = [side[call.layer].int() for side in (prompt.lower, prompt.upper)]
+                if prompt.groups.shape[1] == 1:  # of all tokens
+                    bounds = [side[:, 0] for side in bounds]
                 base = BaseMask(*bounds, prompt.valid)
                 visibility = IntervalVisibility(base, groups=prompt.groups)
-                losses[call.layer] = measure_losses(
-                    q, k, v, output, visibility, *prompt.template.tensors(), scale=call.scale
-                )
+                template = prompt.template.tensors()
+                probed = ProbedCall(q, k, v, output, visibility, *template, scale=call.scale)
+                losses[call.layer] = measure_losses(probed)
                 return EVERYTHING
 
         self.decoder.prefill(batch, cast(Masks, Measuring()))

@@ -1,10 +1,11 @@
-"""Calibrate a profile: measure a model on prompts, and choose the category of every head.
+"""Calibrate a profile: measure a model on prompts, and choose a category for every head.
 
-What a category changes of a head's own output says little of the answer: it depends on who reads
-that output, and nobody reads what images are in the last layer. So the budget is spent by the
-effect on the next token after the prompt, to first order: the change of each head's output times
-the gradient of the likeliest tokens' log-probabilities. Errors of outputs and attention mass are
-measured beside it, and can be chosen for comparison.
+How much a category changes a head's own output says little about the answer. That depends on what
+later layers read from the output: in the last layer, nothing reads the rows of image tokens. So
+the budget limits the effect on the token after the prompt, to first order: the change of each
+head's output times the gradient of the log-probabilities of the likeliest tokens. The error of the
+output and the attention mass that is hidden are measured as well; either can be the criterion
+instead.
 
 Shapes: N prompts, L layers, H query heads, C categories, R regions.
 """
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from blindsight.calibration.measure import measure
 from blindsight.calibration.measurements import Measurements
-from blindsight.calibration.probe import NUM_OFFSETS
+from blindsight.calibration.probe_layout import NUM_OFFSETS
 from blindsight.calibration.selection import ALLOCATIONS, CRITERIA, select_categories
 from blindsight.categories import HeadCategory
 from blindsight.configs import check_has_vision, config_of
@@ -36,20 +37,20 @@ from blindsight.template import TemplateRule
 
 __all__ = [
     "calibrate",
+    "evidence_of",
     "find_sink_offsets",
     "flops_cut",
     "profile_of",
     "rule_of",
     "select_categories",
-    "summarize",
 ]
 
 AGGREGATES = ("quantile", "mean")
 CRITERION, QUANTILE = "next_token", 0.95
-BUDGETS = {"next_token": 0.005, "output_error": 0.1, "attention_mass": 0.1}  # by default
+BUDGETS = {"next_token": 0.005, "output_error": 0.1, "attention_mass": 0.1}  # defaults
 
-_LAST_OFFSET = 2**20  # offsets are clipped to the span: its last token
-_SINK_PROMPTS = 8  # are enough to see where the sinks are
+_LAST_OFFSET = 2**20  # longer than any span: offsets are clipped, so this is the last token
+_SINK_PROMPTS = 8  # prompts that suffice to see where the sinks are
 _MAX_SINKS = 2
 
 
@@ -75,31 +76,35 @@ def calibrate(
     """Measure a model on prompts with several images or videos, and return a profile for it.
 
     Every head gets the cheapest category that moves the next token by no more than the budget.
-    Nothing of the model is changed.
+    The model itself is not changed.
 
     Args:
         model: A transformers model that reads images, with ``attn_implementation="sdpa"``.
         processor: Its processor, see :func:`~blindsight.data.processors.load_processor`.
-        samples: What :func:`~blindsight.data.samples.load_samples` takes or returns.
-        budget: The one knob, the most that any one head may lose. 0 is dense, infinity is as sparse
-            as can be. By default the root of the KL divergence of the next token after the prompt,
-            in nats; with ``criterion="output_error"`` the change of the head's own output in
-            images other than the first, relative to its norm.
-        num_samples: At most this many of the samples; by default all of them.
-        seed: Draws them at random, in random order; by default the first ones are taken, in order.
+        samples: The prompts: anything that :func:`~blindsight.data.samples.load_samples` takes or
+            returns.
+        budget: The most that any one head may lose; the one setting to tune. 0 allows only what
+            changes nothing, infinity gives the sparsest profile. By default, the square root of
+            the KL divergence of the next token after the prompt, in nats; with
+            ``criterion="output_error"``, the change of the head's own output in the rows of all
+            images but the first, relative to its norm.
+        num_samples: How many samples to use at most; by default all of them.
+        seed: Seed that draws the samples in random order; by default the first ones are taken, in
+            their order.
         batch_size: Prompts that run together; results differ by rounding only.
         criterion, allocation: See :func:`~blindsight.calibration.selection.select_categories`.
             ``"next_token"`` takes gradients: see :func:`~blindsight.calibration.measure.measure`.
-        aggregate: How the losses of the prompts become one: ``"quantile"`` holds on that share of
-            them, so that a rare prompt which needs attention between images is seen; ``"mean"``.
-        quantile: Which one.
-        sink_offsets: Which tokens of an image are sinks, from its first; ``"measure"``: those
-            that other images look at most. By default as the rule says: the first.
+        aggregate: How the losses on all prompts become one number: ``"quantile"``, the loss that
+            this share of the prompts does not exceed, so that a rare prompt that needs attention
+            between images counts; or ``"mean"``.
+        quantile: The share of the prompts, 0..1.
+        sink_offsets: Which tokens of an image are sinks, counted from its first token; or
+            ``"measure"``: those that other images attend to most. By default those of the rule.
         rule: How images are found; by default what the model's family needs.
-        padding_side: Of shorter prompts in a batch.
+        padding_side: Where the shorter prompts of a batch are padded.
         progress: See :func:`~blindsight.progress.progress_bar`.
-        checkpoint: A file that keeps what was measured so far; an interrupted calibration with
-            the same arguments goes on from there, to the very same profile.
+        checkpoint: A file for what has been measured so far. An interrupted calibration that is
+            started again with the same arguments resumes from it, and ends in the same profile.
 
     Raises:
         ValueError: An argument is malformed, a sample cannot be read, no prompt has two images, or
@@ -152,13 +157,13 @@ def profile_of(
     Args:
         model: The model, or its config.
         measurements: From :func:`~blindsight.calibration.measure.measure`.
-        rule: That they were made with.
+        rule: The rule that the measurements were made with.
         budget, criterion, aggregate, quantile, allocation: See :func:`calibrate`.
-        calibration: What else to note about where the measurements are from.
+        calibration: Notes to keep in the profile, such as where the measurements are from.
     """
     _check_options(budget, criterion, aggregate, quantile, allocation, None)
     budget = BUDGETS[criterion] if budget is None else budget
-    evidence = summarize(measurements, aggregate=aggregate, quantile=quantile)
+    evidence = evidence_of(measurements, aggregate=aggregate, quantile=quantile)
     _, widths = widths_of(fingerprint(model))
     # A pair of a wider head costs more.
     evidence["pairs"] = evidence["pairs"] * torch.tensor(widths)[:, None, None]
@@ -179,15 +184,16 @@ def profile_of(
     return replace(profile, evidence=evidence, calibration=noted)
 
 
-def summarize(
+def evidence_of(
     measurements: Measurements, *, aggregate: str = "quantile", quantile: float = QUANTILE
 ) -> dict[str, Tensor]:
-    """Return the evidence of a profile, float32 ``[L, H, ...]``.
+    """Return the evidence that a profile keeps of its measurements.
 
     Returns:
-        ``error``, ``lost_mass`` and, where it was measured, ``effect`` ``[L, H, C]``, aggregated
-        over prompts; ``error_spread``, the standard deviation over prompts; ``pairs``
-        ``[L, H, C]``, ``mass`` ``[L, H, R]`` and ``offset_mass``, means over prompts.
+        Tensors float32, by name. ``error``, ``lost_mass`` and, where it was measured, ``effect``,
+        each ``[L, H, C]``, are aggregated over prompts; ``error_spread``, ``[L, H, C]``, is the
+        standard deviation over prompts; ``pairs``, ``[L, H, C]``, ``mass``, ``[L, H, R]``, and
+        ``offset_mass``, ``[L, H, NUM_OFFSETS + 1]``, are means over prompts.
 
     Raises:
         ValueError: No prompt has two images.
@@ -217,16 +223,16 @@ def summarize(
 
 
 def _aggregate(values: Tensor, aggregate: str, quantile: float) -> Tensor:
-    """Return one value for ``[N, ...]``; a quantile is the value of one of the prompts."""
+    """Return one value for the N of ``[N, ...]``; a quantile is the value of one of them."""
     if aggregate == "mean":
         return values.double().mean(0)
     return values.sort(dim=0).values[math.ceil(quantile * (len(values) - 1))]
 
 
 def find_sink_offsets(measurements: Measurements) -> tuple[int, ...]:
-    """Return the tokens of an image that the other images look at most, by offset.
+    """Return the offsets of the tokens of an image that other images attend to most.
 
-    The foremost, and those that get at least half as much.
+    These are the token with the most attention, and another one if it gets at least half as much.
 
     Raises:
         ValueError: No prompt has two images.
@@ -252,11 +258,11 @@ def flops_cut(profile: Profile) -> float:
 
 
 def rule_of(model: nn.Module, processor: Any = None) -> TemplateRule:
-    """Return how the images of a model's prompts are found.
+    """Return the rule that finds the images in a model's prompts.
 
     Args:
         model: The model.
-        processor: Its processor, or tokenizer; see :meth:`~blindsight.TemplateRule.from_config`.
+        processor: Its processor or tokenizer; see :meth:`~blindsight.TemplateRule.from_config`.
 
     Raises:
         ValueError: The model reads no images, or its family is not known.

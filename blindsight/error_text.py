@@ -1,4 +1,4 @@
-"""What error messages are made of: quotes of other libraries' errors, and of what was given."""
+"""The text of error messages: what was given, and what other libraries say."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ def check_choice(name: str, value: object, known: Collection[str]) -> None:
     """Check that an argument is one of the words that are known.
 
     Raises:
-        ValueError: It is not; the message names all of them.
+        ValueError: It is not; the message lists all of them.
     """
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
 
 
 def shortened(text: str) -> str:
-    """Return a text cut to what an error message can show; images come as long base64."""
+    """Return a text cut to a length that suits a message; an image may come as long base64."""
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 

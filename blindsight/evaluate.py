@@ -1,9 +1,9 @@
-"""Evaluation: the same questions to a model as it is, and with a profile.
+"""Evaluation: ask a model the same questions as it is, and with a profile.
 
-Accuracy is measured with explicit masks (engine ``reference``): they are what a profile means, need
-no compiler, and take any length of prompt. That what ``torch.compile`` makes of the profile is the
-same is checked on the longest prompt, where prefill is timed too. Engine ``compiled`` sends every
-prompt through the compiled decoder; it compiles for every shape of a batch.
+Accuracy is measured with explicit masks (engine ``reference``): they are the definition of a
+profile, need no compiler, and work for prompts of any length. The longest prompt also runs through
+``torch.compile``, to check that the result is the same, and to time prefill. Engine ``compiled``
+runs every prompt through the compiled decoder, and compiles for every shape of a batch.
 
 Shapes: B batch, V vocabulary.
 """
@@ -44,14 +44,14 @@ ENGINES = ("reference", "compiled")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Dense against a profile; ``to_markdown()`` is its table.
+    """A model with a profile, compared with the dense model; ``to_markdown()`` gives tables.
 
     Attributes:
         dense, sparse: The two summaries.
-        num_questions: By task.
-        num_restricted: Prompts with two images or more, frames of videos included; the others are
-            dense under any profile.
-        timing: Prefill, where it was measured.
+        num_questions: The number of questions of each task.
+        num_restricted: The number of prompts with at least two images (or frames of videos); the
+            others are dense under any profile.
+        timing: The time of prefill, if it was measured.
         conditions: What the numbers depend on: model, profile, dataset, versions, hardware.
     """
 
@@ -67,7 +67,7 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
-        """Inverse of :meth:`to_json`."""
+        """Return the evaluation that :meth:`to_json` wrote."""
         data = json.loads(text)
         timing = data["timing"]
         return cls(
@@ -85,7 +85,7 @@ class Evaluation:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON, or Markdown where the path ends in ``.md``; whole or not at all."""
+        """Write JSON, or Markdown if the path ends in ``.md``, completely or not at all."""
         text = self.to_markdown() if Path(path).suffix == ".md" else self.to_json()
         write_text(path, text)
 
@@ -145,7 +145,7 @@ class Evaluation:
             "included; the others are dense under any profile.",
         ]
         if self.sparse.num_changed == 0:
-            # More would have shown in so many questions, in all but 1 - LEVEL of cases.
+            # At a higher rate, at least one of these answers would have changed in LEVEL of cases.
             bound = 1 - (1 - LEVEL) ** (1 / number)
             notes.append(f"No answer changed; at 95 % fewer than {bound:.2%} would.")
         if self.timing is not None:
@@ -176,26 +176,26 @@ def evaluate(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Evaluation:
-    """Answer every sample dense and with a profile, and compare.
+    """Answer every sample with the dense model and with a profile, and compare.
 
     Args:
         model: A transformers model that reads images.
         processor: Its processor, see :func:`blindsight.data.processors.load_processor`.
-        samples: Questions with answers: what :func:`~blindsight.data.samples.load_samples` takes
-            or returns.
-        profile: What to judge, or its file.
-        batch_size: Prompts at once.
-        max_new_tokens: Of an answer; by default as many tokens as the expected one has.
+        samples: Questions with answers: anything that
+            :func:`~blindsight.data.samples.load_samples` takes or returns.
+        profile: The profile to evaluate, or its file.
+        batch_size: Prompts that run together.
+        max_new_tokens: The longest answer; by default as many tokens as the expected answer.
         engine: ``"reference"`` or ``"compiled"``, see the top of this module.
         inner: The backend that compiles the graphs.
-        repeats: Prefills that are timed of each kind, in turn; 0 compiles nothing.
-        checkpoint: File of what is answered already; an interrupted run goes on from it.
+        repeats: How often prefill is timed, dense and sparse in turn; 0 compiles nothing.
+        checkpoint: A file for the answers so far; an interrupted run resumes from it.
         num_resamples: Of the bootstrap.
         seed: Of the bootstrap.
         progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
-        ValueError: The model has no vision part, the profile is another model's, a sample has no
+        ValueError: The model has no vision part, the profile is for another model, a sample has no
             image or no answer, the checkpoint is of another run, or compiled and explicit masks
             disagree.
     """
@@ -254,10 +254,10 @@ def evaluate(
 
 
 def decoder_of(model: nn.Module, profile: Profile) -> Decoder:
-    """Return the decoder of the model that a profile is for.
+    """Return the decoder of a model, to be run under masks of its profile.
 
     Raises:
-        ValueError: The model has no vision part, or the profile is another's.
+        ValueError: The model has no vision part, or the profile is for another model.
     """
     check_has_vision(getattr(model, "_orig_mod", model))
     profile.validate(model)
@@ -266,7 +266,7 @@ def decoder_of(model: nn.Module, profile: Profile) -> Decoder:
 
 
 def run_header(decoder: Decoder, samples: Samples, max_new_tokens: int | None) -> dict[str, str]:
-    """Return what must be the same for a run to go on."""
+    """Return what must be the same for a run to be resumed."""
     return {
         "weights": digest_of_weights(decoder.model),
         "rule": decoder.rule.to_json(),
@@ -276,17 +276,17 @@ def run_header(decoder: Decoder, samples: Samples, max_new_tokens: int | None) -
 
 
 def point_of(masking: Masking, engine: str = ENGINES[0]) -> Point:
-    """Return a masking with its name among the answers that an engine gave."""
+    """Return a masking, named for the file of answers by the engine that runs it."""
     return Point(f"{engine}: {masking.key}", masking)
 
 
 def short_name(name: str) -> str:
-    """Return the last two parts of a path that exists; ids of the hub are as long."""
+    """Return the last two parts of an existing path; a hub id has no more than two."""
     return "/".join(Path(name).resolve().parts[-2:]) if os.path.exists(name) else name
 
 
 def conditions(model: nn.Module, samples: Samples, seed: int) -> dict[str, str]:
-    """Return what numbers depend on besides the code."""
+    """Return what the numbers depend on, besides the code."""
     parameter = next(model.parameters())
     config: Any = getattr(model, "config", None)
     device = parameter.device

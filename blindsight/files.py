@@ -1,4 +1,4 @@
-"""Files that are whole, or not there."""
+"""Write files completely or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def check_target(path: str | os.PathLike[str], name: str) -> None:
-    """Check, before any work is done, that a file can be written.
+    """Check that a file can be written, before any work is done.
 
     Raises:
         ValueError: It cannot; the message says why.
@@ -24,13 +24,13 @@ def check_target(path: str | os.PathLike[str], name: str) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text whole or not at all, in a folder that is made where it is missing."""
+    """Write a text completely or not at all; the folder is made if it is missing."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text.encode())
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all: under another name, synced, and moved into place.
+    """Write a file completely or not at all: under another name, synced, and moved into place.
 
     Raises:
         OSError: The file cannot be written; what was there before is untouched.

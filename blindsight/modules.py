@@ -1,4 +1,4 @@
-"""Modules of a model: found by name, told apart by their weights, watched or switched a while."""
+"""Find modules of a model, tell models apart by their weights, and record or switch modules."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from blindsight.configs import CACHE_ARGUMENTS
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a part of a model without what ``torch.compile`` wraps in it."""
+    """Return the name of a module without the wrappers of ``torch.compile``."""
     return name.replace("._orig_mod", "").removeprefix("_orig_mod.")
 
 
 def find_decoder(model: nn.Module, layer_pattern: str) -> nn.Module:
-    """Return the module that has the list of decoder layers.
+    """Return the module that holds the list of decoder layers.
 
     Raises:
-        ValueError: None has layers at ``layer_pattern``.
+        ValueError: No module matches ``layer_pattern``.
     """
     for name, _ in model.named_modules():
         plain = plain_name(name)
@@ -37,7 +37,7 @@ def find_decoder(model: nn.Module, layer_pattern: str) -> nn.Module:
 
 
 class _Recorded(Exception):
-    """Ends a forward where the module would begin."""
+    """Ends a forward when the module is called."""
 
     def __init__(self, inputs: dict[str, Any]) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def record_call(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any]) 
     """Run a model's forward, uncompiled, until it calls one of its modules.
 
     Returns:
-        The keyword arguments of that call, those of a cache left out.
+        The keyword arguments of that call, without those of a cache.
 
     Raises:
         ValueError: The forward does not call the module.
@@ -72,7 +72,7 @@ def record_call(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any]) 
 
 
 def digest_of_weights(model: nn.Module) -> str:
-    """Return a digest that tells a model's weights from others, from a few numbers of each."""
+    """Return a digest that tells a model's weights from others, from a few values of each."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
@@ -84,7 +84,7 @@ def digest_of_weights(model: nn.Module) -> str:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch off what only training does (dropout), and give each part its mode back."""
+    """Switch off what only training does, such as dropout; afterwards restore each module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

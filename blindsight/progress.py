@@ -1,4 +1,4 @@
-"""What a user sees while work is under way: a bar, and no chatter of other libraries."""
+"""What a user sees while work goes on: a progress bar, but no messages of other libraries."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from blindsight.timer import wait_for
 
 
 def progress_bar(progress: bool | None = None, **options: Any) -> Any:
-    """Return a bar on standard error; every ``progress`` argument of the package is for this.
+    """Return a bar on standard error. All ``progress`` arguments of the package have this meaning.
 
     Args:
         progress: True shows the bar, False does not. None shows it if standard error is a
-            terminal. Of the processes of a :func:`~blindsight.ranks.shared_run` only the first
-            shows one.
-        options: Passed on to ``tqdm``.
+            terminal. Of the processes of a :func:`~blindsight.ranks.shared_run`, only the first
+            shows a bar.
+        options: Options of ``tqdm``.
     """
     is_hidden = None if progress is None else not progress
     return tqdm(disable=is_hidden if current_ranks().is_first else True, **options)
 
 
 class Progress:
-    """A bar that says what is under way on a device, and a clock."""
+    """A bar that names the current step on a device, and times it."""
 
     def __init__(self, bar: Any, device: torch.device | str) -> None:
         self._bar = bar
         self._device = device
 
     def __call__(self, description: str, function: Callable[[], Any]) -> tuple[Any, float]:
-        """Return what the function returns, and the seconds it took."""
+        """Call a function as one step; return its result, and the seconds it took."""
         self._bar.set_description(description)
         wait_for(self._device)
         start = time.perf_counter()
@@ -51,7 +51,7 @@ class Progress:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the chatter of other libraries out of the output; our own warnings stay."""
+    """Silence warnings and logs of other libraries; our own warnings are still shown."""
     import transformers
 
     transformers_logging: Any = transformers.logging
@@ -63,7 +63,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            # Appended: whoever asked for something else, gets it.
+            # Appended, so that filters somebody has set before take precedence.
             warnings.filterwarnings("default", category=BlindsightWarning, append=True)
             warnings.filterwarnings("ignore", append=True)
             yield

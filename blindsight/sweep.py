@@ -1,7 +1,7 @@
-"""The curve: accuracy over cost, from nothing sparse to everything, and what it is compared with.
+"""Accuracy over cost, from a dense model to the sparsest profile, beside baselines.
 
-The knob is the budget of calibration. Every point answers the same questions, and no point is
-ever calibrated on them: what a budget selects follows from the evidence in the profile.
+The points of the curve are budgets of calibration. All of them answer the same questions, and none
+is calibrated on those: what a budget selects follows from the evidence in the profile.
 
 Shapes: L layers, H query heads, C categories.
 """
@@ -26,7 +26,7 @@ from blindsight.evaluation.summary import by_task, summarize
 from blindsight.evaluation.sweep_points import (
     BY_HEAD,
     MEANINGS,
-    Plan,
+    PlannedPoint,
     category_plans,
     selection_of,
     spread_budgets,
@@ -57,29 +57,32 @@ def sweep(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Sweep:
-    """Answer every sample under every point of the curve.
+    """Answer every sample at every point of the curve.
 
     Args:
         model: A transformers model that reads images.
         processor: Its processor.
-        samples: Questions with answers, others than those of calibration: what
+        samples: Questions with answers, other than those of the calibration: anything that
             :func:`~blindsight.data.samples.load_samples` takes or returns.
-        profile: With evidence; its own categories are not looked at.
-        budgets: Of the error; by default ``num_points`` whose costs spread evenly.
-        num_points: Of the curve, about: budgets that select the same are one.
+        profile: A profile, or its file, with the evidence of its calibration; its own categories
+            are not used.
+        budgets: Budgets of calibration, in the unit of the profile's criterion; by default
+            ``num_points`` of them, with costs that are spread evenly.
+        num_points: About how many points the curve has; budgets that select the same are one.
         baselines: Whether to answer under the other series too.
-        num_seeds: Random points for each point of the curve.
-        batch_size: Prompts at once.
-        max_new_tokens: Of an answer; by default as many tokens as the expected one has.
-        repeats: Prefills that are timed of each kind, for each point by head; each compiles.
+        num_seeds: How many random points there are for each point of the curve.
+        batch_size: Prompts that run together.
+        max_new_tokens: The longest answer; by default as many tokens as the expected answer.
+        repeats: How often prefill is timed at each point by head, dense and sparse in turn; each
+            point compiles.
         inner: The backend that compiles the graphs that are timed.
-        checkpoint: File of what is answered already; an interrupted run goes on from it.
+        checkpoint: A file for the answers so far; an interrupted run resumes from it.
         num_resamples: Of the bootstrap.
         seed: Of the bootstrap.
         progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
-        ValueError: The profile has no evidence or is another model's, the model has no vision
+        ValueError: The profile has no evidence or is for another model, the model has no vision
             part, a sample has no image or no answer, or the checkpoint is of another run.
     """
     profile, samples = Profile.of(profile), load_samples(samples)
@@ -91,7 +94,7 @@ def sweep(
     known = OutcomeFile(checkpoint, run_header(decoder, samples, max_new_tokens))
     dense_point = point_of(ProfileMasking(torch.zeros_like(profile.categories)))
 
-    def answer(wanted: Sequence[Plan]) -> dict[str, list[Outcome]]:
+    def answer(wanted: Sequence[PlannedPoint]) -> dict[str, list[Outcome]]:
         points = {
             point.key: point for point in (dense_point, *(point_of(p.masking) for p in wanted))
         }
@@ -110,7 +113,7 @@ def sweep(
         outcomes = answer(plans)
         dense = outcomes[dense_point.key]
         if baselines:
-            # At the costs that the curve turned out to have.
+            # At the costs of the curve, which are known only now.
             costs = {
                 _cost(outcomes[point_of(plan.masking).key]) / _cost(dense)
                 for plan in plans

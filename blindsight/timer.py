@@ -15,7 +15,7 @@ _LONGEST_BURST = 100  # calls
 
 
 def wait_for(*devices: torch.device | str) -> None:
-    """Wait until devices have done what they were given; a CPU has, always."""
+    """Wait until devices have finished all work given to them; for a CPU that is at once."""
     for device in map(torch.device, devices):
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
@@ -24,8 +24,8 @@ def wait_for(*devices: torch.device | str) -> None:
 class Timer:
     """Times calls: on a CPU by the wall clock, on a GPU by events.
 
-    There so many calls in a row are timed that they take some milliseconds, and short ones are
-    captured as a CUDA graph first: launching them from Python would take longer than they do.
+    On a GPU, a timing spans enough calls in a row to take some milliseconds. Short calls are
+    captured as a CUDA graph first: launching them from Python would take longer than running them.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -33,7 +33,7 @@ class Timer:
         self.on_gpu = self._device.type != "cpu"
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """Return the wall-clock time of one call, until the device is done."""
+        """Return the wall-clock time of one call, until the device has finished."""
         wait_for(self._device)
         begin = time.perf_counter()
         run()
@@ -41,7 +41,7 @@ class Timer:
         return time.perf_counter() - begin
 
     def prepare(self, run: Callable[[], object]) -> Callable[[], float]:
-        """Return a function that returns the milliseconds of a call; ``run`` ran before."""
+        """Return a function that times a call, in milliseconds; ``run`` has run before."""
         if not self.on_gpu:
             return lambda: self.seconds(run) * 1e3
         estimate = self._of_burst(run, 1)
@@ -68,7 +68,7 @@ class Timer:
 
 @dataclass(frozen=True)
 class _Replay:
-    """The CUDA graph of a call; ``run`` keeps the tensors that it reads."""
+    """The CUDA graph of a call; ``run`` keeps the tensors alive that it reads."""
 
     graph: torch.cuda.CUDAGraph
     run: Callable[[], object]

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from blindsight.attention.base_mask import Tier
-from blindsight.calibration.probe import Call, Losses, measure_losses
+from blindsight.calibration.probe import Losses, ProbedCall
 from blindsight.calibration.visibility import (
     visibility_of_expression,
     visibility_of_form,
@@ -29,7 +29,7 @@ def probe_attention_pass(
     *,
     attention: Sequence[Attention],
     lifted: Sequence[Lifted],
-    measure: Callable[..., Losses | Call] = measure_losses,
+    measure: Callable[..., Losses | ProbedCall],
 ) -> fx.GraphModule:
     """Measure the given calls; the graph's own nodes and outputs stay as they are.
 
@@ -43,9 +43,8 @@ def probe_attention_pass(
         attention: Calls in ``gm``, from :func:`~blindsight.passes.find_attention.find_attention`.
         lifted: What each call's mask was proven to be, from
             :func:`~blindsight.passes.lift_mask.lift_mask`.
-        measure: :func:`~blindsight.calibration.probe.measure_losses`; or
-            :class:`~blindsight.calibration.probe.Call`, for calls that are measured later, when
-            gradients are known.
+        measure: Called with the fields of a :class:`~blindsight.calibration.probe.ProbedCall`.
+            That class itself, for calls that are measured later, when gradients are known.
     """
     del example_inputs
     if not attention:

@@ -17,7 +17,7 @@ from torch.distributed._functional_collectives import all_reduce
 from transformers.distributed import DistributedConfig
 
 from blindsight import Profile, blindsight_backend, use_template
-from blindsight.calibration.measure import Prober
+from blindsight.calibration.prober import Prober
 from blindsight.cli import main as command_line
 from blindsight.evaluation.prefill import Decoder
 from blindsight.passes import sparse_attention_pass

@@ -15,11 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from blindsight.calibrate import (
     calibrate,
+    evidence_of,
     find_sink_offsets,
     flops_cut,
     profile_of,
     select_categories,
-    summarize,
 )
 from blindsight.calibration import measure as measuring
 from blindsight.calibration.measurements import Measurements
@@ -37,7 +37,7 @@ by_error = partial(select_categories, criterion="output_error")
 PAIRS = torch.tensor([1000.0, 300.0, 400.0, 450.0])
 
 
-def evidence_of(error: Any, pairs: torch.Tensor = PAIRS) -> dict[str, torch.Tensor]:
+def evidence_of_errors(error: Any, pairs: torch.Tensor = PAIRS) -> dict[str, torch.Tensor]:
     error = torch.as_tensor(error, dtype=torch.float32)
     return {"error": error, "lost_mass": error.flip(1), "pairs": pairs.expand_as(error)}
 
@@ -75,7 +75,7 @@ budgets = st.floats(0, 3)
 def test_a_larger_budget_never_costs_more(
     error: Any, pairs: torch.Tensor, a: float, b: float, allocation: str
 ) -> None:
-    evidence = evidence_of(error, pairs)
+    evidence = evidence_of_errors(error, pairs)
     small, large = (
         by_error(evidence, budget, allocation=allocation).long() for budget in sorted((a, b))
     )
@@ -89,7 +89,7 @@ def test_a_larger_budget_never_costs_more(
 def test_every_head_takes_the_cheapest_within_the_budget(
     error: Any, pairs: torch.Tensor, budget: float
 ) -> None:
-    evidence = evidence_of(error, pairs)
+    evidence = evidence_of_errors(error, pairs)
     chosen = by_error(evidence, budget)
     for layer in range(2):
         for head in range(3):
@@ -101,7 +101,7 @@ def test_every_head_takes_the_cheapest_within_the_budget(
 
 @given(losses, costs, budgets)
 def test_a_global_budget_is_kept(error: Any, pairs: torch.Tensor, budget: float) -> None:
-    evidence = evidence_of(error, pairs)
+    evidence = evidence_of_errors(error, pairs)
     chosen = by_error(evidence, budget, allocation="global").long()
     spent = evidence["error"].double().gather(2, chosen[..., None]).square().mean().sqrt()
     assert spent <= budget * (1 + 1e-6) + 1e-9
@@ -112,7 +112,7 @@ def test_the_ends_of_the_knob(allocation: str) -> None:
     error = torch.rand(4, 3, 4) + 1e-6
     error[..., DENSE] = 0
     error[2, 1, DOCUMENT] = 0  # free
-    evidence = evidence_of(error)
+    evidence = evidence_of_errors(error)
     nothing = by_error(evidence, 0.0, allocation=allocation)
     assert nothing[2, 1] == DOCUMENT
     assert nothing.sum() == DOCUMENT
@@ -123,13 +123,13 @@ def test_the_ends_of_the_knob(allocation: str) -> None:
 def test_a_global_budget_is_spent_where_it_buys_most() -> None:
     error = torch.tensor([[[0, 0.5, 0.3, 0.2], [0, 0.1, 0.4, 0.05]]])
     # One step is affordable: it is the second head's, which saves more for less.
-    chosen = by_error(evidence_of(error), 0.08, allocation="global")
+    chosen = by_error(evidence_of_errors(error), 0.08, allocation="global")
     assert chosen.tolist() == [[DENSE, SINK]]
-    assert by_error(evidence_of(error), 0.08).tolist() == [[DENSE, DOCUMENT_SINK]]
+    assert by_error(evidence_of_errors(error), 0.08).tolist() == [[DENSE, DOCUMENT_SINK]]
 
 
 def test_criteria_and_wrong_arguments() -> None:
-    evidence = evidence_of([[[0, 1, 0.2, 0.1], [0, 0.05, 1, 0.3]]])
+    evidence = evidence_of_errors([[[0, 1, 0.2, 0.1], [0, 0.05, 1, 0.3]]])
     assert by_error(evidence, 0.25).tolist() == [[DOCUMENT, SINK]]
     by_mass = select_categories(evidence, 0.25, criterion="attention_mass")
     assert by_mass.tolist() == [[SINK, DOCUMENT]]
@@ -152,9 +152,9 @@ def test_a_quantile_sees_the_rare_prompt_that_a_mean_does_not() -> None:
     measurements = measurements_of_errors(error)
     config = tiny_model("qwen2_5_vl", num_layers=1).config
     for aggregate, expected in (("quantile", DENSE), ("mean", SINK)):
-        evidence = summarize(measurements, aggregate=aggregate)
+        evidence = evidence_of(measurements, aggregate=aggregate)
         assert by_error(evidence, 0.1).tolist() == [[expected]]
-    spread = summarize(measurements)["error_spread"]
+    spread = evidence_of(measurements)["error_spread"]
     assert torch.allclose(spread, error.std(0, correction=0))
     wide = measurements_of_errors(error.expand(-1, 1, 4, -1).contiguous())
     rule = TemplateRule.from_config(config)

@@ -313,7 +313,7 @@ def test_the_order_of_samples_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """What two processes measure comes back by sample, as if they had been one."""
 
     def measured(*arguments: Any, **_: Any) -> measure.Measurements:
-        samples = arguments[2]
+        samples = arguments[0]
         fields = dataclasses.fields(measure.Measurements)
         numbers = torch.tensor([float(sample.index) for sample in samples])
         return measure.Measurements(**{field.name: numbers for field in fields})
@@ -323,10 +323,10 @@ def test_the_order_of_samples_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def measured_by(rank: int) -> Any:
         own = Ranks(rank, 2).positions(7, 2)
-        return own, measured(None, None, questions.take(own))
+        return own, measured(questions.take(own))
 
     questions = samples(7)
-    monkeypatch.setattr(measure, "_measure_own", measured)
+    monkeypatch.setattr(measure, "_probe_all", measured)
     monkeypatch.setattr(Ranks, "gather", gather)
     token = _ranks.set(Ranks(0, 2))
     try:

@@ -20,7 +20,13 @@ from blindsight.data.samples import load_samples
 from blindsight.evaluate import Evaluation, evaluate
 from blindsight.evaluation.answering import divergence
 from blindsight.evaluation.bootstrap import Estimate, mean_over_tasks, paired_differences, share
-from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, ProfileMasking, masked
+from blindsight.evaluation.masked_model import (
+    EVERYTHING,
+    HeadMask,
+    MaskedCall,
+    ProfileMasking,
+    masked,
+)
 from blindsight.evaluation.outcomes import Outcome
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.evaluation.summary import summarize
@@ -115,8 +121,8 @@ def test_masks_that_keep_everything_are_dense_to_the_bit() -> None:
     decoder, batch, profile = decoder_and_batch()
 
     class All:
-        def groups(self, call: Call) -> list[Group]:
-            return [Group([0, 2], torch.ones(1, 1, 1).bool()), Group([1, 3], None)]
+        def head_masks(self, call: MaskedCall) -> list[HeadMask]:
+            return [HeadMask([0, 2], torch.ones(1, 1, 1).bool()), HeadMask([1, 3], None)]
 
     found = decoder.prefill(batch, All()).logits  # type: ignore[arg-type]
     torch.testing.assert_close(found, decoder.prefill(batch, None).logits, rtol=0, atol=1e-6)
@@ -236,7 +242,7 @@ def test_pairs_are_those_of_the_masks(family: str) -> None:
     bases: dict[int, torch.Tensor] = {}
 
     class Record:
-        def groups(self, call: Call) -> Any:
+        def head_masks(self, call: MaskedCall) -> Any:
             bases[call.layer] = call.base
             return EVERYTHING
 

@@ -20,7 +20,7 @@ import blindsight
 from blindsight import Profile, TemplateRule, blindsight_backend
 from blindsight.calibrate import flops_cut
 from blindsight.calibrate import profile_of as profile_of_measurements
-from blindsight.calibration.measure import Prober
+from blindsight.calibration.prober import Prober
 from blindsight.calibration.selection import select_categories
 from blindsight.cli.calibrate import summary
 from blindsight.cli.show import describe, heads_by_layer

@@ -17,9 +17,10 @@ from transformers.masking_utils import sdpa_mask
 import oracles
 import pretend
 from blindsight.attention.base_mask import CAUSAL
-from blindsight.calibrate import find_sink_offsets, select_categories, summarize
-from blindsight.calibration.measure import Prober, measurements_of
-from blindsight.calibration.probe import NUM_OFFSETS, REGIONS, Call, Losses, measure_losses
+from blindsight.calibrate import evidence_of, find_sink_offsets, select_categories
+from blindsight.calibration.probe import REGIONS, Losses, ProbedCall, measure_losses
+from blindsight.calibration.probe_layout import NUM_OFFSETS
+from blindsight.calibration.prober import Prober, measurements_of
 from blindsight.calibration.visibility import (
     IntervalVisibility,
     Visibility,
@@ -187,19 +188,10 @@ def test_losses_are_those_of_the_definitions(
         query, *repeated, attn_mask=torch.where(base, added, float("-inf")).to(dtype), scale=scale
     ).nan_to_num(nan=0.0)
     gradients = [draw(num_heads) for _ in range(2)]
-    found = measure_losses(
-        query,
-        key,
-        value,
-        output,
-        visibility,
-        template.span_id,
-        template.is_sink,
-        scale=scale,
-        gradients=gradients,
-        query_block=blocks[0],
-        key_block=blocks[1],
+    call = ProbedCall(
+        query, key, value, output, visibility, template.span_id, template.is_sink, scale
     )
+    found = measure_losses(call, gradients, query_block=blocks[0], key_block=blocks[1])
     expected = expected_losses(
         *(query, key, value, base, template.span_id, template.is_sink),
         *(scale, added, gradients),
@@ -237,7 +229,8 @@ def test_form_and_expression_say_what_the_tensor_says() -> None:
     valid |= True  # what an expression read may be overwritten later
     expected = expected_losses(query, key, value, base[:, None], span_id, is_sink, 0.5)
     for visibility in views:
-        found = measure_losses(query, key, value, output, visibility, span_id, is_sink)
+        call = ProbedCall(query, key, value, output, visibility, span_id, is_sink)
+        found = measure_losses(call)
         assert_losses(found, expected, 1e-5)
 
 
@@ -281,7 +274,8 @@ def test_no_tensor_of_all_pairs(how: str) -> None:
             "tensor": lambda: visibility_of_tensor(mask, span_id),
         }[how]()
         assert visibility is not None
-        measure_losses(query, query[:, :1], query[:, :1], query, visibility, span_id, is_sink)
+        key = query[:, :1]
+        measure_losses(ProbedCall(query, key, key, query, visibility, span_id, is_sink))
     if how == "tensor":  # the mask itself is there, and views of it; nothing else is as large
         assert largest.numel <= num_tokens**2
     else:
@@ -315,11 +309,12 @@ def test_heads_of_a_kind_are_told() -> None:
     output = oracles.oracle_attention(query, key[None, None], value, base, 1.0)
     visibility = visibility_of_form(("upper", ("index", "q")), (), span_id, is_sink)
     assert visibility is not None
-    losses = measure_losses(
+    call = ProbedCall(
         query, key[None, None], value, output, visibility, span_id, is_sink, scale=1.0
     )
+    losses = measure_losses(call)
     measurements = measurements_of({0: losses})
-    evidence = summarize(measurements)
+    evidence = evidence_of(measurements)
     for criterion, allocation in (
         ("output_error", "per_head"),
         ("output_error", "global"),
@@ -483,20 +478,20 @@ def test_the_template_goes_where_attention_is() -> None:
     gm = torch.fx.GraphModule({}, graph)
     (call,) = find_attention(gm, layer_pattern=r"layers\.(\d+)")
     lifted = dataclasses.replace(lift_mask(gm, call), form=form)
-    probe_attention_pass(gm, attention=[call], lifted=[lifted], measure=Call)
+    probe_attention_pass(gm, attention=[call], lifted=[lifted], measure=ProbedCall)
     padding = torch.ones(span_id.shape, dtype=torch.bool)
     arguments = query, key, value, padding
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     alone = visibility_of_form(CAUSAL, (), span_id, is_sink)
     assert alone is not None
     expected = measure_losses(
-        query, key, value, dense, alone, span_id, is_sink, gradients=[gradient]
+        ProbedCall(query, key, value, dense, alone, span_id, is_sink), [gradient]
     )
     with pretend.pretending():
         with pytest.raises(RuntimeError, match="same device"):
             pretend.OnGpu(query) + key
         kept = gm(*map(pretend.OnGpu, arguments), span_id, is_sink)[1]
-        found = kept.losses([pretend.OnGpu(gradient)])
+        found = measure_losses(kept, [pretend.OnGpu(gradient)])
     for name, values in found._asdict().items():
         assert isinstance(values, pretend.OnGpu), name
         torch.testing.assert_close(values.data_, getattr(expected, name))

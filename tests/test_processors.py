@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING
 
 from blindsight import TemplateRule
 from blindsight.calibrate import calibrate
-from blindsight.calibration.measure import Prober
+from blindsight.calibration.prober import Prober
 from blindsight.data.processors import inputs_on, model_inputs
 from blindsight.data.samples import load_samples
 from blindsight.families import FAMILIES

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blindsight.calibration.measure import _gradients_of
+from blindsight.calibration.gradients import gradients_of
 from blindsight.passes.find_attention import find_attention
 from blindsight.passes.recompute_layers import Recomputed, recompute_layers_pass
 
@@ -162,7 +162,7 @@ def test_gradients_of_many_numbers(batches: bool) -> None:
     middle = x.sin()
     end = middle if batches else _KnowsNoBatches.apply(middle)
     numbers = torch.stack([end.square().sum(), end[1].exp().sum(), end[2, 2]])
-    found, of_other = _gradients_of(numbers, [middle, other])
+    found, of_other = gradients_of(numbers, [middle, other])
     assert torch.equal(torch.stack(list(of_other)), torch.zeros(3, 2))
     for number, gradient in zip(numbers, found, strict=True):
         (expected,) = torch.autograd.grad(number, middle, retain_graph=True)

@@ -14,7 +14,7 @@ import blindsight.evaluation.timing as timing
 from blindsight.calibration.selection import select_categories
 from blindsight.cli import main
 from blindsight.evaluation.baselines import PruningMasking, WindowMasking, shuffled_categories
-from blindsight.evaluation.masked_model import Call
+from blindsight.evaluation.masked_model import MaskedCall
 from blindsight.evaluation.prefill import Batch, Decoder
 from blindsight.evaluation.sweep_plot import plot_sweep
 from blindsight.evaluation.sweep_points import (
@@ -86,7 +86,7 @@ def base_masks(decoder: Decoder, batch: Batch) -> dict[int, torch.Tensor]:
     found: dict[int, torch.Tensor] = {}
 
     class Record:
-        def groups(self, call: Call) -> Any:
+        def head_masks(self, call: MaskedCall) -> Any:
             found[call.layer] = call.base
             return [(None, None)]
 
@@ -230,14 +230,14 @@ def test_window_masks_are_those_of_the_definition(family: str) -> None:
     windows: list[int] = masks.window.tolist()  # type: ignore[attr-defined]
     for layer, base in bases.items():
         queries = torch.zeros(2, NUM_HEADS, base.shape[2], 8)
-        (group,) = masks.groups(Call(layer, queries, queries, queries, base, 1.0))
-        assert group.heads is None and group.keep is not None
+        (mask,) = masks.head_masks(MaskedCall(layer, queries, queries, queries, base, 1.0))
+        assert mask.heads is None and mask.keep is not None
         for b, window in enumerate(windows):
             begin = int((~batch.prompt.valid[b]).sum())
             for q in range(begin, base.shape[2]):
                 for k in range(begin, base.shape[3]):
                     kept = k - begin < 3 or q - k < window
-                    assert bool(group.keep[b, q, k]) == kept
+                    assert bool(mask.keep[b, q, k]) == kept
                     total += kept and bool(base[b, 0, q, k])
     assert int(masks.count_pairs().sum()) == NUM_HEADS * total
     assert total <= 0.5 * dense

@@ -11,7 +11,7 @@ from packaging.version import Version
 import family_models
 import models
 from blindsight import Profile, TemplateRule, blindsight_backend
-from blindsight.calibration.measure import Prober
+from blindsight.calibration.prober import Prober
 from blindsight.evaluation.prefill import Decoder
 from blindsight.families import FAMILIES
 from blindsight.reference import reference_logits

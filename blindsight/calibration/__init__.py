@@ -1,1 +1,1 @@
-"""What calibration measures of a model, and how it chooses by that."""
+"""What calibration measures of a model, and how it chooses categories from that."""

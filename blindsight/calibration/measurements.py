@@ -1,4 +1,4 @@
-"""What was measured of a model, prompt by prompt, and the file that keeps it meanwhile.
+"""What was measured of a model, prompt by prompt, and the file that keeps it during the run.
 
 Shapes: N prompts, L layers, H query heads, C categories, R regions.
 """
@@ -21,23 +21,24 @@ from blindsight.files import write_whole
 
 FORMAT = "blindsight-measurements"
 
-_SAVING = 0.05  # of the time may go into writing checkpoints
+_SAVING = 0.05  # the share of the time that saving may take
 
 
 @dataclass(frozen=True, eq=False)
 class Measurements:
-    """What was measured, prompt by prompt, over the rows that the categories restrict.
+    """What was measured of each prompt, over the rows that categories restrict.
 
     Attributes:
-        num_rows: ``[N]`` float32, those rows; 0 where a prompt has fewer than two images.
-        error: ``[N, L, H, C]`` float32, the norm of what a category changes of a head's output,
-            relative to the norm of that.
+        num_rows: ``[N]`` float32, the number of those rows; 0 for a prompt with fewer than two
+            images.
+        error: ``[N, L, H, C]`` float32, the norm of the change that a category makes to a head's
+            output, relative to the norm of the output.
         lost_mass: ``[N, L, H, C]`` float32, the mean attention weight that a category hides.
         mass: ``[N, L, H, R]`` float32, the mean attention weight in each region.
         offset_mass: ``[N, L, H, NUM_OFFSETS + 1]`` float32, the mean attention weight on tokens
-            of other spans, by offset, see :class:`~blindsight.calibration.probe.Losses`.
+            of other spans, by offset; see :class:`~blindsight.calibration.probe.Losses`.
         effect: ``[N, L, H, C]`` float32, how far a category moves the next token after the prompt:
-            the root of the KL divergence in nats, to first order; nan if not measured.
+            the square root of the KL divergence in nats, to first order; nan if not measured.
         pairs: ``[N, L, C]`` float32, the pairs of a query and a key that a head computes.
     """
 
@@ -57,12 +58,12 @@ class Measurements:
 
     @classmethod
     def join(cls, parts: Sequence[Measurements]) -> Measurements:
-        """Return the measurements of several sets of prompts, in order."""
+        """Return the measurements of several sets of prompts as one, in order."""
         return cls(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)})
 
 
 class MeasurementFile:
-    """A file with what was measured so far; it is whole at any time."""
+    """A file for what has been measured so far; it is complete at any time."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self._path = path
@@ -71,10 +72,10 @@ class MeasurementFile:
         self._cost = 0.0
 
     def load(self) -> list[Measurements]:
-        """Return what the file holds, if it exists.
+        """Return what the file holds; nothing if it does not exist.
 
         Raises:
-            ValueError: It is of another measurement, or no checkpoint.
+            ValueError: The file is of another measurement, or not one of these files.
         """
         if not self._path.exists():
             return []
@@ -114,6 +115,6 @@ class MeasurementFile:
         self._cost = self._written - begin
 
     def save_now_and_then(self, parts: Sequence[Measurements]) -> None:
-        """Save, unless that would take too large a part of the time."""
+        """Save, unless saving would take too much of the time."""
         if self._cost <= _SAVING * (time.monotonic() - self._written):
             self.save(parts)

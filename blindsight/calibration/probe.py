@@ -1,12 +1,12 @@
-"""What each category would lose of a call of attention, measured without a tensor of all pairs.
+"""Measure what each category would lose of one attention call, without a tensor of all pairs.
 
 The keys that a query in an image sees fall into five groups: text, the sinks and the other tokens
-of its own image, the sinks and the other tokens of other images. Every category keeps some of the
-groups whole (and SINK the query itself). So one pass over the keys, with a running softmax for each
-group, gives the output of all categories: a softmax over several groups is the average of theirs,
-weighted by their sums of exponentials.
+of its own image, and the sinks and the other tokens of other images. Every category keeps some of
+these groups whole (SINK also keeps the query's own token). A softmax over several groups is the
+average of the softmaxes over each, weighted by their sums of exponentials. So one pass over the
+keys, with a running softmax for each group, gives the output of all categories.
 
-Only rows that a category restricts are looked at: those of images other than the first.
+Only the rows that a category restricts are measured: those of images other than the first.
 
 Shapes: B batch, H query heads, G key/value heads, T tokens of the prompt (all of them are both
 queries and keys), D head dim, C categories, R regions; r rows and c keys of one block.
@@ -16,25 +16,24 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from blindsight.calibration.probe_layout import NUM_OFFSETS, Layout, Run, layout_of
 from blindsight.calibration.visibility import Visibility
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.cost import count_visible
-from blindsight.template import Template, span_edges
+from blindsight.template import Template
 
 REGIONS = ("own_span", "other_sinks", "text", "other_spans")
-NUM_OFFSETS = 8  # tokens from the start of a span that are told apart, and its last
 
-# Tokens of queries and keys that are looked at together: few stay in a core's cache, and a GPU is
-# not busy with few.
+# Queries and keys that are computed together: few fit in a core's cache, but few do not keep a GPU
+# busy.
 _BLOCKS, _BLOCKS_OF_GPU = (256, 512), (512, 4096)
 
-# Groups of keys. A row itself is in one of its own span's.
+# Groups of keys. The row's own token is in one of the two of its own span.
 _TEXT, _OWN_SINKS, _OWN, _OTHER_SINKS, _OTHERS = range(5)
 _NUM_GROUPS = 5
 _KEPT = {
@@ -46,21 +45,21 @@ _KEPT = {
 
 
 class Losses(NamedTuple):
-    """What the categories of every head would lose, as sums over the restricted rows.
+    """What the categories of every head would lose, summed over the restricted rows.
 
     Attributes:
-        num_rows: ``[B]`` float64, the rows.
+        num_rows: ``[B]`` float64, the number of those rows.
         norm: ``[B, H]`` float64, the squared norm of the dense output.
-        error: ``[B, H, C]`` float64, the squared norm of what a category changes of it.
+        error: ``[B, H, C]`` float64, the squared norm of a category's change of that output.
         lost: ``[B, H, C]`` float64, the attention weight that a category hides.
         mass: ``[B, H, R]`` float64, the attention weight in each of :data:`REGIONS`.
-        offsets: ``[B, H, NUM_OFFSETS + 1]`` float64, the attention weight on tokens of other spans
-            by their offset from the span's start; the last entry is for each span's last token,
-            which counts as nothing else.
+        offsets: ``[B, H, NUM_OFFSETS + 1]`` float64, the attention weight on tokens of other
+            spans, by their offset from the start of the span. The last entry is for the last token
+            of a span, which counts there only.
         pairs: ``[B, C]`` int64, the pairs of a query and a key that a category computes, in all
             rows.
-        influence: ``[B, H, C, Y]`` float64, the change of a category times each of the given
-            gradients: to first order, what it does to what the gradients are of.
+        influence: ``[B, H, C, Y]`` float64, the product of a category's change with each of the
+            given gradients: to first order, how much it changes the numbers they belong to.
         deviation: ``[B, H]`` float64, the squared norm of the difference between the model's
             output and the dense output as it was computed here.
     """
@@ -76,63 +75,17 @@ class Losses(NamedTuple):
     deviation: Tensor
 
 
-@torch.no_grad()
-def measure_losses(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    visibility: Visibility,
-    span_id: Tensor,
-    is_sink: Tensor,
-    *,
-    scale: float | None = None,
-    gradients: Sequence[Tensor] = (),
-    query_block: int | None = None,
-    key_block: int | None = None,
-) -> Losses:
-    """Measure one call of attention; memory is O(T), plus a block of scores.
+class ProbedCall(NamedTuple):
+    """One call of attention in the prefill of whole prompts.
 
-    Args:
+    Attributes:
         query: ``[B, H, T, D]``.
         key, value: ``[B, G, T, D]``, H a multiple of G.
         output: ``[B, H, T, D]``, of the model's own attention.
         visibility: What the model's own mask allows.
         span_id, is_sink: ``[B, T]``, the template.
-        scale: Factor on the scores; default ``D ** -0.5``.
-        gradients: Of Y numbers, with respect to the output, ``[B, H, T, D]`` each.
-        query_block, key_block: Tokens that are looked at together; by default as the device likes.
-
-    Raises:
-        ValueError: The call is not the prefill of a whole prompt.
+        scale: Factor on the scores; None is ``D ** -0.5``.
     """
-    batch, num_heads, num_queries, head_dim = query.shape
-    blocks = _BLOCKS if query.device.type == "cpu" else _BLOCKS_OF_GPU
-    query_block, key_block = query_block or blocks[0], key_block or blocks[1]
-    sizes = (num_queries, key.shape[2])
-    if tuple(span_id.shape) != (batch, num_queries) or sizes[0] != sizes[1]:
-        raise ValueError(
-            f"attention must be of a whole prompt of {span_id.shape[0]} x {span_id.shape[1]} "
-            f"tokens, got {batch} x {sizes[0]} queries and {sizes[1]} keys. Calibrate without a "
-            "cache."
-        )
-    losses = empty_losses(batch, num_heads, query.device, len(gradients))
-    losses.pairs.copy_(_count_pairs(Template(span_id, is_sink), visibility))
-    scale = head_dim**-0.5 if scale is None else scale
-    for b in range(batch):
-        layout = _layout(span_id[b], is_sink[b], visibility.first_span(b))
-        if not layout.runs:
-            continue
-        row = _Row(layout, query[b], key[b], value[b], output[b], visibility, b, scale, key_block)
-        row.gradients = [gradient[b] for gradient in gradients]
-        for run in layout.runs:
-            for begin in range(run.begin, run.end, query_block):
-                row.measure(run, begin, min(begin + query_block, run.end), losses)
-    return losses
-
-
-class Call(NamedTuple):
-    """One call of attention, kept to be measured later: the arguments of that."""
 
     query: Tensor
     key: Tensor
@@ -143,12 +96,47 @@ class Call(NamedTuple):
     is_sink: Tensor
     scale: float | None = None
 
-    def losses(self, gradients: Sequence[Tensor] = ()) -> Losses:
-        """Return what :func:`measure_losses` does."""
-        arguments = (self.query, self.key, self.value, self.output, self.visibility)
-        return measure_losses(
-            *arguments, self.span_id, self.is_sink, scale=self.scale, gradients=gradients
+
+@torch.no_grad()
+def measure_losses(
+    call: ProbedCall,
+    gradients: Sequence[Tensor] = (),
+    *,
+    query_block: int | None = None,
+    key_block: int | None = None,
+) -> Losses:
+    """Measure one call of attention; memory is O(T), plus one block of scores.
+
+    Args:
+        call: The call.
+        gradients: Of Y numbers with respect to the call's output, ``[B, H, T, D]`` each.
+        query_block, key_block: Tokens that are computed together; by default what suits the
+            device.
+
+    Raises:
+        ValueError: The call is not the prefill of a whole prompt.
+    """
+    batch, num_heads, num_queries, _ = call.query.shape
+    blocks = _BLOCKS if call.query.device.type == "cpu" else _BLOCKS_OF_GPU
+    query_block, key_block = query_block or blocks[0], key_block or blocks[1]
+    template, num_keys = Template(call.span_id, call.is_sink), call.key.shape[2]
+    if tuple(call.span_id.shape) != (batch, num_queries) or num_queries != num_keys:
+        raise ValueError(
+            f"attention must be of a whole prompt of {call.span_id.shape[0]} x "
+            f"{call.span_id.shape[1]} tokens, got {batch} x {num_queries} queries and {num_keys} "
+            "keys. Calibrate without a cache."
         )
+    losses = empty_losses(batch, num_heads, call.query.device, len(gradients))
+    losses.pairs.copy_(_count_pairs(template, call.visibility))
+    for b in range(batch):
+        layout = layout_of(call.span_id[b], call.is_sink[b], call.visibility.first_span(b))
+        if not layout.runs:
+            continue
+        row = _Row(call, b, layout, [gradient[b] for gradient in gradients], key_block)
+        for run in layout.runs:
+            for begin in range(run.begin, run.end, query_block):
+                row.measure(run, begin, min(begin + query_block, run.end), losses)
+    return losses
 
 
 def empty_losses(
@@ -173,7 +161,7 @@ def empty_losses(
 
 
 def _count_pairs(template: Template, visibility: Visibility) -> Tensor:
-    """Count under the model's own mask; one that is no intervals counts as causal."""
+    """Count under the model's own mask; one that is not intervals counts as causal."""
     base = visibility.intervals()
     if base is None:
         itself = torch.arange(template.num_tokens, device=template.span_id.device)
@@ -185,86 +173,13 @@ def _count_pairs(template: Template, visibility: Visibility) -> Tensor:
     )
 
 
-class _Run(NamedTuple):
-    """A run of restricted rows of one span, and where the sorted keys have the span."""
-
-    begin: int
-    end: int
-    sinks: tuple[int, int]
-    others: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The tokens of one prompt, sorted as ``[text | sinks | other tokens of spans]``.
-
-    Attributes:
-        order: ``[T]`` int64, the token at each sorted position.
-        tokens: The same as a list.
-        starts: Where the sinks begin, and the other tokens of spans.
-        runs: The rows that are restricted.
-        offsets: ``[T, NUM_OFFSETS + 1]`` float32 flags: the offset of each sorted token in its
-            span, and whether it is the last.
-        is_sink: ``[T]`` bool, in prompt order.
-    """
-
-    order: Tensor
-    tokens: list[int]
-    starts: tuple[int, int]
-    runs: list[_Run]
-    offsets: Tensor
-    is_sink: Tensor
-
-
-def _layout(span_id: Tensor, is_sink: Tensor, first_span: Tensor | None) -> _Layout:
-    """Sort the tokens of a prompt; ``first_span [T]`` flags those in a first span."""
-    in_span = span_id > 0
-    kind = torch.where(in_span, torch.where(is_sink, 1, 2), 0)
-    order = kind.argsort(stable=True)
-    tokens: list[int] = order.tolist()
-    num_text, num_sinks = (int((kind == group).sum()) for group in (0, 1))
-    starts = (num_text, num_text + num_sinks)
-    first, last = (edge[0] for edge in span_edges(span_id[None]))
-    position = torch.arange(len(span_id), device=span_id.device)
-    restricted = (span_id > 1) if first_span is None else in_span & ~first_span
-    ids, lengths = torch.unique_consecutive(torch.where(restricted, span_id, 0), return_counts=True)
-    ends = lengths.cumsum(0)
-    is_run = ids > 0
-    runs = [
-        _Run(
-            begin,
-            end,
-            _cut(tokens, starts[0], starts[1], *edges),
-            _cut(tokens, starts[1], len(tokens), *edges),
-        )
-        for begin, end, *edges in zip(
-            (ends - lengths)[is_run].tolist(),
-            ends[is_run].tolist(),
-            first[ends - 1][is_run].tolist(),
-            (last[ends - 1] + 1)[is_run].tolist(),
-            strict=True,
-        )
-    ]
-    offset = torch.where(in_span, position - first, -1)
-    is_last = in_span & (last == position)
-    flags = [(offset == at) & ~is_last for at in range(NUM_OFFSETS)] + [is_last]
-    offsets = torch.stack(flags, dim=1)[order].float()
-    return _Layout(order, tokens, starts, runs, offsets, is_sink & in_span)
-
-
-def _cut(tokens: list[int], begin: int, end: int, first: int, stop: int) -> tuple[int, int]:
-    """Return which of the sorted ``tokens[begin:end]`` are in ``first..stop - 1``."""
-    begin = bisect_left(tokens, first, begin, end)
-    return begin, bisect_left(tokens, stop, begin, end)
-
-
 class _Partial:
     """A softmax over some of the keys: running maximum, sum, and weighted values.
 
     Attributes:
         highest, total: ``[H, r]``; the sum of exponentials is relative to the maximum.
         output: ``[H, r, D]``, D of the values, not yet divided by the sum.
-        offsets: ``[H, r, NUM_OFFSETS + 1]``, sums by offset, or None.
+        offsets: ``[H, r, NUM_OFFSETS + 1]``, the sum by offset, or None.
     """
 
     def __init__(
@@ -284,7 +199,7 @@ class _Partial:
 
 
 def _exp(x: Tensor) -> Tensor:
-    """Return e^x, and 0 for the nan of -inf less -inf: keys that do not exist weigh nothing."""
+    """Return e^x, and 0 for the nan of -inf minus -inf: keys that do not exist weigh nothing."""
     return x.exp().nan_to_num_(nan=0.0)
 
 
@@ -293,30 +208,28 @@ class _Row:
 
     def __init__(
         self,
-        layout: _Layout,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        visibility: Visibility,
+        call: ProbedCall,
         b: int,
-        scale: float,
+        layout: Layout,
+        gradients: Sequence[Tensor],
         key_block: int,
     ) -> None:
-        self._layout = layout
-        self._dtype = torch.promote_types(query.dtype, torch.float32)
-        self._query, self._output = query, output
-        self._key, self._value = key, value
-        self._sorted_key, self._sorted_value = key[:, layout.order], value[:, layout.order]
-        self._visibility = visibility
         self._b = b
-        self._scale = scale
+        self._layout = layout
+        self._gradients = gradients
         self._key_block = key_block
-        self._group_size = query.shape[0] // key.shape[0]
-        self.gradients: list[Tensor] = []
+        self._visibility = call.visibility
+        self._query, self._output = call.query[b], call.output[b]
+        self._key, self._value = call.key[b], call.value[b]
+        self._sorted_key, self._sorted_value = (
+            x[:, layout.order] for x in (self._key, self._value)
+        )
+        self._dtype = torch.promote_types(call.query.dtype, torch.float32)
+        self._scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+        self._group_size = call.query.shape[1] // call.key.shape[1]
 
-    def measure(self, run: _Run, begin: int, end: int, losses: Losses) -> None:
-        """Add what rows ``begin..end - 1`` of a run lose."""
+    def measure(self, run: Run, begin: int, end: int, losses: Losses) -> None:
+        """Add what the rows ``begin..end - 1`` of a run lose."""
         query = self._query[:, begin:end].to(self._dtype) * self._scale
         groups = [self._attend(query, begin, group, run) for group in range(_NUM_GROUPS)]
         itself = self._attend_to_itself(query, begin)
@@ -346,7 +259,7 @@ class _Row:
                 hidden = hidden - weights[-1]
             change = _divide(_join(kept)) - expected
             losses.error[b, :, category] += _square_sum(change)
-            for at, gradient in enumerate(self.gradients):
+            for at, gradient in enumerate(self._gradients):
                 product = gradient[:, begin:end].to(self._dtype) * change
                 losses.influence[b, :, category, at] += product.double().sum((1, 2))
             losses.lost[b, :, category] += hidden.clamp(min=0).double().sum(-1)
@@ -359,8 +272,8 @@ class _Row:
             by_offset = (by_offset * scale_of[group][..., None]).nan_to_num_(nan=0.0)
             losses.offsets[b] += by_offset.double().sum(1)
 
-    def _attend(self, query: Tensor, first: int, group: int, run: _Run) -> _Partial:
-        """Attend from rows ``first`` and on to one group of keys, a block at a time."""
+    def _attend(self, query: Tensor, first: int, group: int, run: Run) -> _Partial:
+        """Attend from the rows from ``first`` on to one group of keys, block by block."""
         stop = first + query.shape[1]
         by_offset = group in (_OTHER_SINKS, _OTHERS)
         partial = self._nothing(query, by_offset)
@@ -381,7 +294,7 @@ class _Row:
         return partial
 
     def _attend_to_itself(self, query: Tensor, begin: int) -> _Partial:
-        """Attend each row to its own token, unless that is a sink and counted as one."""
+        """Attend from each row to its own token, unless that is a sink and so in a group."""
         end = begin + query.shape[1]
         key, value = (
             x[:, begin:end].to(self._dtype).repeat_interleave(self._group_size, dim=0)
@@ -393,8 +306,8 @@ class _Row:
         total = torch.isfinite(scores).to(self._dtype)
         return _Partial(scores, total, value * total[..., None])
 
-    def _blocks(self, first: int, stop: int, group: int, run: _Run) -> Iterator[tuple[int, int]]:
-        """Yield the blocks of sorted keys of a group that rows ``first..stop - 1`` may see."""
+    def _blocks(self, first: int, stop: int, group: int, run: Run) -> Iterator[tuple[int, int]]:
+        """Yield the blocks of sorted keys of a group that the rows ``first..stop - 1`` may see."""
         layout = self._layout
         sinks, others = layout.starts
         ranges: Sequence[tuple[int, int]] = {
@@ -421,7 +334,7 @@ class _Row:
         )
 
     def _per_group(self, x: Tensor) -> Tensor:
-        """Return ``[H, r, *]`` as ``[G, H / G * r, *]``, the rows that share a key head."""
+        """Return ``[H, r, *]`` as ``[G, H / G * r, *]``: the rows that share a key head."""
         return x.reshape(x.shape[0] // self._group_size, -1, x.shape[2])
 
     def _scores(self, query: Tensor, key: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Refine a profile by trying it: each category of a head or of a layer, one at a time.
+"""Refine a profile by trial: run the model with a category in one head, or one layer, at a time.
 
 Calibration estimates, to first order, how far a category moves the next token after the prompt.
-Here that is measured instead, as the KL divergence of the next token, dense against tried: exact
-for one head or layer, and as many forwards of the decoder as there are trials.
+Refinement measures it, as the KL divergence of the next token between the dense model and the
+trial. That is exact for a single head or layer, but takes one forward of the decoder per trial.
 
 Shapes: L layers, H query heads, C categories.
 """
@@ -44,26 +44,26 @@ def refine(
     batch_size: int = 8,
     progress: bool | None = None,
 ) -> Profile:
-    """Return a calibrated profile whose categories follow from their effect on the next token.
+    """Return a calibrated profile whose categories are chosen by their measured effect.
 
     Args:
         model: A transformers model that reads images.
         processor: Its processor.
-        samples: Prompts to try categories on, those of calibration for example: what
-            :func:`~blindsight.data.samples.load_samples` takes or returns. Answers are not looked
-            at.
-        profile: With evidence, ``error`` and ``pairs``; or its file.
+        samples: Prompts to try categories on, such as those of the calibration: anything that
+            :func:`~blindsight.data.samples.load_samples` takes or returns. Answers are not used.
+        profile: A profile, or its file, with the evidence ``error`` and ``pairs``.
         budget: The most that any one head may change the next token, as the square root of the
             mean KL divergence in nats; see
             :func:`~blindsight.calibration.selection.select_categories`.
-        by: ``"head"`` tries every category of every head: L * H * (C - 1) prefills a prompt.
-            ``"layer"`` tries SINK in all heads of a layer, L prefills a prompt, and shares the
-            layer's divergence out among its heads and their categories by their squared errors.
-        batch_size: Prompts at once.
+        by: ``"head"`` tries every category of every head: L * H * (C - 1) prefills per prompt.
+            ``"layer"`` tries SINK in all heads of a layer, L prefills per prompt, and distributes
+            the layer's divergence over its heads and their categories by their squared errors.
+        batch_size: Prompts that run together.
         progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
-        ValueError: The profile has no evidence or is another model's, or an argument is malformed.
+        ValueError: The profile has no evidence or is for another model, or an argument is
+            malformed.
     """
     profile, samples = Profile.of(profile), load_samples(samples)
     check_choice("by", by, UNITS)
@@ -78,13 +78,15 @@ def refine(
     effect = _by_head(found, profile) if by == "head" else _by_layer(found, profile)
     noted = {**profile.calibration, "effect": f"by {by}, {len(samples)} prompts"}
     for name in ("aggregate", "quantile"):
-        noted.pop(name, None)  # of the error, which no longer decides
+        noted.pop(name, None)  # they describe the error, which no longer decides
     evidence = {**profile.evidence, "effect": effect}
     return reselect(replace(profile, evidence=evidence, calibration=noted), budget)
 
 
 def reselect(profile: Profile, budget: float) -> Profile:
-    """Return a refined profile with what another budget selects; nothing is measured.
+    """Return a refined profile with the categories that another budget selects.
+
+    Nothing is measured again.
 
     Raises:
         ValueError: The profile was not refined, or the budget is negative.
@@ -105,14 +107,14 @@ def mean_divergence(
     batch_size: int = 8,
     progress: bool | None = None,
 ) -> Tensor:
-    """Return KL(dense || tried) of the next token, the mean over samples, ``[len(trials)]``.
+    """Return KL(dense || trial) of the next token, its mean over the samples, ``[len(trials)]``.
 
     Args:
         decoder: The model.
         processor: Its processor.
         samples: Prompts.
-        trials: Category codes ``[L, H]`` of each trial.
-        batch_size: Prompts at once.
+        trials: The category codes ``[L, H]`` of each trial.
+        batch_size: Prompts that run together.
         progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
@@ -159,7 +161,7 @@ def _by_head(found: Tensor, profile: Profile) -> Tensor:
 def _by_layer(found: Tensor, profile: Profile) -> Tensor:
     squares = profile.evidence["error"].double() ** 2
     of_layer = squares[:, :, HeadCategory.SINK].sum(1)
-    # A layer whose heads lose nothing has nothing to share out.
+    # If the heads of a layer lose nothing, there is nothing to distribute.
     of_trial = torch.zeros_like(of_layer)
     of_trial[list(profile.layers)] = found
     weight = torch.where(of_layer > 0, of_trial / of_layer.clamp(min=1e-300), 0.0)

@@ -1,7 +1,7 @@
-"""Choose the category of every head from what the categories would lose, under one budget.
+"""Choose the category of every head, given what each category would lose, within one budget.
 
-The evidence is a profile's own, from :mod:`blindsight.calibrate`: another budget needs no other
-measurement.
+The evidence is kept in the profile, see :mod:`blindsight.calibrate`: choosing by another budget
+takes no other measurement.
 
 Shapes: L layers, H query heads, C categories.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.error_text import check_choice
 
-# To names of evidence.
+# Each criterion, and the evidence that it compares with the budget.
 CRITERIA = {"output_error": "error", "attention_mass": "lost_mass", "next_token": "effect"}
 ALLOCATIONS = ("per_head", "global")
 
@@ -31,21 +31,21 @@ def select_categories(
 ) -> Tensor:
     """Return the cheapest categories within a budget: uint8 ``[L, H]``.
 
-    Cost is the number of pairs of a query and a key that a head computes. A larger budget never
-    costs more.
+    The cost of a category is the number of pairs of a query and a key that its head computes. A
+    larger budget never costs more.
 
     Args:
         evidence: ``error`` (or ``lost_mass``, or ``effect``) and ``pairs``, each ``[L, H, C]``.
-        budget: With ``allocation="per_head"`` the most that any head may lose: every head takes
-            the cheapest category within it. With ``"global"`` the root mean square of what all
-            heads may lose: spent where it saves the most pairs for what it costs.
+        budget: With ``allocation="per_head"``, the most that any one head may lose: every head
+            takes its cheapest category within it. With ``"global"``, the root mean square of the
+            losses of all heads: spent where it saves the most pairs for the loss.
         criterion: What counts as lost: ``"output_error"``, the change of a head's output relative
             to its norm; ``"attention_mass"``, the attention weight that is hidden; or
             ``"next_token"``, the change of the token that follows the prompt.
         allocation: ``"per_head"`` or ``"global"``.
 
     Raises:
-        ValueError: An argument is malformed, or the evidence lacks something.
+        ValueError: An argument is malformed, or the evidence is incomplete.
     """
     check_choice("criterion", criterion, CRITERIA)
     check_choice("allocation", allocation, ALLOCATIONS)
@@ -69,10 +69,10 @@ def select_categories(
 
 
 def check_evidence(evidence: Mapping[str, Tensor]) -> None:
-    """Check that the evidence of a profile is that of a calibration.
+    """Check that a profile holds the evidence that calibration leaves in it.
 
     Raises:
-        ValueError: It is not.
+        ValueError: It does not.
     """
     if missing := [name for name in ("error", "pairs") if name not in evidence]:
         raise ValueError(
@@ -90,7 +90,7 @@ def _per_head(losses: list[list[float]], pairs: list[list[float]], budget: float
 
 
 def _globally(losses: list[list[float]], pairs: list[list[float]], budget: float) -> list[int]:
-    """Take the steps that save the most per squared loss, until the first that does not fit."""
+    """Take the steps that save the most per squared loss, up to the first that does not fit."""
     steps: list[tuple[float, int, float, HeadCategory]] = []
     for head, (loss, cost) in enumerate(zip(losses, pairs, strict=True)):
         at = HeadCategory.DENSE

@@ -1,10 +1,10 @@
-"""What a model's own mask allows, a block of queries and keys at a time.
+"""What a model's own mask allows, for some queries and keys at a time.
 
-In order of preference: as intervals, as an expression, or read from the model's tensor. The first
-two never look at a tensor of all pairs.
+The mask is known, in order of preference, as intervals, as an expression, or as the model's own
+tensor. The first two never build a tensor of all pairs.
 
-Shapes: B batch, H query heads, T tokens of the prompt, both queries and keys; r rows and c columns
-of a block; Hm is 1, or H where the mask differs from head to head.
+Shapes: B batch, H query heads, T tokens of the prompt, which are both queries and keys; r rows and
+c columns of a block; Hm is 1, or H where the mask differs from head to head.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from blindsight.attention.packing import first_span_of, is_packed
 
 
 class Visibility(Protocol):
-    """What one mask allows."""
+    """One mask, asked for what it allows."""
 
     def of(self, b: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return whether rows may see columns ``[Hm, *]``, and what is added to the scores, if any.
 
         Args:
             b: Which prompt of the batch.
-            rows, columns: int64, tokens in any order, of shapes that broadcast to ``[*]``:
-                ``[r, 1]`` and ``[c]`` for a block.
+            rows, columns: int64, tokens in any order, of shapes that broadcast to ``[*]``; for a
+                block, ``[r, 1]`` and ``[c]``.
         """
         ...
 
@@ -46,11 +46,11 @@ class Visibility(Protocol):
         ...
 
     def first_span(self, b: int) -> Tensor | None:
-        """Return which rows are in the first span of a packed sequence ``[T]``; None: span 1."""
+        """Return which rows are in a first span of a packed sequence, ``[T]``; None for span 1."""
         ...
 
     def intervals(self) -> BaseMask | None:
-        """Return the mask as intervals, or None where it is not known as such."""
+        """Return the mask as intervals, or None if it is not known to be intervals."""
         ...
 
 
@@ -60,7 +60,8 @@ class IntervalVisibility:
     Args:
         base: The intervals.
         first_span: ``[B, T]`` bool, see :meth:`Visibility.first_span`.
-        groups: ``[B, 3, T]`` bool, of which they are intervals each; None: of all tokens.
+        groups: ``[B, 3, T]`` bool, the groups of tokens that ``base`` has intervals of; None if
+            its intervals are of all tokens.
     """
 
     def __init__(
@@ -92,11 +93,11 @@ class IntervalVisibility:
 
 
 class ElementVisibility:
-    """A mask that is read, or computed, element by element.
+    """A mask that is read or computed element by element.
 
     Args:
-        elements: ``(b, rows, columns) -> [Hm, *]`` as for :meth:`Visibility.of`, bool, or float
-            that is added to the scores.
+        elements: ``(b, rows, columns) -> [Hm, *]``, see :meth:`Visibility.of`; bool, or float that
+            is added to the scores.
         num_tokens: T.
     """
 
@@ -128,7 +129,7 @@ def _split(elements: Tensor) -> tuple[Tensor, Tensor | None]:
 def visibility_of_form(
     form: Form, facts: tuple[Fact, ...], span_id: Tensor, is_sink: Tensor
 ) -> Visibility | None:
-    """Return a mask that was proven to be intervals, or None where a fact does not hold."""
+    """Return a mask that was proven to be intervals, or None if a fact does not hold."""
     batch, num_tokens = span_id.shape
     sizes: dict[str, Any] = {
         "batch": batch,
@@ -146,7 +147,10 @@ def visibility_of_form(
 
 
 def visibility_of_expression(expression: Expression, span_id: Tensor) -> Visibility:
-    """Return a mask that was proven to be an expression; what it reads may change afterwards."""
+    """Return a mask that was proven to be an expression.
+
+    The tensors that it reads are copied, as the model may overwrite them.
+    """
     kept = map_tensors(expression, Tensor.clone)
 
     def elements(b: int, rows: Tensor, columns: Tensor) -> Tensor:
@@ -159,7 +163,7 @@ def visibility_of_expression(expression: Expression, span_id: Tensor) -> Visibil
 
 
 def visibility_of_tensor(attn_mask: Tensor, span_id: Tensor) -> Visibility:
-    """Return a mask as the model made it, broadcastable to ``[B, H, T, T]``."""
+    """Return a mask that is the tensor the model made, broadcastable to ``[B, H, T, T]``."""
     while attn_mask.dim() < 4:
         attn_mask = attn_mask[None]
     num_tokens = span_id.shape[1]

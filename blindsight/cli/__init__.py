@@ -1,6 +1,6 @@
-"""The command line: ``blindsight demo``, ``show``, ``explain`` and so on; see ``--help``.
+"""The command line: ``blindsight demo``, ``show``, ``explain`` and others; see ``--help``.
 
-Each command imports what it needs, so that help does not wait for torch.
+Each command imports what it needs when it runs, so that ``--help`` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from blindsight.error_text import on_one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, or 2 after an error, which is one line on stderr."""
+    """Run one command; return 0, or 2 after an error, which is printed as one line on stderr."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=blindsight.__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     everywhere = argparse.ArgumentParser(add_help=False)
-    everywhere.add_argument("--traceback", action="store_true", help="show where an error is from")
+    everywhere.add_argument(
+        "--traceback", action="store_true", help="show the traceback of an error"
+    )
     for part in (demo, show, tune, calibrate, evaluate):
         part.add_commands(commands, everywhere)
     return parser

@@ -1,4 +1,4 @@
-"""The command ``blindsight calibrate``: its arguments, and what it says at the end.
+"""The command ``blindsight calibrate``: its options, and the summary that it prints.
 
 Nothing heavy is imported before the command runs.
 """
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
-    """Add it to the subparsers of the command line; ``everywhere`` holds what all share."""
+    """Register the command; ``everywhere`` is the parent parser with the shared options."""
     parser = commands.add_parser(
         "calibrate",
         parents=[everywhere],
         help="measure a model on prompts of images, and write a profile",
         description="Measure what every category of every head would lose on prompts with several "
-        "images, or videos, choose the cheapest within the budget, and write a profile. An "
-        "interrupted calibration goes on where it was. Under torchrun the processes share the "
-        "prompts.",
+        "images or videos, choose the cheapest categories within the budget, and write a profile. "
+        "An interrupted calibration resumes where it stopped. Under torchrun, the processes share "
+        "the prompts.",
     )
     add_arguments(parser)
     parser.add_argument(
@@ -38,44 +38,54 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         "--budget",
         type=_not_negative,
         help="how far one head may move the next token: square root of the KL divergence in "
-        "nats; 0 is dense (default: 0.005)",
+        "nats; 0 allows no change (default: 0.005)",
     )
     parser.add_argument(
         "--rule",
         type=Path,
         metavar="FILE",
-        help="how images are found, for a family that is not known: what "
-        "blindsight.TemplateRule(...).to_json() returns",
+        help="how images are found in prompts, for a family that is not known: a file with the "
+        "result of blindsight.TemplateRule(...).to_json()",
     )
     parser.add_argument(
-        "--limit", type=_positive, default=64, help="at most this many prompts (%(default)s)"
+        "--limit", type=_positive, default=64, help="how many prompts to use at most (%(default)s)"
     )
-    parser.add_argument("--split", help="of the dataset, where it has several")
+    parser.add_argument("--split", help="part of the dataset, if it has several")
     parser.add_argument(
         "--sample-seed",
         type=int,
-        help="seed of a random choice of prompts; by default the first are taken",
+        help="draw the prompts with this seed (default: take the first)",
     )
-    parser.add_argument("--batch-size", type=int, default=1, help="prompts at once (%(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="prompts that run together (%(default)s)"
+    )
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        help="what was measured so far (default: next to the profile; removed at the end)",
+        help="file for what is measured so far (default: next to the profile; removed at the end)",
     )
-    ablations = parser.add_argument_group("ablations, best left alone")
+    ablations = parser.add_argument_group("ablations, best left at their defaults")
     ablations.add_argument(
         "--criterion",
         choices=("next_token", "output_error", "attention_mass"),
-        help="what a head may lose; next_token takes gradients, and their memory",
+        help="what counts as a loss (default: next_token, which takes gradients and their memory)",
     )
-    ablations.add_argument("--aggregate", choices=("quantile", "mean"), help="over prompts")
-    ablations.add_argument("--quantile", type=float, help="default: 0.95")
-    ablations.add_argument("--allocation", choices=("per_head", "global"), help="of the budget")
+    ablations.add_argument(
+        "--aggregate",
+        choices=("quantile", "mean"),
+        help="how the losses on the prompts become one (default: quantile)",
+    )
+    ablations.add_argument("--quantile", type=float, help="which quantile (default: 0.95)")
+    ablations.add_argument(
+        "--allocation",
+        choices=("per_head", "global"),
+        help="a budget for each head, or one for all (default: per_head)",
+    )
     ablations.add_argument(
         "--sink-offsets",
         nargs="+",
         metavar="OFFSET",
-        help="tokens of an image that are sinks (default: 0), or 'measure'",
+        help="which tokens of an image are sinks, from its first (default: 0), or 'measure'",
     )
     parser.set_defaults(run=_run_calibrate)
 
@@ -132,7 +142,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
 
 
 def summary(profile: Profile, seconds: float) -> str:
-    """Return what a calibration found, as text; ``seconds`` are what it took."""
+    """Return a text on the result of a calibration that took ``seconds``."""
     from blindsight.calibrate import flops_cut
     from blindsight.cli.show import heads_by_layer
 

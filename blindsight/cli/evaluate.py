@@ -1,4 +1,4 @@
-"""The commands ``evaluate``, ``sweep`` and ``refine``: their arguments, and what they write.
+"""The commands ``evaluate``, ``sweep`` and ``refine``: their options, and what they write.
 
 Nothing heavy is imported before a command runs.
 """
@@ -17,103 +17,125 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
-    """Add them to the subparsers of the command line; ``everywhere`` holds what all share."""
-    evaluate = commands.add_parser(
+    """Register the commands; ``everywhere`` is the parent parser with the shared options."""
+    _add_evaluate(commands, everywhere)
+    _add_refine(commands, everywhere)
+    _add_sweep(commands, everywhere)
+
+
+def _add_evaluate(commands: Any, everywhere: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
         "evaluate",
         parents=[everywhere],
         help="answer a dataset dense and with a profile, and compare",
         description="Answer a dataset dense and with a profile: accuracy by task, answers "
         "changed, KL of the next token, exact FLOPs, prefill time. Writes evaluation.json and "
-        "evaluation.md. An interrupted run goes on where it was. Under torchrun the processes "
-        "share the questions.",
+        "evaluation.md. An interrupted run resumes where it stopped. Under torchrun, the "
+        "processes share the questions.",
     )
-    _add_arguments(evaluate, "evaluation")
-    evaluate.add_argument(
+    _add_arguments(parser, "evaluation")
+    parser.add_argument(
         "--engine",
         choices=("reference", "compiled"),
         default="reference",
-        help="what answers: explicit masks, or the compiled decoder, which compiles for every "
+        help="answer with explicit masks, or with the compiled decoder, which compiles for every "
         "shape (%(default)s)",
     )
-    evaluate.add_argument(
+    parser.add_argument(
         "--repeats",
         type=int,
         default=5,
-        help="timed prefills of each kind; 0 compiles nothing (%(default)s)",
+        help="how often to time prefill, dense and sparse each; 0 compiles nothing (%(default)s)",
     )
-    evaluate.set_defaults(run=_run_evaluate)
+    parser.set_defaults(run=_run_evaluate)
 
-    refine = commands.add_parser(
+
+def _add_refine(commands: Any, everywhere: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
         "refine",
         parents=[everywhere],
-        help="choose a profile's categories anew, by what they do to the next token",
-        description="Try categories one head or one layer at a time, measure how far each moves "
-        "the token after the prompt, and spend the budget by that: what a head computes may be "
-        "changed a lot, and nobody reads it.",
+        help="choose the categories of a profile again, by their measured effect",
+        description="Try categories in one head or one layer at a time, measure how far each moves "
+        "the token after the prompt, and choose the categories by that.",
     )
-    _add_inputs(refine, "prompts to try categories on, those of calibration for example")
-    refine.add_argument("-o", "--output", type=Path, required=True, help="the profile to write")
-    refine.add_argument(
+    _add_inputs(parser, "prompts to try categories on, such as those of the calibration")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the profile to write")
+    parser.add_argument(
         "--budget",
         type=float,
         default=0.005,
         help="how far one head may move the next token: square root of the KL divergence in nats "
         "(%(default)s)",
     )
-    refine.add_argument(
+    parser.add_argument(
         "--by",
         choices=("head", "layer"),
         default="head",
-        help="what is tried at a time; by layer is faster and coarser (%(default)s)",
+        help="what to try at a time; layer is faster and coarser (%(default)s)",
     )
-    refine.set_defaults(run=_run_refine)
+    parser.set_defaults(run=_run_refine)
 
-    sweep = commands.add_parser(
+
+def _add_sweep(commands: Any, everywhere: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
         "sweep",
         parents=[everywhere],
-        help="accuracy over cost, from nothing sparse to everything",
-        description="Answer a dataset at many budgets, beside baselines. Writes "
-        "sweep.json, sweep.md and sweep.png. An interrupted run goes on where it was.",
+        help="measure accuracy over cost, from dense to the sparsest profile",
+        description="Answer a dataset at many budgets, and with baselines. Writes sweep.json, "
+        "sweep.md and sweep.png. An interrupted run resumes where it stopped.",
     )
-    _add_arguments(sweep, "sweep")
-    sweep.add_argument("--points", type=int, default=12, help="of the curve (%(default)s)")
-    sweep.add_argument(
-        "--budgets", type=float, nargs="+", help="of calibration, instead of --points"
+    _add_arguments(parser, "sweep")
+    parser.add_argument("--points", type=int, default=12, help="points of the curve (%(default)s)")
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", help="budgets of calibration, instead of --points"
     )
-    sweep.add_argument("--no-baselines", action="store_true", help="only the curve itself")
-    sweep.add_argument("--seeds", type=int, default=3, help="random points a budget (%(default)s)")
-    sweep.add_argument("--no-plot", action="store_true", help="no picture (needs no matplotlib)")
-    sweep.add_argument(
+    parser.add_argument(
+        "--no-baselines", action="store_true", help="answer only for the curve itself"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="random points for each budget (%(default)s)"
+    )
+    parser.add_argument(
+        "--no-plot", action="store_true", help="draw no picture; matplotlib is not needed then"
+    )
+    parser.add_argument(
         "--repeats",
         type=int,
         default=0,
-        help="timed prefills of each kind and point; each point compiles (%(default)s)",
+        help="how often to time prefill at each point, dense and sparse each; each point compiles "
+        "(%(default)s)",
     )
-    sweep.set_defaults(run=_run_sweep)
+    parser.set_defaults(run=_run_sweep)
 
 
 def _add_inputs(parser: argparse.ArgumentParser, what: str) -> None:
     add_arguments(parser)
-    parser.add_argument("--profile", type=Path, required=True)
+    parser.add_argument("--profile", type=Path, required=True, help="file of the profile")
     parser.add_argument("--data", required=True, help=f"JSON-lines file, folder or hub id: {what}")
-    parser.add_argument("--split", help="of the dataset, where it has several")
-    parser.add_argument("--limit", type=int, help="at most so many samples")
-    parser.add_argument("--sample-seed", type=int, help="draw them; else the first")
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts at once (%(default)s)")
+    parser.add_argument("--split", help="part of the dataset, if it has several")
+    parser.add_argument("--limit", type=int, help="how many samples to use at most")
+    parser.add_argument(
+        "--sample-seed", type=int, help="draw the samples with this seed (default: take the first)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="prompts that run together (%(default)s)"
+    )
 
 
 def _add_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
     _add_inputs(parser, "questions with answers")
     parser.add_argument(
-        "--max-new-tokens", type=int, help="of an answer (default: as many as the expected one)"
+        "--max-new-tokens", type=int, help="longest answer (default: as long as the expected one)"
     )
-    parser.add_argument("--inner", default="inductor", help="what compiles (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
+    parser.add_argument(
+        "--inner", default="inductor", help="what compiles the graphs (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (%(default)s)")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path(folder),
-        help="folder of the results, and of what is answered so far (%(default)s)",
+        help="folder for the results, and for the answers so far (%(default)s)",
     )
 
 
@@ -207,7 +229,7 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any, Samples, Profile]:
-    """Read what can be wrong before the weights, which take longest."""
+    """Load what a command works with; first what may be wrong, then weights, which take long."""
     import transformers
 
     from blindsight.cli.models import load_model

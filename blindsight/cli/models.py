@@ -1,4 +1,4 @@
-"""Models, as the commands are told of them."""
+"""Load a model as the options of a command say."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from typing import Any
 
 from blindsight.error_text import on_one_line
 
+DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_DEVICE = "default: cuda where there is one, else cpu"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what :func:`load_model` is to be told."""
+    """Add the options for :func:`load_model`."""
     parser.add_argument("--model", required=True, help="folder or hub id of a pretrained model")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of weights and computation (default: as the weights are stored, and float32 on a "
-        "CPU, which is slow at others)",
+        choices=DTYPES,
+        help="of weights and computation (default: as the weights are stored; on a CPU float32, as "
+        "others are slow there)",
     )
     parser.add_argument(
         "--device",
-        help="such as cpu or cuda; auto: layers are spread over all GPUs, by accelerate (default: "
-        "cuda where there is one, else cpu)",
+        help="such as cpu or cuda; auto spreads the layers over all GPUs, with accelerate "
+        f"({DEFAULT_DEVICE})",
     )
 
 
@@ -36,11 +39,11 @@ def load_model(
     Args:
         name: A folder, or an id on the hub.
         dtype: Of its weights; by default as they are stored, and float32 on a CPU.
-        device: See :func:`blindsight.ranks.local_device`; "auto": all GPUs.
-        has_rule: Whether it is known how its images are found, so that any family will do.
+        device: See :func:`blindsight.ranks.local_device`; ``"auto"`` uses all GPUs.
+        has_rule: Whether the rule that finds its images is given, so that any family will do.
 
     Raises:
-        ValueError: There is none, it reads text only, or it cannot be where it should.
+        ValueError: There is no such model, it reads text only, or it does not fit the device.
     """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText

@@ -1,4 +1,4 @@
-"""The command ``show``: what a profile says, as text and as a picture."""
+"""The command ``show``: describe a profile as text and as a picture."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
-    """Add it to the subparsers of the command line; ``everywhere`` holds what all share."""
-    show = commands.add_parser("show", parents=[everywhere], help="print what a profile says")
+    """Register the command; ``everywhere`` is the parent parser with the shared options."""
+    show = commands.add_parser("show", parents=[everywhere], help="describe a profile")
     show.add_argument("profile", type=Path)
     show.add_argument("--plot", type=Path, metavar="PNG", help="draw the heads by category")
     show.set_defaults(run=_run_show)
@@ -34,7 +34,7 @@ def _run_show(arguments: argparse.Namespace) -> None:
 
 
 def describe(profile: Profile) -> str:
-    """Return what a profile says, as text."""
+    """Return a description of a profile, as text."""
     shape = ", ".join(f"{name}={value}" for name, value in profile.fingerprint.items())
     rule = profile.rule
     lines = [
@@ -62,7 +62,7 @@ def describe(profile: Profile) -> str:
 
 
 def heads_by_layer(profile: Profile) -> list[str]:
-    """Return a table: the heads of each category, by layer with attention."""
+    """Return the lines of a table of the heads of each category, by layer with attention."""
     from blindsight.categories import NUM_CATEGORIES, HeadCategory
 
     total = len(profile.layers) * profile.num_heads

@@ -8,22 +8,25 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from blindsight.cli.models import DEFAULT_DEVICE, DTYPES
+
 
 def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
-    """Add it to the subparsers of the command line; ``everywhere`` holds what all share."""
+    """Register the command; ``everywhere`` is the parent parser with the shared options."""
     tune = commands.add_parser(
         "tune",
         parents=[everywhere],
-        help="measure this device, for the choice of how to compute attention",
-        description="Measure what attention costs on this device, and keep it for later runs.",
+        help="measure what attention costs on this device",
+        description="Measure what attention costs on this device, and keep the result for later "
+        "runs, which choose by it how to compute attention.",
     )
-    tune.add_argument("--device", help="default: cuda where there is one, else cpu")
+    tune.add_argument("--device", help=f"such as cpu or cuda ({DEFAULT_DEVICE})")
     tune.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         nargs="+",
         default=["float32", "bfloat16"],
-        help="of models that run here (default: float32 bfloat16)",
+        help="dtypes of the models that run here (default: float32 bfloat16)",
     )
     tune.set_defaults(run=_run_tune)
 

@@ -1,4 +1,4 @@
-"""Images and videos of a dataset: opened from whatever a row holds, as processors take them.
+"""Open the images and videos of a dataset, in whatever form a row holds them, for processors.
 
 Shapes: N frames, W and H in pixels.
 """
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """A video of a prompt: frames that were chosen already, or a file that they are chosen from.
+    """A video of a prompt: frames that are chosen already, or a file to choose frames from.
 
     Attributes:
-        frames: In RGB and of one size; none where there is a file.
-        path: Of the file, or None.
-        data: What is in the file, where there is no path.
-        fps: Frames per second of these frames, or to take from the file; None if nobody said.
-        num_frames: How many to take from the file instead.
+        frames: In RGB, all of one size; none if there is a file.
+        path: Path of the file, or None.
+        data: Contents of the file, if there is no path.
+        fps: Frames per second, of ``frames`` or to take from the file; None if not given.
+        num_frames: How many frames to take from the file instead.
     """
 
     frames: tuple[Image.Image, ...] = ()
@@ -50,7 +50,7 @@ class Video:
 
     @property
     def size(self) -> int:
-        """Orders videos of a kind: pixels of the frames, bytes of the file."""
+        """A number that orders videos of a kind: pixels of the frames, or bytes of the file."""
         if self.path is not None:
             return os.path.getsize(self.path)
         if self.data is not None:
@@ -58,7 +58,7 @@ class Video:
         return sum(frame.width * frame.height for frame in self.frames)
 
     def identity(self) -> object:
-        """Return what tells a video from others: pixels of frames, name and size of a file."""
+        """Return what tells this video from others: pixels, or name and size of the file."""
         frames = [(frame.size, _digest(frame.tobytes())) for frame in self.frames]
         name = None if self.path is None else os.path.basename(self.path)
         encoded = [] if self.data is None else [_digest(self.data)]
@@ -69,12 +69,12 @@ def open_image(image: Any, what: str, folder: Path | None, *, decode: bool = Tru
     """Return an image in RGB.
 
     Args:
-        image: A path, a ``data:`` URL, an opened image, encoded bytes, pixels ``[H, W, 3]``
-            uint8 of numpy, or a mapping with one of the former, as ``datasets`` keeps what it has
-            not decoded.
-        what: What to call it in an error.
-        folder: What paths are relative to.
-        decode: If false only its header is read, and what is returned has no pixels.
+        image: A path, a ``data:`` URL, an opened image, encoded bytes, pixels ``[H, W, 3]`` as a
+            uint8 array of numpy, or a mapping with ``path`` or ``bytes``, which is how ``datasets``
+            keeps images that it has not decoded.
+        what: What error messages call the image.
+        folder: The folder that paths are relative to.
+        decode: If false, only the header is read, and the returned image has no pixels.
 
     Raises:
         ValueError: It is none of these, or damaged.
@@ -82,7 +82,7 @@ def open_image(image: Any, what: str, folder: Path | None, *, decode: bool = Tru
     from PIL import Image, ImageOps
 
     def upright(opened: Image.Image) -> Image.Image:
-        """Return an image as it is meant to be seen, which transformers does as well."""
+        """Return an image turned as its EXIF data says, which transformers does as well."""
         return ImageOps.exif_transpose(opened).convert("RGB") if decode else opened
 
     if isinstance(image, Mapping):
@@ -102,7 +102,7 @@ def open_image(image: Any, what: str, folder: Path | None, *, decode: bool = Tru
             image = Image.fromarray(image)
         if isinstance(image, Image.Image):
             return upright(image)
-    except Exception as error:  # Pillow raises all kinds for damaged and for huge files
+    except Exception as error:  # Pillow raises all kinds of errors for damaged or huge files
         raise ValueError(
             f"{what} must be an image file, got {shortened(str(error))}. Replace the file, or "
             "remove the sample."
@@ -116,7 +116,7 @@ _KEYS = ("frames", "path", "bytes", "fps", "num_frames")
 
 
 def open_video(video: Any, what: str, folder: Path | None) -> Video:
-    """Return a video, its frames opened, its file not.
+    """Return a video with its frames opened, or with its file not yet opened.
 
     Args:
         video: A list of images; a path; an encoded video in bytes; or a mapping with ``frames``
@@ -124,7 +124,7 @@ def open_video(video: Any, what: str, folder: Path | None) -> Video:
         what, folder: As for :func:`open_image`.
 
     Raises:
-        ValueError: It is none of these, its frames are not of one size, or there is no such file.
+        ValueError: It is none of these, its frames differ in size, or there is no such file.
     """
     if isinstance(video, Video):
         return video
@@ -164,7 +164,7 @@ def open_video(video: Any, what: str, folder: Path | None) -> Video:
 
 
 def as_mapping(video: Any) -> dict[str, Any]:
-    """Return what :func:`open_video` takes in its longest form, without what is None."""
+    """Return the mapping form of what :func:`open_video` takes, without entries that are None."""
     if isinstance(video, Mapping):
         return {name: value for name, value in video.items() if value is not None}
     if isinstance(video, (list, tuple)):
@@ -173,7 +173,7 @@ def as_mapping(video: Any) -> dict[str, Any]:
 
 
 def _decoded(url: str, what: str) -> bytes:
-    """Return what a ``data:`` URL holds."""
+    """Return the contents of a ``data:`` URL."""
     try:
         return base64.b64decode(url.partition(",")[2], validate=True)
     except ValueError as error:
@@ -199,7 +199,7 @@ def _video_of_frames(
 
 
 def identity_of(media: Any, folder: Path | None) -> object:
-    """Return what tells an image or a video of a row from others, without opening files."""
+    """Return what tells an image or video of a row from others, without opening files."""
     if isinstance(media, Mapping):
         return {name: identity_of(media[name], folder) for name in sorted(media)}
     if isinstance(media, (list, tuple)):
@@ -210,7 +210,7 @@ def identity_of(media: Any, folder: Path | None) -> object:
             return _digest(name.encode())
         try:
             return name, _in(folder, media).stat().st_size
-        except OSError:  # also of names that no file can have
+        except OSError:  # also for names that no file can have
             return name, -1
     if isinstance(media, Video):
         return media.identity()
@@ -225,16 +225,16 @@ def _digest(pixels: bytes) -> str:
 
 
 def video_arguments(processor: Any, videos: Sequence[Sequence[Video]]) -> dict[str, Any]:
-    """Return what a processor is given for videos.
+    """Return the arguments of a processor that give it videos.
 
     Args:
-        processor: Of transformers.
-        videos: Of each prompt. Frames are taken as they are. A file is decoded, and
-            sampled as it says, or as the processor does by itself.
+        processor: A processor of transformers.
+        videos: The videos of each prompt. Frames are taken as they are. A file is decoded and
+            sampled as the video says, or else as the processor does by itself.
 
     Raises:
         ValueError: The processor takes no videos, or a file cannot be read.
-        ImportError: Nothing that decodes videos is installed.
+        ImportError: No decoder of videos is installed.
     """
     part = getattr(processor, "video_processor", None)
     if part is None:
@@ -254,7 +254,7 @@ def video_arguments(processor: Any, videos: Sequence[Sequence[Video]]) -> dict[s
 
 
 def _frames_of(video: Video, video_processor: Any) -> tuple[Any, Any]:
-    """Return frames ``[N, H, W, 3]`` uint8, and what transformers wants to know of them."""
+    """Return frames ``[N, H, W, 3]`` uint8, and the metadata that transformers wants."""
     from transformers.video_utils import VideoMetadata
 
     if video.frames:
@@ -274,7 +274,7 @@ def _frames_of(video: Video, video_processor: Any) -> tuple[Any, Any]:
             f"{name} needs a decoder of videos: {on_one_line(error)} Install one "
             '(pip install "blindsight[video]"), or give the frames as images.'
         ) from error
-    except Exception as error:  # of whichever library decodes
+    except Exception as error:  # of whichever library decodes the file
         raise ValueError(
             f"{name} must be a video that can be read and sampled: "
             f"{on_one_line(error)} Or give its frames as images."
@@ -283,7 +283,7 @@ def _frames_of(video: Video, video_processor: Any) -> tuple[Any, Any]:
 
 @contextmanager
 def _as_file(video: Video) -> Iterator[str]:
-    """Yield the path of a video's file, a temporary one where there is none."""
+    """Yield the path of a video's file, of a temporary one if it has no path."""
     if video.path is not None:
         yield video.path
         return
@@ -294,9 +294,9 @@ def _as_file(video: Video) -> Iterator[str]:
 
 
 def _evenly(video: Video, metadata: Any, **_: Any) -> NDArray[np.int64]:
-    """Return which frames of a file to take: as many as asked for, in even steps from the first.
+    """Return which frames of a file to take: as many as asked for, evenly spaced from the first.
 
-    Processors do not all heed what they are asked for.
+    Not all processors do what they are asked for.
     """
     total, number = metadata.total_num_frames, video.num_frames
     if number is None:
@@ -314,7 +314,7 @@ def _decode(path: str, sample: Any, video_processor: Any) -> Any:
         return video_processor.fetch_videos(path, sample_indices_fn=sample)
     from transformers.video_utils import load_video
 
-    of_path: Any = load_video  # which is said to take URLs, and takes paths
+    of_path: Any = load_video  # typed to take URLs, but takes paths too
     return of_path(path, backend="pyav", sample_indices_fn=sample)
 
 

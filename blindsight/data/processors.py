@@ -1,4 +1,4 @@
-"""Processors of transformers: how one is loaded, and what it makes of samples for a model.
+"""Processors of transformers: load one, and make a model's inputs of samples.
 
 Shapes: B batch, T tokens of a prompt.
 """
@@ -34,11 +34,12 @@ def model_inputs(
         padding_side: ``"left"`` or ``"right"``.
 
     Returns:
-        ``input_ids`` and ``attention_mask`` ``[B, T]``, the pixels, and what else the family needs.
+        ``input_ids`` and ``attention_mask`` ``[B, T]``, the pixels, and whatever else the model's
+        family needs.
 
     Raises:
-        ValueError: The processor cannot do it; the message says why.
-        ImportError: A video is to be decoded, and nothing that does so is installed.
+        ValueError: The processor cannot take these samples; the message says why.
+        ImportError: A video has to be decoded, and no decoder is installed.
     """
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}.")
@@ -86,7 +87,7 @@ def model_inputs(
 
 
 def inputs_on(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a model's forward on its device, and pixels in its dtype.
+    """Return the arguments of a model's forward on the model's device, with pixels in its dtype.
 
     Most families convert their pixels themselves; Aria, Llama 4 and Kimi do not.
     """
@@ -105,15 +106,15 @@ def inputs_on(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 def load_processor(path: str | os.PathLike[str]) -> Any:
     """Return the processor of a model.
 
-    Where torchvision is not installed, a processor that also takes videos is built without that
-    part: images go through Pillow.
+    Where torchvision is not installed, a processor that also takes videos is built without its
+    video part, and images go through Pillow.
 
     Args:
         path: A folder, or the id of a model on the hub.
 
     Raises:
         ValueError: There is no processor.
-        ImportError: It needs a package that is not installed.
+        ImportError: The processor needs a package that is not installed.
     """
     from transformers import AutoConfig, AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -131,7 +132,7 @@ def load_processor(path: str | os.PathLike[str]) -> Any:
             try:
                 return without_videos(PROCESSOR_MAPPING[type(config)]).from_pretrained(name)
             except (AttributeError, TypeError):
-                raise error from None  # some cannot do without that part
+                raise error from None  # some processors cannot do without that part
     except ImportError as error:
         raise ImportError(
             f"the processor of {name!r} needs a package that is not installed: {on_one_line(error)}"
@@ -143,7 +144,7 @@ def load_processor(path: str | os.PathLike[str]) -> Any:
 
 
 def without_videos(processor_class: Any) -> Any:
-    """Return a class of processors that takes no videos, and so does not need torchvision."""
+    """Return a variant of a processor class that takes no videos, and needs no torchvision."""
 
     def get_attributes(cls: Any) -> list[str]:
         return [part for part in processor_class.get_attributes() if part != "video_processor"]

@@ -1,24 +1,24 @@
-"""Rows of datasets, in the layouts that are usual in the field, and the samples they become.
+"""Rows of datasets, in the layouts that are common in the field, and the samples made of them.
 
 A row is a mapping:
 
-    images    list of images: a path (relative to the file that the row is in), an opened image, or
+    images    list of images: a path (relative to the file that holds the row), an opened image, or
               encoded bytes; ``image`` for a single one
     videos    list of videos: a list of frames, which are images; a path; encoded bytes; or a
               mapping with ``frames`` and their ``fps``, or with ``path`` or ``bytes`` and the
-              ``fps`` or the ``num_frames`` to take from it; ``video`` for a single one
+              ``fps`` or ``num_frames`` to take from it; ``video`` for a single one
     messages  a conversation as chat templates take it; it may end with the assistant's answer.
               Each ``{"type": "image"}`` stands for the next of the images, each
-              ``{"type": "video"}`` for the next of the videos, and so do ``<image>`` and
-              ``<video>`` in a content that is a string. An entry may hold what it stands for:
-              ``{"type": "image", "image": ...}``, or ``url``, ``path``, ``base64``; or OpenAI's
-              ``{"type": "image_url", "image_url": {"url": ...}}``; or say which of the images,
-              counted from zero: ``{"type": "image", "index": 1}``
+              ``{"type": "video"}`` for the next of the videos; so do ``<image>`` and ``<video>``
+              in a content that is a string. An entry may instead hold its image:
+              ``{"type": "image", "image": ...}``, or under ``url``, ``path`` or ``base64``, or as
+              OpenAI has it, ``{"type": "image_url", "image_url": {"url": ...}}``. Or it may say
+              which of the images it is, counted from zero: ``{"type": "image", "index": 1}``
     conversations
               instead of messages, as LLaVA has them: ``{"from": "human", "value": "<image> ..."}``
               and ``{"from": "gpt", "value": ...}``
     task      optional, the kind of question
-    answer    optional, what is right; by default what the assistant says last
+    answer    optional, the expected answer; by default the assistant's at the end of the messages
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Sample:
         images: In RGB, in the order of the prompt.
         messages: The conversation; the content of every message is a list of entries.
         task: The kind of question, or None.
-        answer: What is right, or None.
-        index: Which row of the source it is.
+        answer: The expected answer, or None.
+        index: The number of its row in the source.
         videos: In the order of the prompt.
     """
 
@@ -68,7 +68,7 @@ class Sample:
 
     @property
     def prompt(self) -> list[dict[str, Any]]:
-        """The messages without an assistant's answer at their end."""
+        """The messages, without an assistant's answer at the end."""
         ends = bool(self.messages) and self.messages[-1].get("role") == "assistant"
         return self.messages[:-1] if ends else self.messages
 
@@ -79,11 +79,11 @@ def sample_of_row(
     """Return the sample of a row.
 
     Args:
-        row: As above.
-        index: Which one it is.
-        where: What to call it in an error.
-        folder: What paths are relative to.
-        decode: If false only the headers of images are read.
+        row: See the top of this module.
+        index: The number of the row.
+        where: What error messages call the row.
+        folder: The folder that paths are relative to.
+        decode: If false, only the headers of images are read.
 
     Raises:
         ValueError: The row is malformed, or a file is missing or damaged.
@@ -114,7 +114,7 @@ def sample_of_row(
 
 
 def row_of_sample(sample: Sample) -> dict[str, Any]:
-    """Return the row that a sample would be made of."""
+    """Return a row that makes the given sample."""
     row = {name: getattr(sample, name) for name in ("messages", "task", "answer")}
     media = {"images": sample.images, "videos": sample.videos}
     return {**row, **{name: held for name, held in media.items() if held}}
@@ -127,7 +127,7 @@ def identity_of_row(row: Mapping[str, Any], folder: Path | None) -> object:
         is_media = isinstance(value, bytes) or hasattr(value, "tobytes")
         return identity_of(value, folder) if is_media else str(value)
 
-    # What a row does not have is left out, so that what was measured earlier is found again.
+    # Kinds that a row lacks are left out, so that digests of earlier versions stay valid.
     kinds = ("image", "video") if _column(row, "video") else ("image",)
     names = {name for kind in kinds for name in (kind, f"{kind}s")}
     rest = {name: row[name] for name in sorted(row) if name not in names}
@@ -137,10 +137,10 @@ def identity_of_row(row: Mapping[str, Any], folder: Path | None) -> object:
 
 
 def check_columns(rows: Any, indices: Any, name: str) -> None:
-    """Say at once that a dataset is of another kind, not when some image is opened.
+    """Check that a dataset has conversations and images, before any image is opened.
 
     Raises:
-        ValueError: There are no conversations, or no images.
+        ValueError: It has no conversations, or no images.
     """
     columns = getattr(rows, "column_names", None)  # of a dataset, without decoding anything
     columns = list(rows[indices[0]]) if columns is None else list(columns)
@@ -164,25 +164,28 @@ def check_columns(rows: Any, indices: Any, name: str) -> None:
 
 
 def _column(row: Mapping[str, Any], kind: str) -> list[Any]:
-    """Return the images, or the videos, that a row has beside its messages."""
+    """Return the images, or the videos, that a row has outside of its messages."""
     several, single = row.get(f"{kind}s"), row.get(kind)
     if several is not None:
         return list(several) if isinstance(several, (list, tuple)) else [several]
     if single is None or (isinstance(single, (list, tuple)) and not single):
         return []
-    # A list of images is no image, and a list of frames is a video.
+    # A list under "image" is several images; a list under "video" is the frames of one.
     return list(single) if kind == "image" and isinstance(single, (list, tuple)) else [single]
 
 
 def _take_media(
     row: Mapping[str, Any], messages: list[dict[str, Any]], kind: str, where: str
 ) -> list[Any]:
-    """Return what each entry of a kind stands for, and take what it holds out of it."""
+    """Return the images, or the videos, of a row in the order of its messages.
+
+    What the entries of the messages hold is removed from them.
+    """
     entries = [x for message in messages for x in message["content"] if x.get("type") == kind]
     held = [_held(entry, kind) for entry in entries]
     beside = _in_order(_column(row, kind), entries, kind, where)
     if len(beside) == len(held):
-        held = [None] * len(held)  # the row has all of them, whatever the entries repeat
+        held = [None] * len(held)  # the row has all of them; entries may repeat them
     missing = sum(media is None for media in held)
     if missing != len(beside):
         raise ValueError(
@@ -200,7 +203,7 @@ def _take_media(
 
 
 def _in_order(media: list[Any], entries: list[dict[str, Any]], kind: str, where: str) -> list[Any]:
-    """Return the media that are beside the messages as the entries count them, if they do."""
+    """Return media in the order of the indices that the entries give, if they give any."""
     indices = [entry.get("index") for entry in entries]
     if not any(isinstance(index, int) for index in indices):
         return media
@@ -217,7 +220,7 @@ def _holders(kind: str) -> tuple[str, ...]:
 
 
 def _held(entry: Mapping[str, Any], kind: str) -> Any:
-    """Return the image or the video that is in an entry, or None."""
+    """Return the image or the video that an entry holds, or None."""
     found = [(name, entry[name]) for name in _holders(kind) if entry.get(name) is not None]
     if not found:
         return None
@@ -228,7 +231,7 @@ def _held(entry: Mapping[str, Any], kind: str) -> Any:
 
 
 def _as_asked(video: Any, entry: Mapping[str, Any]) -> Any:
-    """Return a video with what its entry says of frames."""
+    """Return a video with the ``fps`` or ``num_frames`` that its entry asks for."""
     asked = {name: entry[name] for name in _OF_A_VIDEO if entry.get(name) is not None}
     if not asked or isinstance(video, Video):
         return video
@@ -236,7 +239,7 @@ def _as_asked(video: Any, entry: Mapping[str, Any]) -> Any:
 
 
 def _media_inside(row: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield the images and videos in the messages of a row that may be malformed."""
+    """Yield the images and videos in the messages of a row, which may be malformed."""
     messages = row.get("messages")
     for message in messages if isinstance(messages, (list, tuple)) else ():
         content = message.get("content") if isinstance(message, Mapping) else None
@@ -247,7 +250,7 @@ def _media_inside(row: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _kind_of(entry: Mapping[str, Any]) -> str:
-    """Return the type of an entry, OpenAI's as transformers calls it."""
+    """Return the type of an entry; OpenAI's types by the names of transformers."""
     return str(entry.get("type")).removesuffix("_url")
 
 
@@ -255,7 +258,7 @@ def _kind_of(entry: Mapping[str, Any]) -> str:
 
 
 def _messages_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """Return the turns of a row, new ones, the content of each a list of entries."""
+    """Return copies of the turns of a row, with each content as a list of entries."""
     name = "messages" if row.get("messages") is not None else "conversations"
     turns = row.get(name)
     if not isinstance(turns, (list, tuple)) or not turns:
@@ -283,13 +286,13 @@ def _message_of(turn: Any, what: str) -> dict[str, Any]:
 
 
 def _entry_of(entry: Mapping[str, Any]) -> dict[str, Any]:
-    # Tables fill up what an entry lacks with None.
+    # Tables have None where an entry lacks a column.
     result = {name: value for name, value in entry.items() if value is not None}
     return {**result, "type": _kind_of(entry)} if _kind_of(entry) in _KINDS else result
 
 
 def _entries_of_text(text: str) -> list[dict[str, Any]]:
-    """Return a text cut where it says that there is an image or a video."""
+    """Return the entries of a text: it is split at ``<image>`` and ``<video>``."""
     parts = [part for part in _IN_TEXT.split(text) if part] or [""]
     return [
         {"type": part[1:-1]} if _IN_TEXT.fullmatch(part) else {"type": "text", "text": part}

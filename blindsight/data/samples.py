@@ -1,6 +1,6 @@
-"""Datasets of prompts with images or videos, read from anywhere.
+"""Datasets of prompts with images or videos, from files, folders, ``datasets`` or memory.
 
-Their rows: :mod:`blindsight.data.rows`. Nothing is opened before it is asked for.
+:mod:`blindsight.data.rows` describes their rows. Nothing is opened before it is asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from blindsight.error_text import on_one_line
 
 
 class Samples(Sequence[Sample]):
-    """Some rows of a source, opened one by one; a slice of it is another."""
+    """Some rows of a source, opened one at a time; a slice is a :class:`Samples` too."""
 
     def __init__(self, rows: Any, indices: Sequence[int], name: str, folder: Path | None) -> None:
         self._rows = rows
@@ -58,9 +58,9 @@ class Samples(Sequence[Sample]):
         return sample_of_row(row, index, where, self._folder)
 
     def check(self) -> None:
-        """Check all rows, images by their headers: what is wrong is heard before long work.
+        """Check all rows, and images by their headers, so that errors are found before long work.
 
-        Rows of a dataset of ``datasets`` are not: those decode their images to be looked at.
+        Datasets of ``datasets`` are not checked: looking at their images would decode them.
 
         Raises:
             ValueError: A row is malformed, or a file is missing or damaged.
@@ -72,7 +72,7 @@ class Samples(Sequence[Sample]):
             sample_of_row(self._rows[index], index, where, self._folder, decode=False)
 
     def take(self, positions: Sequence[int]) -> Samples:
-        """Return the samples at some positions, in that order."""
+        """Return the samples at some positions, in the given order."""
         chosen = [self._indices[at] for at in positions]
         return Samples(self._rows, chosen, self.name, self._folder)
 
@@ -82,9 +82,11 @@ class Samples(Sequence[Sample]):
     def digest(self) -> str:
         """Return a hex digest that tells these samples from others, without opening images.
 
-        A file counts by its name and size.
+        Files are told apart by name and size.
         """
-        known = getattr(self._rows, "_fingerprint", None)  # of a dataset, which hashed itself
+        known = getattr(
+            self._rows, "_fingerprint", None
+        )  # a dataset of datasets has a hash of its own
         digest = hashlib.sha256(json.dumps([known, list(self._indices)]).encode())
         if known is None:
             for index in self._indices:
@@ -95,21 +97,22 @@ class Samples(Sequence[Sample]):
 def load_samples(
     source: Any, *, split: str | None = None, limit: int | None = None, seed: int | None = None
 ) -> Samples:
-    """Return the samples of a dataset; local paths come before names on the hub.
+    """Return the samples of a dataset.
 
     Args:
         source: A JSON-lines file, a ``.json`` file with a list of rows, a ``.parquet`` file, a
             folder with a ``data.jsonl`` (or a ``<split>.jsonl``), a folder that ``datasets``
-            reads, the id of a dataset on the hub, a dataset of ``datasets``, any sequence of
-            rows, a list of samples, or what this function returned.
-        split: Which part, where there are several.
-        limit: At most so many samples.
-        seed: Of the choice and order of samples; by default they are taken as they come.
+            reads, the id of a dataset on the hub, a dataset of ``datasets``, any sequence of rows,
+            a list of samples, or what this function returned. A path that exists is preferred
+            to an id on the hub.
+        split: Which part of the dataset, if it has several.
+        limit: How many samples to return at most.
+        seed: Seed that draws the samples in random order; by default they keep their order.
 
     Raises:
-        ValueError: There is no such dataset, it is empty, or its rows are of another kind than
-            :mod:`blindsight.data.rows` says.
-        ImportError: Reading it takes ``datasets``, which is not installed.
+        ValueError: There is no such dataset, it is empty, or its rows are not as
+            :mod:`blindsight.data.rows` describes.
+        ImportError: The dataset needs the package ``datasets``, which is not installed.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 sample, got {limit}.")
@@ -144,7 +147,7 @@ def load_samples(
 
 
 def _open(source: Any, split: str | None) -> tuple[Any, str, Path | None]:
-    """Return rows, what to call them, and the folder that their paths are relative to."""
+    """Return rows, their name, and the folder that their paths are relative to."""
     if not isinstance(source, (str, os.PathLike)):
         rows = _with_videos_as_files(_of_split(source, split, "the given dataset"))
         return rows, getattr(rows, "name", type(rows).__name__), getattr(rows, "_folder", None)
@@ -177,13 +180,13 @@ def _load_dataset(path: Path, name: str) -> Any:
             return datasets.load_dataset("parquet", data_files=name)
         is_saved = any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
         return datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name)
-    except Exception as error:  # its errors have no common class
+    except Exception as error:  # the errors of datasets have no common class
         what = "a folder that datasets reads" if path.exists() else "a path, or an id on the hub"
         raise ValueError(f"dataset must be {what}, got {name!r}: {on_one_line(error)}") from error
 
 
 def _of_split(rows: Any, split: str | None, name: str) -> Any:
-    """Return one part of a mapping of parts; anything else is one already."""
+    """Return one part of a mapping of parts; anything else has no parts."""
     if not isinstance(rows, Mapping):
         return rows
     if split is None and len(rows) == 1:
@@ -196,7 +199,7 @@ def _of_split(rows: Any, split: str | None, name: str) -> Any:
 
 
 def _with_videos_as_files(rows: Any) -> Any:
-    """Return a dataset that leaves decoding to us: which frames are needed it cannot know."""
+    """Return a dataset that does not decode videos: it cannot know which frames are needed."""
     features = getattr(rows, "features", None)
     if not isinstance(features, Mapping):
         return rows
@@ -218,7 +221,7 @@ def _with_videos_as_files(rows: Any) -> Any:
 
 
 def _read_json(path: Path) -> list[Mapping[str, Any]]:
-    """Read a row from each line, or one list of all rows."""
+    """Return the rows of a file that has one on each line, or one list of all."""
     rows: list[Mapping[str, Any]] = []
     if path.suffix == ".json":
         try:

@@ -1,4 +1,4 @@
-"""The demo: real questions answered dense and sparse, then a long prompt timed dense and sparse."""
+"""The demo: answer real questions dense and sparse, then time a long prompt dense and sparse."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["DemoOptions", "DemoResult", "load", "run_demo"]
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found; ``str()`` gives its tables.
+    """The result of the demo; ``str()`` gives its tables.
 
     Attributes:
-        answers: Of the testbed, or None where it was not asked.
-        speed: Of the long prompt, or None where it was not timed.
-        note: What was left out, and why.
+        answers: The testbed's answers, or None if it was not asked.
+        speed: The timing of the long prompt, or None if it was not timed.
+        note: What was left out and why, or an empty string.
     """
 
     answers: Answers | None
@@ -40,13 +40,13 @@ class DemoResult:
 
 
 def run_demo(options: DemoOptions) -> DemoResult:
-    """Run the demo and return what it found.
+    """Run the demo, and return its result.
 
     Raises:
-        ValueError: An option is malformed, or the profile is another model's.
-        ImportError: scikit-learn is wanted for its photographs, and is not installed.
+        ValueError: An option is malformed, or the profile is for another model.
+        ImportError: The sample photographs need scikit-learn, which is not installed.
     """
-    # Somebody's own model, images or profile are timed; the testbed is for everybody else.
+    # A model, images or a profile of the user's own are only timed; the testbed has its own.
     own = [name for name in ("model", "images", "profile") if getattr(options, name) is not None]
     if own and options.part == "answers":
         raise ValueError(
@@ -69,7 +69,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
             answers = answer_questions(
                 inner=options.inner, device=options.device, progress=progress
             )
-        # Two models of one class: what Dynamo learned of the first makes it generalise the second.
+        # Both models have one class: after the first, Dynamo would generalise the second.
         torch._dynamo.reset()
         if options.part != "answers":
             speed = measure_speed(options, progress)

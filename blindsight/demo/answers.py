@@ -1,7 +1,8 @@
-"""The demo's answers: real questions about real images, answered dense and sparse side by side.
+"""The answers of the demo: real questions about real images, dense and sparse side by side.
 
-The model is the testbed's, trained from scratch on collages of handwritten digits, with the profile
-that calibration gave it; both, and the questions, are in this repository (``bench/testbed/``).
+The model is the testbed's, trained from scratch on collages of handwritten digits; the profile is
+the one that calibration gave it. Both are part of this repository, as are the questions
+(``bench/testbed/``).
 
 Shapes: B questions, T tokens of the longest prompt.
 """
@@ -38,7 +39,7 @@ NUM_STEPS = 4
 
 @dataclass(frozen=True)
 class Answer:
-    """One question, what is right, and what the model says dense and sparse."""
+    """One question, the expected answer, and the answers of the model dense and sparse."""
 
     task: str
     question: str
@@ -49,17 +50,18 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What the testbed answered; ``str()`` gives its tables.
+    """The testbed's answers; ``str()`` gives its tables.
 
     Attributes:
         answers: One for each question.
-        num_images: In each prompt.
-        num_tokens: Of each prompt.
-        profile: The testbed's.
-        flops: Of attention, over all prompts.
-        difference: Of the answers' logits, compiled sparse against the dense-mask reference.
-        effect: Of the same, sparse against dense: what the profile changes.
-        magnitude: The largest logit.
+        num_images: The number of images in each prompt.
+        num_tokens: The length of each prompt.
+        profile: The testbed's profile.
+        flops: FLOPs of attention, for all prompts together.
+        difference: Largest difference of the logits of the answers, between compiled sparse and
+            the reference with dense masks.
+        effect: The same between sparse and dense: what the profile changes.
+        magnitude: The largest of the logits.
     """
 
     answers: tuple[Answer, ...]
@@ -113,7 +115,7 @@ def find_problem() -> str | None:
 
 
 def answer_questions(*, inner: str, device: str, progress: Progress) -> Answers:
-    """Answer the questions in one batch, dense and sparse, by one compiled model."""
+    """Answer the questions in one batch, dense and sparse, with one compiled model."""
     from transformers import AutoModelForImageTextToText
 
     auto: Any = AutoModelForImageTextToText
@@ -124,7 +126,7 @@ def answer_questions(*, inner: str, device: str, progress: Progress) -> Answers:
     samples = list(load_samples(QUESTIONS))
     inputs = model_inputs(processor, samples)
     on_device = inputs_on(model, inputs)
-    # Prompts this short run dense if that is estimated to be faster: not here.
+    # "auto" might run prompts this short dense; here they run sparse.
     backend = blindsight_backend(profile, inner=inner, model=model, lowering="fused")
     decoder = find_decoder(model, profile.rule.layer_pattern)
     decoder.compile(backend=backend)
@@ -169,7 +171,7 @@ def answer_questions(*, inner: str, device: str, progress: Progress) -> Answers:
 
 
 def _question(sample: Sample) -> str:
-    """Return the last text of the user's."""
+    """Return the last text of the user's turn."""
     texts = [x["text"] for x in sample.prompt[-1]["content"] if x.get("type") == "text"]
     return str(texts[-1])
 

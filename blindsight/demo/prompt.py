@@ -1,8 +1,7 @@
-"""The prompt of the demo's timing: photographs, cut into many, and a model to read them.
+"""The long prompt of the demo, made of crops of photographs, and a model that reads it.
 
-Without arguments it needs no download: scikit-learn's two sample photographs go through the
-family's own image processor into a small Qwen2.5-VL with random weights, for which a byte is a
-token.
+The default needs no download: the two sample photographs of scikit-learn go through the family's
+own image processor into a small Qwen2.5-VL with random weights, whose tokens are bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _MAX_LOGITS = 2**26  # held at once: 256 MiB in float32
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """What to run; see ``blindsight demo --help``."""
+    """Options of the demo; see ``blindsight demo --help``."""
 
     images: Path | None = None
     num_images: int = 12
@@ -61,7 +60,7 @@ class DemoOptions:
 
 
 def load(options: DemoOptions) -> tuple[nn.Module, dict[str, Any], str]:
-    """Return the model, its inputs for one prompt of images, and a description of the model."""
+    """Return a model, its inputs for one prompt of images, and a description of the model."""
     draw = random.Random(options.seed)
     images = _load_images(options, draw)
     if options.model is None:
@@ -84,7 +83,7 @@ def load(options: DemoOptions) -> tuple[nn.Module, dict[str, Any], str]:
 
 
 def _load_images(options: DemoOptions, draw: random.Random) -> list[Image.Image]:
-    """Return as many images as wanted, of unlike sizes: whole photographs, then parts of them."""
+    """Return the images of the prompt, of various sizes: whole photographs, then crops of them."""
     photos = _sample_photos() if options.images is None else _photos_of(options.images)
     overhead = len(_CAPTION) + 4  # delimiters and such
     average = (options.tokens - len(_QUESTION)) / options.num_images - overhead
@@ -187,7 +186,7 @@ def _build_model(options: DemoOptions) -> nn.Module:
 
 
 def _build_inputs(images: list[Image.Image]) -> dict[str, Tensor]:
-    """Return the small model's inputs: a chat turn with text before each image."""
+    """Return the inputs of the small model: a chat turn with a text before each image."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil(patch_size=_PATCH_SIZE, merge_size=_MERGE_SIZE)

@@ -1,4 +1,4 @@
-"""The demo's timing: one long prompt of photographs, prefilled dense and sparse by one model.
+"""The timing of the demo: one long prompt of photographs, prefilled dense and sparse by one model.
 
 Shapes: B batch (1), T tokens of the prompt, L layers, H query heads, V vocabulary.
 """
@@ -32,14 +32,14 @@ from blindsight.template import Template, TemplateRule
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Largest absolute differences of logits, and what to judge them by.
+    """Largest absolute differences of logits, and numbers to judge them by.
 
     Attributes:
-        sparse: Compiled sparse against the dense-mask reference.
-        dense: Compiled dense against the model run eagerly: what compiling alone changes.
-        effect: Compiled sparse against compiled dense: what the profile changes.
+        sparse: Between compiled sparse and the reference with dense masks.
+        dense: Between compiled dense and the model run eagerly: what compiling alone changes.
+        effect: Between compiled sparse and compiled dense: what the profile changes.
         magnitude: The largest logit of the reference.
-        same_tokens: How many of the decoded tokens are the reference's.
+        same_tokens: How many of the decoded tokens are those of the reference.
     """
 
     sparse: float
@@ -51,7 +51,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What the demo measured; ``str()`` gives its tables. Times in seconds."""
+    """The measurements of the demo; ``str()`` gives its tables. Times are in seconds."""
 
     model: str
     num_tokens: int
@@ -110,12 +110,12 @@ def _seconds(times: tuple[float, ...]) -> str:
 
 
 def num_steps(options: DemoOptions) -> int:
-    """Return how many steps :func:`measure_speed` reports."""
+    """Return the number of steps that :func:`measure_speed` reports."""
     return 5 + 2 * options.repeats + options.new_tokens
 
 
 def measure_speed(options: DemoOptions, progress: Progress) -> Speed:
-    """Prefill one prompt dense and sparse, in turn, and compare both with a reference."""
+    """Prefill one prompt dense and sparse in turn, and compare both with a reference."""
     model, inputs, described = load(options)
     profile = _profile_of(model, options)
     return _measure(options, model, inputs, profile, described, progress)
@@ -222,7 +222,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _count_flops(model: nn.Module, profile: Profile, template: Template) -> AttentionFlops:
-    """Add up the layers, each under its causal mask, sliding window or chunks."""
+    """Return the FLOPs of all layers, each under its causal mask, sliding window or chunks."""
     config = text_config(model.config)
     itself = torch.arange(template.num_tokens)[None]
     dense = sparse = 0

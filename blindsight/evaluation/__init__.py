@@ -1,1 +1,1 @@
-"""What evaluation and sweeps run, measure and draw."""
+"""What evaluations and sweeps run, measure and draw."""

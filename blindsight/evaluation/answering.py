@@ -1,6 +1,6 @@
 """Answer questions under many maskings.
 
-Every batch of prompts is prepared once and answered under every masking.
+Every batch of prompts is prepared once, and answered under every masking.
 
 Shapes: B batch, T tokens of the prompts, V vocabulary.
 """
@@ -27,7 +27,7 @@ _BATCHES_AT_ONCE = 8  # opened together and sorted by length, so that little is 
 
 
 class Point(NamedTuple):
-    """A masking, and what it is called."""
+    """A masking, and its name in the file of answers."""
 
     key: str
     masking: Masking
@@ -50,18 +50,19 @@ def answer_samples(
 ) -> dict[str, list[Outcome]]:
     """Answer all samples under all maskings; return the outcomes of each point, by sample.
 
-    Answers are decoded greedily. Where the expected answer is one token, the prefill's logits
-    give it and nothing is decoded.
+    Answers are decoded greedily. Where the expected answer is a single token, it is read from the
+    logits of the prefill, and nothing is decoded.
 
     Args:
         decoder: The model.
         processor: Its processor.
-        samples: With answers; those that are known for all points are not opened.
-        points: The first is what the others are compared with.
-        known: What is known already, and where the rest is written.
-        batch_size: Prompts at once, padded on the left.
-        max_new_tokens: Of an answer; by default as many as the expected answer has, and what would
-            follow is not looked at.
+        samples: Questions with answers. A sample that is answered at all points already is not
+            opened.
+        points: The maskings; the others are compared with the first.
+        known: The file of what is answered already, to which the rest is written.
+        batch_size: Prompts that run together, padded on the left.
+        max_new_tokens: The longest answer; by default as many tokens as the expected answer has,
+            and what would follow is ignored.
         prefill: How a batch is run under a masking; by default with explicit masks.
         progress: See :func:`~blindsight.progress.progress_bar`.
 
@@ -101,10 +102,10 @@ def answer_samples(
 def _batches_left(
     samples: Samples, points: Sequence[Point], known: OutcomeFile, batch_size: int, bar: Any
 ) -> Iterator[tuple[dict[int, Sample], list[Point]]]:
-    """Yield batches of questions, by position, and the points that this process lacks of each.
+    """Yield batches of questions by position, and for each the points still to be answered here.
 
-    Every batch is the one that a process alone would make. What is known already, or is another
-    process's, counts as done on the bar.
+    The batches are those of a run in one process. What is answered already, or is the work of
+    another process, counts as done on the bar.
     """
     ranks = current_ranks()
     for window in _chunks(range(len(samples)), batch_size * _BATCHES_AT_ONCE):
@@ -134,7 +135,7 @@ def _answer_batch(
     run: Prefill,
     max_new_tokens: int | None,
 ) -> Iterator[list[Outcome]]:
-    """Yield the outcomes of one batch under each of the points; ``dense`` is compared with."""
+    """Yield the outcomes of one batch under each point; KL divergences are from ``dense``."""
     tokenizer = getattr(processor, "tokenizer", processor)
     stop_ids = _stop_ids(decoder.model, tokenizer)
     batch = decoder.prepare(model_inputs(processor, list(questions.values())))
@@ -183,7 +184,7 @@ def _outcomes(
 
 
 def normalise(answer: str) -> str:
-    """Return what is compared of an answer."""
+    """Return an answer as it is compared: single spaces, no case."""
     return " ".join(answer.split()).casefold()
 
 
@@ -211,7 +212,7 @@ def _check_has_images(samples: Collection[Sample]) -> None:
 
 
 def _length(sample: Sample) -> tuple[int, int]:
-    """Order samples about as their prompts' lengths do."""
+    """Return a key that orders samples roughly by the length of their prompts."""
     text = sum(
         len(str(entry.get("text", ""))) for turn in sample.prompt for entry in turn["content"]
     )

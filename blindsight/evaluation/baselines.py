@@ -1,4 +1,4 @@
-"""What a profile is compared with; for evaluation only, nothing here is ever compiled.
+"""Baselines that profiles are compared with; for evaluation only, never compiled.
 
 Shapes: B batch, H query heads, G key/value heads, T tokens of the prompt, Q and K lengths of
 queries and keys in tokens, L layers, D head dim.
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from blindsight.categories import HeadCategory
-from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks, Prompt
+from blindsight.evaluation.masked_model import EVERYTHING, HeadMask, MaskedCall, Masks, Prompt
 
 
 def shuffled_categories(categories: Tensor, layers: Sequence[int], seed: int) -> Tensor:
-    """Return as many heads of each category, drawn anew from these layers: ``[L, H]``."""
+    """Return the categories of the given layers, dealt anew to their heads: ``[L, H]``."""
     generator = torch.Generator().manual_seed(seed)
     ours = categories[list(layers)]
     order = torch.randperm(ours.numel(), generator=generator)
@@ -30,12 +30,13 @@ def shuffled_categories(categories: Tensor, layers: Sequence[int], seed: int) ->
 class WindowMasking:
     """The mask of StreamingLLM (arXiv 2309.17453): the first tokens, and a window before a query.
 
-    Every row is masked, text included, in all layers and heads. The positions of tokens stay as
-    they are. Only the mask is compared here, not the eviction from a cache that it was made for.
+    It applies to all rows, text included, in all layers and heads. Tokens keep their positions.
+    This compares the mask alone, not the cache eviction that it was designed for.
 
     Args:
-        share: Of the prompt's dense attention; its window is the longest that costs no more.
-        num_sinks: First tokens of the prompt that stay visible; the paper's choice.
+        share: Of the cost of the prompt's dense attention; the window is the longest that costs no
+            more.
+        num_sinks: The first tokens of the prompt, which stay visible; 4 as in the paper.
     """
 
     share: float
@@ -62,7 +63,7 @@ class _WindowMasks:
             torch.full_like(dense, longest),
         )
 
-    def groups(self, call: Call) -> Sequence[Group]:
+    def head_masks(self, call: MaskedCall) -> Sequence[HeadMask]:
         num_queries, num_keys = call.base.shape[2:]
         shape = (num_queries, num_keys)
         if shape not in self._kept:
@@ -70,11 +71,11 @@ class _WindowMasks:
             query = key[num_keys - num_queries :, None]
             is_sink = key < (self._begin + self._num_sinks)[:, None]
             self._kept[shape] = (query - key < self.window[:, None, None]) | is_sink[:, None]
-        return [Group(None, self._kept[shape])]
+        return [HeadMask(None, self._kept[shape])]
 
     @property
     def _begin(self) -> Tensor:
-        """How much padding comes first, ``[B]``."""
+        """The number of padding tokens before each prompt, ``[B]``."""
         return self._prompt.valid.shape[1] - self._prompt.num_tokens
 
     def count_pairs(self) -> Tensor:
@@ -84,7 +85,7 @@ class _WindowMasks:
         return self._prompt.num_tokens * len(self._prompt.lower)
 
     def _pairs_of_head(self, window: Tensor) -> Tensor:
-        """Return the pairs of one head in every layer, ``[B]``."""
+        """Return the pairs that one head computes in all layers together, ``[B]``."""
         prompt = self._prompt
         longest = prompt.valid.shape[1]
         recent = torch.arange(longest, device=window.device) - window[:, None] + 1
@@ -99,15 +100,16 @@ class _WindowMasks:
 class PruningMasking:
     """Image tokens dropped after an early layer: the rule of FastV (arXiv 2403.06764).
 
-    Image tokens are ranked by the attention that the prompt's last token pays them in layer
-    ``num_layers``, averaged over its heads; those with the least are dropped from all later
-    layers: no row of theirs is computed there, and no row sees them. Delimiters stay. The
-    positions of tokens stay as they are.
+    Image tokens are ranked by the attention that the last token of the prompt pays them in layer
+    ``num_layers``, averaged over heads. Those with the least are dropped from all later layers:
+    their rows are not computed, and no row sees them. Delimiters are kept, and tokens keep their
+    positions.
 
     Args:
-        share: Of the prompt's dense attention; so many tokens are dropped that it costs no more,
-            if that is possible at all: text, and the first layers, are never dropped.
-        num_layers: Which run in full; the paper's choice.
+        share: Of the cost of the prompt's dense attention; as many tokens are dropped as it takes
+            to cost no more. That is not always possible: text is never dropped, nor anything in
+            the first layers.
+        num_layers: How many layers run in full; 2 as in the paper.
     """
 
     share: float
@@ -149,14 +151,14 @@ class _PruningMasks:
         num_kept = _largest(is_cheap, num_tokens - num_images, num_tokens)
         self.num_dropped = num_tokens - num_kept
 
-    def groups(self, call: Call) -> Sequence[Group]:
+    def head_masks(self, call: MaskedCall) -> Sequence[HeadMask]:
         if call.layer == self._num_layers - 1 and self._dropped is None:
             self._dropped = self._rank(call)
         if call.layer < self._num_layers:
             return EVERYTHING
         assert self._dropped is not None
         decoded = call.key.shape[2] - self._dropped.shape[1]
-        return [Group(None, ~torch.nn.functional.pad(self._dropped, (0, decoded))[:, None])]
+        return [HeadMask(None, ~torch.nn.functional.pad(self._dropped, (0, decoded))[:, None])]
 
     def count_pairs(self) -> Tensor:
         prompt = self._prompt
@@ -177,7 +179,7 @@ class _PruningMasks:
             raise ValueError("pairs must be counted after the prefill that ranks the tokens.")
         return self._dropped
 
-    def _rank(self, call: Call) -> Tensor:
+    def _rank(self, call: MaskedCall) -> Tensor:
         """Return which tokens are dropped, ``[B, T]`` bool."""
         batch, num_heads, _, head_dim = call.query.shape
         num_kv_heads = call.key.shape[1]

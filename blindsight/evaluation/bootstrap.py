@@ -1,7 +1,7 @@
-"""How sure an accuracy is: intervals for shares, and paired differences by task.
+"""How certain an accuracy is: intervals of shares, and of paired differences by task.
 
-Two maskings answer the same questions, so their difference is judged question by question; tasks
-count alike, whatever their number of questions, and are resampled each for itself.
+Two maskings answer the same questions, so they are compared question by question. Tasks have equal
+weight, whatever their number of questions, and each is resampled on its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class Estimate(NamedTuple):
-    """A value and its interval, at a level of 95 %."""
+    """A value, and its interval at a level of 95 %."""
 
     value: float
     low: float
@@ -32,10 +32,10 @@ class Differences(NamedTuple):
     """What changed between two runs over the same questions.
 
     Attributes:
-        tasks: By task.
-        mean: Over the tasks.
+        tasks: The difference of each task.
+        mean: The mean over tasks.
         worst: The lowest difference of any task. The lowest of several noisy numbers is below
-            zero by chance alone, and its interval says so.
+            zero by chance alone, and its interval shows that.
     """
 
     tasks: dict[str, Estimate]
@@ -60,8 +60,9 @@ def share(num_right: int, num: int) -> Estimate:
 def mean_over_tasks(shares: Sequence[Estimate]) -> Estimate:
     """Return the mean of independent shares, and its interval from theirs.
 
-    By the recovery of variance estimates (G. Zou and A. Donner, Construction of confidence limits
-    about effect measures, 2008): right near 0 and 1, where the bootstrap gives points.
+    By the method of variance estimates recovery (G. Zou and A. Donner, Construction of confidence
+    limits about effect measures, 2008). It is right near 0 and 1, where a bootstrap interval would
+    be a single point.
     """
     values, lows, highs = (np.array(column) for column in zip(*shares, strict=True))
     mean, num = float(values.mean()), len(shares)
@@ -77,18 +78,18 @@ def paired_differences(
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> Differences:
-    """Return ``after - before`` by the paired bootstrap: questions are drawn, with both answers.
+    """Return ``after - before`` by the paired bootstrap, which draws questions with both answers.
 
-    Where no question differs, the interval is a point: the bootstrap knows of no others. The true
-    rate may then still be up to about 3 / n, for n questions.
+    Where no question differs, the interval is a single point, as the bootstrap only knows the
+    questions it is given. The true rate of change may still be up to about 3 / n, for n questions.
 
     Args:
-        before, after: By task, the score of every question, in the same order.
+        before, after: The score of every question, by task and in the same order.
         num_resamples: How often the questions are drawn anew.
         seed: Of the draws.
 
     Raises:
-        ValueError: The two are not of the same questions.
+        ValueError: The runs are not of the same questions.
     """
     sizes = [{task: len(scores) for task, scores in run.items()} for run in (before, after)]
     if sizes[0] != sizes[1]:
@@ -115,9 +116,9 @@ def paired_differences(
 
 
 def _resampled_means(scores: Floats, random: np.random.Generator, num_resamples: int) -> Floats:
-    """Return the means of ``num_resamples`` draws of n of the n scores.
+    """Return the means of ``num_resamples`` samples of n of the n scores, drawn with replacement.
 
-    Scores take few values, so how often each is drawn is drawn at once.
+    Scores take few values, so the counts of each value are drawn, not the scores.
     """
     found, counts = np.unique(scores, return_counts=True)
     drawn = random.multinomial(len(scores), counts / len(scores), size=num_resamples)

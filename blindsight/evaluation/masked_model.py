@@ -1,7 +1,7 @@
 """Run a model as it is, uncompiled, with any mask for any head: what evaluation measures with.
 
-The masks are explicit and dense, so that nothing stands between their definition and the result;
-prompts of a few thousand tokens are fine. Text and vision of the model are its own code.
+The masks are explicit and dense, so the result follows directly from their definition; that is
+practical for prompts of a few thousand tokens. Everything else is the model's own code.
 
 Shapes: B batch, H query heads, G key/value heads, Q and K lengths in tokens (the queries are the
 last Q of the K tokens), P groups of tokens, D head dim, C categories, L layers.
@@ -35,12 +35,13 @@ class Prompt:
 
     Attributes:
         template: Where the images are, ``[B, T]``.
-        is_image: ``[B, T]`` bool, placeholders of images, their delimiters left out.
+        is_image: ``[B, T]`` bool, the placeholders of images, without their delimiters.
         valid: ``[B, T]`` bool, False for padding, which is on the left.
-        groups: ``[B, P, T]`` bool, of tokens: all of them, or text, sinks and others of spans.
-        lower, upper: ``[L, B, P, T]`` ints, the first and last token of each group that the model's
-            own mask lets a query of a layer see.
-        widths: ``[L]`` int64, the head dim of each layer, as a multiple of the decoder's; 0 of a
+        groups: ``[B, P, T]`` bool, groups of tokens: one of all tokens, or three of text, sinks
+            and other tokens of spans.
+        lower, upper: ``[L, B, P, T]`` ints, the first and last token of each group that the
+            model's own mask lets a query see.
+        widths: ``[L]`` int64, the head dim of each layer, as a multiple of the decoder's; 0 for a
             layer without attention.
         visible: ``[L, B, C]`` int64, the pairs that one head of each layer and category computes,
             times the layer's width.
@@ -58,11 +59,11 @@ class Prompt:
     num_heads: int
 
     def count_visible(self, kept: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-        """Return how many keys a head sees, by layer and row ``[L, B, T]``, whatever its category.
+        """Return how many keys a dense head sees, by layer and row, ``[L, B, T]``.
 
         Args:
-            kept: ``[B, T]`` bool, the only keys that there are.
-            lower, upper: Ints that broadcast to ``[B, T]``, the first and last of them.
+            kept: ``[B, T]`` bool, the keys that exist.
+            lower, upper: Ints that broadcast to ``[B, T]``, the first and last key that is counted.
         """
         shape = self.lower[:, :, 0].shape
         counts = torch.zeros(shape, dtype=torch.int64, device=kept.device)
@@ -77,19 +78,19 @@ class Prompt:
 
     @property
     def num_tokens(self) -> Tensor:
-        """Without padding, ``[B]``."""
+        """The number of tokens without padding, ``[B]``."""
         return self.valid.sum(1)
 
 
-class Call(NamedTuple):
+class MaskedCall(NamedTuple):
     """One attention call.
 
     Attributes:
-        layer: Whose it is.
+        layer: The number of its layer.
         query: ``[B, H, Q, D]``.
         key, value: ``[B, G, K, D]``.
         base: ``[B, 1, Q, K]`` bool, what the model's own mask allows.
-        scale: Factor of the scores.
+        scale: Factor on the scores.
     """
 
     layer: int
@@ -100,38 +101,40 @@ class Call(NamedTuple):
     scale: float
 
 
-class Group(NamedTuple):
-    """Heads that share a mask.
+class HeadMask(NamedTuple):
+    """A mask, and the heads that share it.
 
     Attributes:
-        heads: Which, or None for all.
+        heads: Their numbers, or None for all heads.
         keep: Bool, broadcastable to ``[B, Q, K]``, what is kept of the model's own mask; None
-            is all of it.
+            keeps all of it.
     """
 
     heads: Sequence[int] | None
     keep: Tensor | None
 
 
-EVERYTHING = (Group(None, None),)
+EVERYTHING = (HeadMask(None, None),)
 
 
-class Groups(Protocol):
-    """What decides the masks of each call."""
+class HeadMasks(Protocol):
+    """Decides the masks of each call."""
 
-    def groups(self, call: Call) -> Sequence[Group]:
-        """Return the masks of one call; every head is in one group."""
+    def head_masks(self, call: MaskedCall) -> Sequence[HeadMask]:
+        """Return the masks of one call; every head has exactly one."""
 
 
-class Masks(Groups, Protocol):
+class Masks(HeadMasks, Protocol):
     """The masks of one batch, from prefill to the last decoded token."""
 
     def count_pairs(self) -> Tensor:
-        """Return how many pairs of a query and a key the prefill computed, ``[B]``: all layers,
-        times their widths, and heads, padding left out."""
+        """Return how many pairs of a query and a key the prefill computes, ``[B]``.
+
+        Summed over heads, and over layers times their widths; padding is not counted.
+        """
 
     def count_rows(self) -> Tensor:
-        """Return how many tokens the layers had to compute, all layers, ``[B]``."""
+        """Return how many tokens the layers compute, all layers together, ``[B]``."""
 
 
 class Masking(Protocol):
@@ -139,7 +142,7 @@ class Masking(Protocol):
 
     @property
     def key(self) -> str:
-        """What tells this rule from others, the same in every process."""
+        """A name that tells this rule from others, the same in every process."""
 
     def masks(self, prompt: Prompt) -> Masks:
         """Return the masks of a batch."""
@@ -147,7 +150,7 @@ class Masking(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ProfileMasking:
-    """What the categories of a profile keep. ``categories`` are codes, ``[L, H]``."""
+    """The masks of the categories of a profile; ``categories`` are codes, ``[L, H]``."""
 
     categories: Tensor
 
@@ -166,21 +169,21 @@ class _CategoryMasks:
         self._prompt = prompt
         self._kept: dict[int, Tensor] = {}
 
-    def groups(self, call: Call) -> Sequence[Group]:
+    def head_masks(self, call: MaskedCall) -> Sequence[HeadMask]:
         codes = self._codes[call.layer]
         num_queries, num_keys = call.base.shape[2:]
         if num_queries != num_keys or not any(codes):
             return EVERYTHING  # a decoded token is text, and text sees everything
-        groups = []
+        found = []
         for code in sorted(set(codes)):
-            heads = [head for head, found in enumerate(codes) if found == code]
-            groups.append(Group(heads, self._keep(code)))
-        return groups if len(groups) > 1 else [Group(None, groups[0].keep)]
+            heads = [head for head, other in enumerate(codes) if other == code]
+            found.append(HeadMask(heads, self._keep(code)))
+        return found if len(found) > 1 else [HeadMask(None, found[0].keep)]
 
     def count_pairs(self) -> Tensor:
         visible = self._prompt.visible
         heads = [[row.count(code) for code in range(NUM_CATEGORIES)] for row in self._codes]
-        # Not as a product of matrices: a GPU has none of integers.
+        # Not as a matrix product: GPUs have none for integers.
         return (torch.tensor(heads).to(visible)[:, None] * visible).sum((0, 2))
 
     def count_rows(self) -> Tensor:
@@ -197,7 +200,7 @@ class _CategoryMasks:
 @dataclass
 class _Run:
     layers: Mapping[nn.Module, int]
-    masks: Groups | None
+    masks: HeadMasks | None
     # Layers share masks: each pair of a base mask and a keep is joined once. The tensors are held
     # so that their ids stay theirs.
     joined: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
@@ -218,15 +221,15 @@ _run: ContextVar[_Run | None] = ContextVar("blindsight_masked_run", default=None
 
 @contextmanager
 def masked(
-    model: nn.Module, layers: Mapping[nn.Module, int], masks: Groups | None
+    model: nn.Module, layers: Mapping[nn.Module, int], masks: HeadMasks | None
 ) -> Iterator[None]:
     """Let the decoder of a model attend through ``masks`` inside this context, uncompiled.
 
     Args:
         model: A transformers model.
-        layers: Which layer each attention module of the decoder is, see
+        layers: The attention modules of the decoder and their layers, see
             :func:`blindsight.reference.attention_layers`.
-        masks: None is the model's own mask alone.
+        masks: The masks; None for the model's own mask alone.
     """
     token = _run.set(_Run(layers, masks))
     try:
@@ -251,7 +254,10 @@ def _attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in the form that transformers wants: ``[B, Q, H, D]``. Empty rows give zeros."""
+    """Attend, with the signature that transformers wants; returns ``[B, Q, H, D]``.
+
+    Rows that see no key give zeros.
+    """
     run = _run.get()
     if run is None or attention_mask is None or module not in run.layers:
         raise ValueError(
@@ -259,11 +265,11 @@ def _attention(
         )
     check_is_plain(dropout, kwargs.get("softcap"))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = Call(run.layers[module], query, key, value, attention_mask, scale)
-    groups = EVERYTHING if run.masks is None else run.masks.groups(call)
+    call = MaskedCall(run.layers[module], query, key, value, attention_mask, scale)
+    head_masks = EVERYTHING if run.masks is None else run.masks.head_masks(call)
     ratio = query.shape[1] // key.shape[1]
     output = query.new_empty(*query.shape[:3], value.shape[-1])
-    for heads, keep in groups:
+    for heads, keep in head_masks:
         mask = run.join(attention_mask, keep)
         if heads is None:
             sources = [head // ratio for head in range(query.shape[1])]

@@ -1,6 +1,6 @@
 """Answers of one model under many maskings, question by question, in a file that grows.
 
-What was answered is written at once, so that a run which ends early goes on where it was.
+Every answer is written at once, so that an interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FORMAT, VERSION = "blindsight-outcomes", 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """The answer to one question.
+    """The answer to one question under one masking.
 
     Attributes:
         point: Key of the masking.
@@ -28,11 +28,11 @@ class Outcome:
         task: The kind of question.
         answer: What was decoded, normalised.
         is_right: Whether it equals the expected answer, normalised.
-        kl: Of the next token after the prompt, KL(dense || this) in nats.
-        num_tokens: Of the prompt.
-        num_spans: Of the prompt, its images.
-        pairs: Of a query and a key, that the prefill computed, all layers and heads.
-        rows: Tokens that the layers computed, all layers.
+        kl: KL(dense || this) of the next token after the prompt, in nats.
+        num_tokens: Length of the prompt.
+        num_spans: Number of images in the prompt.
+        pairs: Pairs of a query and a key that the prefill computed, in all layers and heads.
+        rows: Tokens that the layers computed, all layers together.
     """
 
     point: str
@@ -48,15 +48,15 @@ class Outcome:
 
 
 class OutcomeFile:
-    """A file of JSON lines: what the run is of, then an outcome a line.
+    """A file of JSON lines: a header that identifies the run, then one outcome per line.
 
     Args:
-        path: The file, made where it is missing; None keeps everything in memory. In a
-            :func:`~blindsight.ranks.shared_run` each process has a part, named after it.
-        header: What must be the same for a run to go on: the model, the questions.
+        path: The file, created if it is missing; None keeps everything in memory. In a
+            :func:`~blindsight.ranks.shared_run` each process writes a part, named after it.
+        header: What must be the same for the run to be resumed: the model, the questions.
 
     Raises:
-        ValueError: The file is of another run, or no such file.
+        ValueError: The file is of another run, or not one of these files.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, header: Mapping[str, str]) -> None:
@@ -68,17 +68,17 @@ class OutcomeFile:
         if ranks.size == 1 or path is None:
             self._open(self._header)
         else:
-            # What was finished together before, and what this process has done of this run.
+            # What earlier runs finished together, and what this process has done of this one.
             for line in self._known_lines(self._header) or ():
                 self._take(line)
             self._path = ranks.own(path)
             self._open({**self._header, "process": ranks.name})
 
     def merge(self) -> None:
-        """Bring together what the processes of a shared run have found, in the order of samples.
+        """Bring together the outcomes of all processes of a shared run, in the order of samples.
 
-        Every process knows all then. The first one writes the file, and goes on writing it; the
-        parts are removed.
+        Afterwards every process knows all of them. The first process writes the whole file and
+        continues it; the parts are removed.
         """
         ranks = current_ranks()
         if ranks.size == 1:
@@ -108,7 +108,7 @@ class OutcomeFile:
             self._take(line)
 
     def _known_lines(self, header: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-        """Return what a file of this run holds, or None where there is none."""
+        """Return what a file of this run holds, or None if there is none."""
         lines = self._read()
         if not lines:
             return None
@@ -116,11 +116,11 @@ class OutcomeFile:
         return lines[1:]
 
     def outcomes(self, key: str) -> dict[int, Outcome]:
-        """Return what is known of a point, by sample."""
+        """Return the known outcomes of a point, by sample."""
         return self._outcomes.get(key, {})
 
     def has(self, key: str, samples: Iterable[int]) -> bool:
-        """Whether the answers to all of these samples are known, under one point."""
+        """Whether all of these samples are answered at a point."""
         known = self.outcomes(key)
         return all(at in known for at in samples)
 
@@ -131,7 +131,7 @@ class OutcomeFile:
             self._outcomes.setdefault(outcome.point, {})[outcome.sample] = outcome
 
     def note(self, name: str, value: Any) -> None:
-        """Write something else that is not to be measured again."""
+        """Write something else that should not be measured again."""
         self._write([{"note": name, "value": value}])
         self.notes[name] = value
 

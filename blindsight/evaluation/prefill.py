@@ -1,7 +1,7 @@
-"""A model taken apart: images and embeddings once for a batch, the decoder once for each mask.
+"""A model in two parts: the vision part runs once for a batch, the decoder once for each mask.
 
 What a vision tower makes of the images does not depend on the decoder's masks. So the call of the
-decoder is recorded once for a batch of prompts, and played again under every mask.
+decoder is recorded once for a batch of prompts, and repeated under every mask.
 
 Shapes: B batch, T tokens of the prompts, L layers, C categories, V vocabulary.
 """
@@ -29,7 +29,14 @@ from blindsight.configs import (
 )
 from blindsight.cost import count_visible
 from blindsight.data.processors import inputs_on
-from blindsight.evaluation.masked_model import EVERYTHING, Call, Group, Masks, Prompt, masked
+from blindsight.evaluation.masked_model import (
+    EVERYTHING,
+    HeadMask,
+    MaskedCall,
+    Masks,
+    Prompt,
+    masked,
+)
 from blindsight.fingerprints import widths_of
 from blindsight.modules import find_decoder, record_call
 from blindsight.profile import Profile
@@ -38,18 +45,18 @@ from blindsight.runtime.context import disabled, use_template
 from blindsight.runtime.given_mask import intervals_or_groups
 from blindsight.template import IMAGE, Template
 
-# Config attributes that say to how many experts a token goes.
+# Config attributes with the number of experts that a token is routed to.
 _EXPERTS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Prompts, as the decoder gets them.
+    """A batch of prompts, as the decoder receives them.
 
     Attributes:
         prompt: What masks may depend on.
-        inputs: Of the whole model.
-        decoder_inputs: Of its decoder: embeddings, positions and the like.
+        inputs: Arguments of the whole model.
+        decoder_inputs: Arguments of its decoder: embeddings, positions and the like.
     """
 
     prompt: Prompt
@@ -58,24 +65,24 @@ class Batch:
 
 
 class Output(NamedTuple):
-    """What a prefill leaves: the last position's logits ``[B, V]``, and the cache."""
+    """The result of a prefill: the logits of the last position ``[B, V]``, and the cache."""
 
     logits: Tensor
     cache: Any
 
 
 class _SeenError(Exception):
-    """Ends a forward of the decoder where all of its masks were seen."""
+    """Ends a forward of the decoder once all of its masks have been seen."""
 
 
 class _OwnMasks:
-    """Masks that keep everything, and remember what the model's own are, by layer."""
+    """Masks that keep everything, and remember the model's own masks by layer."""
 
     def __init__(self, last: int) -> None:
         self.bases: dict[int, Tensor] = {}
         self._last = last
 
-    def groups(self, call: Call) -> Sequence[Group]:
+    def head_masks(self, call: MaskedCall) -> Sequence[HeadMask]:
         self.bases[call.layer] = call.base
         if call.layer == self._last:
             raise _SeenError
@@ -87,10 +94,11 @@ class Decoder:
 
     Args:
         model: A transformers model with a vision part and a decoder.
-        profile: A profile of this model; its categories do not matter.
+        profile: A profile of this model, for its rule and fingerprint; its categories do not
+            matter.
 
     Raises:
-        ValueError: The model is not like that.
+        ValueError: The model has no vision part, or no decoder where the profile says.
     """
 
     def __init__(self, model: nn.Module, profile: Profile) -> None:
@@ -110,7 +118,7 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """Where masks are made: of the first layer, where the decoder is on several devices."""
+        """Where masks are made; if the decoder is on several devices, that of its first layer."""
         return next(self.decoder.parameters()).device
 
     @property
@@ -119,9 +127,9 @@ class Decoder:
 
     @property
     def weights_per_layer(self) -> int:
-        """Weights that every token of a decoder layer is multiplied by, the mean over layers.
+        """The weights of a decoder layer that every token is multiplied by, averaged over layers.
 
-        Of experts, as many as a token goes to.
+        Of experts, as many count as a token is routed to.
         """
         layers: Any = self.decoder.layers
         config = text_config(config_of(self.model))
@@ -136,21 +144,22 @@ class Decoder:
         return round(weights / len(self.layer_types))
 
     def prepare(self, inputs: Mapping[str, Any]) -> Batch:
-        """Run all that comes before the decoder.
+        """Run everything that comes before the decoder.
 
         Args:
-            inputs: Of the model's forward, padded on the left: every row ends at the end.
+            inputs: Arguments of the model's forward, padded on the left.
 
         Raises:
-            ValueError: The decoder is not called as expected, its own masks are no intervals, or
-                its output is not what the model makes its logits of.
+            ValueError: The prompts are padded on the right, the decoder is not called as expected,
+                its own masks are not intervals, or the logits are not the output embedding of what
+                it returns.
         """
         inputs = inputs_on(self.model, inputs)
         ids = inputs["input_ids"]
         valid = inputs.get("attention_mask", torch.ones_like(ids)).bool().to(self.device)
         if not bool(valid[:, -1].all()):
             raise ValueError("prompts must be padded on the left, got padding at the end.")
-        with masked(self.model, self.layers, None):  # masks that are made before are explicit too
+        with masked(self.model, self.layers, None):  # so that masks made before it are explicit
             decoder_inputs = record_call(self.model, self.decoder, inputs)
         batch = Batch(self._prompt(inputs, valid, decoder_inputs), inputs, decoder_inputs)
         if not self._is_checked:
@@ -159,12 +168,12 @@ class Decoder:
         return batch
 
     def prefill(self, batch: Batch, masks: Masks | None, *, use_cache: bool = False) -> Output:
-        """Run the decoder under masks; None is the model's own."""
+        """Run the decoder under masks; None for the model's own mask alone."""
         with masked(self.model, self.layers, masks):
             return self.finish(self.decoder(**batch.decoder_inputs, use_cache=use_cache))
 
     def finish(self, outputs: Any) -> Output:
-        """Return the last logits of what a decoder put out."""
+        """Return the logits of the last position, from the decoder's outputs."""
         logits = self.head(outputs.last_hidden_state[:, -1:])[:, 0]
         return Output(logits, cache_of(outputs))
 
@@ -177,10 +186,10 @@ class Decoder:
         max_new_tokens: int,
         stop_ids: Sequence[int],
     ) -> Tensor:
-        """Return what greedy decoding gives after a prefill: ``[B, n]`` ids, ``n`` at least 1.
+        """Decode greedily after a prefill; return the token ids ``[B, n]``, ``n`` at least 1.
 
-        It ends after ``max_new_tokens``, or when every row had one of ``stop_ids``; what a row
-        has after its first of them is of no meaning.
+        Decoding ends after ``max_new_tokens``, or when every row has had one of ``stop_ids``. What
+        follows the first of them in a row has no meaning.
         """
         tokens = [output.logits.argmax(-1, keepdim=True)]
         stops = torch.tensor(list(stop_ids), device=tokens[0].device)
@@ -251,7 +260,7 @@ class Decoder:
         )
 
     def _own_masks(self, decoder_inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the model's own mask ``[B, 1, T, T]`` of each type of layer with attention."""
+        """Return the model's own mask ``[B, 1, T, T]`` for each type of layer with attention."""
         first = {
             self.layer_types[layer]: layer for layer in reversed(with_attention(self.layer_types))
         }
@@ -294,10 +303,10 @@ class Decoder:
 
 
 class CompiledDecoder:
-    """The same decoder through ``torch.compile`` and the backend of a profile.
+    """The same decoder, compiled by ``torch.compile`` with the backend of a profile.
 
-    Where a family makes the decoder's masks before it calls it (Gemma 3), they could not be seen
-    through in the decoder alone: the whole model is compiled.
+    Families that make the decoder's masks before they call it (Gemma 3) are compiled as a whole:
+    in the decoder alone, nothing could be proven of masks that come from outside.
     """
 
     def __init__(
@@ -312,11 +321,11 @@ class CompiledDecoder:
         self._compiled_model: Any = torch.compile(decoder.model, backend=self.backend)
 
     def compiles_whole(self, batch: Batch) -> bool:
-        """Whether a batch runs through the whole model, images included."""
+        """Whether a batch runs through the whole compiled model, images included."""
         return isinstance(batch.decoder_inputs.get("attention_mask"), dict)
 
     def prefill(self, batch: Batch, *, dense: bool, use_cache: bool = False) -> Output:
-        """Run the decoder with the profile's masks, or the model's own alone."""
+        """Run the decoder with the profile's masks, or with the model's own alone."""
         whole = self.compiles_whole(batch)
         template = batch.prompt.template.tensors()
         # Every length of prompt compiles again; none may fall back to eager in silence.

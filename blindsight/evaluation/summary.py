@@ -1,7 +1,7 @@
-"""What the answers under one masking amount to, and tables of such.
+"""Summaries of the answers under one masking, and Markdown tables.
 
-Accuracy by task with intervals, the paired difference from dense, answers changed, divergence,
-exact operations.
+A summary has the accuracy by task with intervals, the paired difference from dense, the answers
+that changed, the divergence of the next token, and exact counts of operations.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from blindsight.evaluation.prefill import Decoder
 
 @dataclass(frozen=True)
 class Summary:
-    """What the answers under one masking amount to, beside those of the dense model.
+    """What the answers under one masking amount to, compared with those of the dense model.
 
     Attributes:
-        accuracy: By task.
-        mean: Of the tasks' accuracies.
+        accuracy: The accuracy of each task.
+        mean: The mean of these accuracies.
         difference: From dense, by the paired bootstrap.
         worst_task: The task with the lowest difference.
-        num_changed: Answers that are not dense's.
-        num_samples: Answers.
+        num_changed: Answers that differ from those of the dense model.
+        num_samples: All answers.
         kl_mean, kl_p95, kl_max: KL(dense || this) of the next token after the prompt, in nats.
-        attention_flops, decoder_flops: Of all prefills: the two matrix products of attention
-            alone, and with the decoder's linear layers.
+        attention_flops, decoder_flops: Operations of all prefills together: the two matrix
+            products of attention, and these with the decoder's linear layers.
     """
 
     accuracy: dict[str, Estimate]
@@ -54,12 +54,12 @@ class Summary:
 
     @property
     def changed(self) -> float:
-        """Share of answers that are not dense's."""
+        """Share of the answers that differ from those of the dense model."""
         return self.num_changed / self.num_samples
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Summary:
-        """Inverse of ``dataclasses.asdict``, through JSON too."""
+        """Return a summary from what ``dataclasses.asdict`` made of it, through JSON too."""
 
         def estimates(found: Mapping[str, Any]) -> dict[str, Estimate]:
             return {task: Estimate(*numbers) for task, numbers in found.items()}
@@ -77,7 +77,7 @@ class Summary:
 
 
 def by_task(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """Return the outcomes of each task, tasks by name."""
+    """Return the outcomes of each task, with tasks in alphabetical order."""
     tasks: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         tasks.setdefault(outcome.task, []).append(outcome)
@@ -92,7 +92,7 @@ def summarize(
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> Summary:
-    """Return what answers amount to, beside the dense model's to the same questions."""
+    """Return the summary of some outcomes, given the dense model's on the same questions."""
     draws = {"num_resamples": num_resamples, "seed": seed}
     before, after = (
         {task: [float(row.is_right) for row in rows] for task, rows in by_task(run).items()}
@@ -119,7 +119,7 @@ def summarize(
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table; the first row is its head, numbers to the right."""
+    """Return the lines of a Markdown table; the first row is its head, numbers are on the right."""
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
 
     def line(cells: Sequence[str]) -> str:
@@ -134,7 +134,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def percent(estimate: Estimate, *, sign: bool = False) -> str:
-    """Return a share and its interval in percent, or a difference in percentage points."""
+    """Return a share with its interval in percent, or a difference in percentage points."""
     form = "+.1f" if sign else ".1f"
     value, low, high = (format(100 * x + 0.0, form) for x in estimate)
     return f"{value} [{low}, {high}]"

@@ -1,4 +1,4 @@
-"""The picture of a sweep."""
+"""The plot of a sweep."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOOKS = {
 
 
 def plot_sweep(sweep: Sweep, path: str | os.PathLike[str]) -> None:
-    """Draw accuracy, the task that loses most, and prefill time where it was measured."""
+    """Draw accuracy, the task that loses most, the KL divergence, and prefill time if measured."""
     dense = 100 * sweep.dense.mean.value
     panels = [
         Panel(
@@ -88,7 +88,7 @@ def _curves(sweep: Sweep, measure: Callable[[SweepPoint], Estimate], dense: floa
 def _by_cost(
     sweep: Sweep, points: list[SweepPoint], measure: Callable[[SweepPoint], Estimate]
 ) -> list[tuple[float, list[Estimate]]]:
-    """Return share of cost and estimates, the points of one knob together, most costly first."""
+    """Return costs (as shares) and estimates, points of one knob together, most costly first."""
     groups: dict[float, list[SweepPoint]] = {}
     for point in points:
         groups.setdefault(point.knob, []).append(point)
@@ -116,7 +116,7 @@ def _time_panel(sweep: Sweep, timed: list[SweepPoint]) -> Panel:
 
 
 def _positive(curve: Curve) -> Curve:
-    """Return the points that a logarithmic axis can show."""
+    """Return only the points that a logarithmic axis can show."""
     shown = [at for at, value in enumerate(curve.y) if value > 0]
     x, y, high = (
         [values[at] for at in shown if values] for values in (curve.x, curve.y, curve.high)

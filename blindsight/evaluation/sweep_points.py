@@ -19,8 +19,8 @@ from blindsight.profile import Profile
 # What a budget selects: evidence, budget -> category codes [L, H].
 Select = Callable[[Mapping[str, Tensor], float], Tensor]
 
-_LOSSES = ("error", "lost_mass", "effect")  # of the evidence, what a budget limits
-_OWN = "output_error"  # the criterion that looks at nothing but the head itself
+_LOSSES = ("error", "lost_mass", "effect")  # evidence that a budget can limit
+_OWN = "output_error"  # the criterion that considers only the head's own output
 _BISECTIONS = 24
 
 BY_HEAD, BY_LAYER, BY_ERROR, RANDOM = "by head", "by layer", "by own error", "random"
@@ -39,8 +39,8 @@ MEANINGS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """A point to be answered."""
+class PlannedPoint:
+    """A point that is to be answered."""
 
     series: str
     knob: float
@@ -50,15 +50,15 @@ class Plan:
 
 
 def spread_budgets(evidence: Mapping[str, Tensor], select: Select, num_points: int) -> list[float]:
-    """Return budgets whose costs spread evenly, from nothing sparse to all that can be.
+    """Return budgets with costs that are spread evenly, from dense to the sparsest possible.
 
     Args:
-        evidence: Of calibration; the costs are those of its prompts.
-        select: What a budget selects; a larger one never costs more.
-        num_points: How many, about.
+        evidence: That of a calibration; the costs are those of its prompts.
+        select: What a budget selects; a larger budget never costs more.
+        num_points: About how many budgets.
 
     Raises:
-        ValueError: There are fewer than two points, or the evidence lacks something.
+        ValueError: There are fewer than two points, or the evidence is incomplete.
     """
     if num_points < 2:
         raise ValueError(f"num_points must be at least 2, got {num_points}.")
@@ -87,13 +87,13 @@ def category_plans(
     select: Select,
     num_seeds: int,
     baselines: bool,
-) -> list[Plan]:
+) -> list[PlannedPoint]:
     check_evidence(profile.evidence)
     alike = {
         name: tensor.mean(1, keepdim=True).expand_as(tensor) if name in _LOSSES else tensor
         for name, tensor in profile.evidence.items()
     }
-    plans: list[Plan] = []
+    plans: list[PlannedPoint] = []
     series = [(BY_HEAD, profile.evidence, select, budgets)]
     if baselines:
         series.append((BY_LAYER, alike, select, budgets))
@@ -109,27 +109,27 @@ def category_plans(
             if masking.key in seen or not bool(categories.any()):
                 continue
             seen.add(masking.key)
-            plans.append(Plan(name, budget, masking, categories))
+            plans.append(PlannedPoint(name, budget, masking, categories))
     for plan in [plan for plan in plans if plan.series == BY_HEAD]:
         assert plan.categories is not None
         if len(set(plan.categories[list(profile.layers)].flatten().tolist())) == 1:
             continue  # there is only one way to deal equal cards
         for seed in range(num_seeds):
             dealt = shuffled_categories(plan.categories, profile.layers, seed)
-            plans.append(Plan(RANDOM, plan.knob, ProfileMasking(dealt), dealt, seed))
+            plans.append(PlannedPoint(RANDOM, plan.knob, ProfileMasking(dealt), dealt, seed))
     return plans
 
 
-def token_plans(shares: Sequence[float], widths: Sequence[int]) -> list[Plan]:
-    """Return the baselines at some shares of dense attention, those that a decoder can have.
+def token_plans(shares: Sequence[float], widths: Sequence[int]) -> list[PlannedPoint]:
+    """Return the points of the token baselines, as far as the decoder allows them.
 
     Args:
-        shares: See :mod:`blindsight.evaluation.baselines`.
-        widths: Of the decoder's layers; 0 of one without attention.
+        shares: Shares of dense attention, see :mod:`blindsight.evaluation.baselines`.
+        widths: Widths of the decoder's layers; 0 for one without attention.
     """
-    plans = [Plan(WINDOW, share, WindowMasking(share)) for share in shares]
+    plans = [PlannedPoint(WINDOW, share, WindowMasking(share)) for share in shares]
     if len(widths) > 2 and all(widths):
-        plans += [Plan(PRUNING, share, PruningMasking(share)) for share in shares]
+        plans += [PlannedPoint(PRUNING, share, PruningMasking(share)) for share in shares]
     return plans
 
 

@@ -1,4 +1,4 @@
-"""What a sweep found: its points, and its tables."""
+"""The result of a sweep: its points, and its tables."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ class SweepPoint:
 
     Attributes:
         series: One of :data:`MEANINGS`.
-        knob: The budget; for ``window`` and ``pruning`` the share of dense attention asked for.
-        key: Of the masking; equal maskings have equal keys.
-        heads: How many heads have which category, by name; empty where there are none.
-        seed: Of a random point.
+        knob: The budget; for ``window`` and ``pruning``, the share of dense attention asked for.
+        key: Key of the masking; equal maskings have equal keys.
+        heads: The number of heads of each category, by name; empty for maskings without
+            categories.
+        seed: The seed of a random point.
         summary: What the answers amount to.
-        timing: Prefill, where it was measured.
+        timing: The time of prefill, if it was measured.
     """
 
     series: str
@@ -40,14 +41,14 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The curve; ``to_markdown()`` is its tables.
+    """Accuracy over cost; ``to_markdown()`` gives the tables.
 
-    Its picture: :func:`blindsight.evaluation.sweep_plot.plot_sweep`.
+    :func:`blindsight.evaluation.sweep_plot.plot_sweep` draws it.
 
     Attributes:
         dense: The model as it is.
         points: By series, from the most to the least costly.
-        num_questions: By task.
+        num_questions: The number of questions of each task.
         conditions: What the numbers depend on.
     """
 
@@ -60,11 +61,11 @@ class Sweep:
         return [point for point in self.points if point.series == name]
 
     def attention_share(self, point: SweepPoint) -> float:
-        """Attention FLOPs, as a share of dense."""
+        """A point's attention FLOPs, as a share of dense."""
         return point.summary.attention_flops / self.dense.attention_flops
 
     def decoder_share(self, point: SweepPoint) -> float:
-        """FLOPs of the decoder, linear layers included, as a share of dense."""
+        """A point's decoder FLOPs, linear layers included, as a share of dense."""
         return point.summary.decoder_flops / self.dense.decoder_flops
 
     def to_json(self) -> str:
@@ -72,7 +73,7 @@ class Sweep:
 
     @classmethod
     def from_json(cls, text: str) -> Sweep:
-        """Inverse of :meth:`to_json`."""
+        """Return the sweep that :meth:`to_json` wrote."""
         data = json.loads(text)
         points = []
         for point in data["points"]:
@@ -90,7 +91,7 @@ class Sweep:
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``sweep.json`` and ``sweep.md``, each whole or not at all."""
+        """Write ``sweep.json`` and ``sweep.md``; each is written completely or not at all."""
         write_text(Path(folder) / "sweep.json", self.to_json())
         write_text(Path(folder) / "sweep.md", self.to_markdown())
 
@@ -149,7 +150,7 @@ class Sweep:
         return table(rows)
 
     def _random_table(self) -> list[str]:
-        """One row for all draws at a budget: their mean, and in brackets their range."""
+        """Return one row for all draws at a budget: the mean, and the range in brackets."""
         groups: dict[float, list[SweepPoint]] = {}
         for point in self.series(RANDOM):
             groups.setdefault(point.knob, []).append(point)

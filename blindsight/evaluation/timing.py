@@ -1,4 +1,4 @@
-"""Prefill by the compiled model: how long it takes, and that it is what the masks mean."""
+"""Time prefill by the compiled model, and check that it computes what the masks define."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from blindsight.timer import wait_for
 
 @dataclass(frozen=True)
 class Timing:
-    """Prefill of one prompt, compiled, dense and sparse in turn, in seconds.
+    """Times of the prefill of one prompt, compiled, dense and sparse in turn, in seconds.
 
     Attributes:
-        num_tokens: Of the prompt, the longest of the questions.
-        compiled: What was, ``"decoder"`` or ``"whole model"``, images included.
+        num_tokens: Length of the prompt, the longest of the questions.
+        compiled: What was compiled: ``"decoder"``, or ``"whole model"`` with images included.
         inner: What compiled the graphs.
-        dense, sparse: Each run.
-        runs: How the attention of the sparse runs ran, for example ``"sparse, sorted, split"``.
+        dense, sparse: The time of each run.
+        runs: How attention ran in the sparse runs, for example ``"sparse, sorted, split"``.
         distance: Largest difference of the last logits between compiled and explicit masks.
-        rounding: The same for the dense model: what rounding alone does.
+        rounding: The same for the dense model, where it is rounding alone.
     """
 
     num_tokens: int
@@ -46,7 +46,7 @@ class Timing:
 
     @property
     def ratio(self) -> float:
-        """The median sparse prefill, over the median dense one."""
+        """The median time of sparse prefill, divided by that of dense prefill."""
         return statistics.median(self.sparse) / statistics.median(self.dense)
 
     @classmethod
@@ -116,13 +116,14 @@ def time_prefill_once(
     inner: str | Callable[..., Any],
     repeats: int,
 ) -> Timing:
-    """Return what :func:`time_prefill` does, or what the file of this run knows of it already.
+    """Return the result of :func:`time_prefill`, unless the file of this run has it already.
 
-    Where processes share the run, the first measures; the others wait, and leave it the machine.
+    Of the processes that share a run, the first one measures; the others wait, and leave the
+    machine to it.
 
     Args:
-        known: Where the timing is looked up, and noted.
-        batch: Returns the prompt; called only to measure.
+        known: The file where the timing is looked up and noted.
+        batch: Returns the prompt; called only if it has to be measured.
         decoder, profile, inner, repeats: See :func:`time_prefill`.
 
     Raises:
@@ -139,13 +140,14 @@ def time_prefill_once(
 
 
 def check_distance(distance: float, rounding: float, logits: torch.Tensor) -> None:
-    """Check that compiled logits are those with explicit masks.
+    """Check that compiled logits are those with explicit masks, but for rounding.
 
-    The masks being equal, both do the same sums in another order, as they do for the dense model,
-    whose difference says what that is worth; a few units of the last place for where it is zero.
+    With equal masks, both compute the same sums in another order. So do the compiled and the
+    explicit dense model: how far their logits differ (``rounding``) says how much that matters.
+    Where they do not differ, a few units in the last place are allowed.
 
     Raises:
-        ValueError: They differ by more than ten times that.
+        ValueError: The logits differ by more than ten times that.
     """
     unit = torch.finfo(logits.dtype).eps * float(logits.abs().max())
     bound = 10 * max(rounding, 8 * unit)
@@ -159,7 +161,7 @@ def check_distance(distance: float, rounding: float, logits: torch.Tensor) -> No
 def longest_prompt(
     decoder: Decoder, processor: Any, samples: Samples, outcomes: Sequence[Outcome]
 ) -> Batch:
-    """Return the longest of the answered prompts, alone and so without padding or its mask."""
+    """Return the longest of the answered prompts, alone, without padding or a mask for it."""
     longest = max(outcomes, key=lambda outcome: outcome.num_tokens).sample
     inputs = model_inputs(processor, [samples[longest]])
     inputs.pop("attention_mask", None)  # nothing is padded, and dense is at its fastest without
