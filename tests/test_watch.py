@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 import blindsight
 from blindsight import BlindsightWarning, Profile, blindsight_backend, use_template
@@ -547,3 +547,14 @@ def test_a_delimiter_at_the_end_of_a_chunk_after_a_template_by_hand(model: Any) 
         outputs[by_hand] = torch.cat(parts, dim=1)
     torch.testing.assert_close(outputs[True], outputs[False], atol=1e-5, rtol=0)
     assert warned == [False, True]
+
+
+def test_a_prefill_that_generate_leaves_uncompiled_is_heard_of(model: Any) -> None:
+    """With a static cache and a ``compile_config`` transformers compiles decoding alone."""
+    config = CompileConfig(backend=backend_of(model), fullgraph=False, mode=None)
+    config._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": config, "max_new_tokens": 3}
+    inputs = inputs_of(*PROMPT)
+    model.generate(**inputs, **options)
+    with pytest.raises(ValueError, match=r"so it was dense\..* compiles decoding alone: compile"):
+        model.generate(**inputs, **options)
