@@ -31,8 +31,8 @@ from blindsight.configs import (
 from blindsight.modules import plain_name
 from blindsight.profile import Profile
 from blindsight.runtime.context import disabled
-from blindsight.runtime.layers import compact
 from blindsight.template import Template
+from blindsight.text_tables import compact
 
 NAME = "blindsight_reference"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from blindsight.attention.base_mask import Tier
-from blindsight.runtime.layers import compact
+from blindsight.text_tables import aligned, compact
 
 
 @dataclass
@@ -94,11 +94,7 @@ class Report:
         lines = []
         for (graph, layer, path, *rest), count in Counter(map(_cells, self.rows)).items():
             lines.append((graph, layer, f"{path} (x{count})" if count > 1 else path, *rest))
-        widths = [max(map(len, column)) for column in zip(_HEADER, *lines, strict=True)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in (_HEADER, tuple("-" * width for width in widths), *lines)
-        ]
+        table = aligned([_HEADER, *lines])
         if self.missing_layers:
-            table.append(f"layers of the profile not met: {compact(self.missing_layers)}")
-        return "\n".join(table)
+            table += f"\nlayers of the profile not met: {compact(self.missing_layers)}"
+        return table

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.nn.functional import scaled_dot_product_attention
 
+from blindsight.families import DECODER_ATTENTION_CLASSES
 from blindsight.passes.graph import fake_tensor, module_of, placeholders, same_size, source_name
 from blindsight.passes.memory import MemoryGroups, overwritten
 from blindsight.passes.names import name_of
@@ -154,7 +155,6 @@ def find_attention(gm: fx.GraphModule, *, layer_pattern: str) -> list[Attention]
             continue
         call = {**_DEFAULTS, **dict(zip(_PARAMETERS, node.args, strict=False)), **node.kwargs}
         path, module_class = module_of(node)
-        matched = re.search(layer_pattern, path)
         key, value = repeats.undone(call["key"], call["value"], node)
         found.append(
             Attention(
@@ -168,7 +168,7 @@ def find_attention(gm: fx.GraphModule, *, layer_pattern: str) -> list[Attention]
                 scale=call["scale"],
                 path=path,
                 module_class=module_class,
-                layer=int(matched.group(1)) if matched else None,
+                layer=_layer_of(path, module_class, layer_pattern),
                 parameters=tuple(
                     position
                     for position, name in enumerate(inputs)
@@ -177,6 +177,15 @@ def find_attention(gm: fx.GraphModule, *, layer_pattern: str) -> list[Attention]
             )
         )
     return found
+
+
+def _layer_of(path: str, module_class: str, layer_pattern: str) -> int | None:
+    """Return the layer that the path of an attention module tells, or None."""
+    matched = re.search(layer_pattern, path)
+    if matched is None and module_class in DECODER_ATTENTION_CLASSES:
+        # The compiled frame began at the decoder itself: `self.layers.3.self_attn`.
+        matched = re.search(r"(?:^|\.)layers\.(\d+)\.", path)
+    return int(matched.group(1)) if matched else None
 
 
 def find_eager_attention(

@@ -29,10 +29,10 @@ from blindsight.passes.graph import add_placeholder, input_name, placeholders
 from blindsight.passes.lift_mask import Lifted, lift_mask
 from blindsight.passes.replace_attention import TOKEN_INPUTS, replace_attention_pass
 from blindsight.profile import Profile
-from blindsight.runtime.layers import compact, layer_of_path
 from blindsight.runtime.lowering import Layout, Lowering, fused_layout, split_layout
 from blindsight.runtime.shards import shard_of_call
 from blindsight.template import template_of_ids
+from blindsight.text_tables import compact
 
 
 def sparse_attention_pass(
@@ -175,7 +175,7 @@ def _check_tells_layers(gm: fx.GraphModule, calls: Sequence[Attention], profile:
 
 def _rows_of_rank(gm: fx.GraphModule, calls: Sequence[Attention], profile: Profile) -> Profile:
     """Return the profile of those heads that this process computes."""
-    ours = [call for call in calls if layer_of_path(call) is not None]
+    ours = [call for call in calls if call.layer is not None]
     try:
         shards = {shard_of_call(profile, call, placeholders(gm)) for call in ours}
     except ValueError as error:
@@ -191,7 +191,7 @@ def _rows_of_rank(gm: fx.GraphModule, calls: Sequence[Attention], profile: Profi
 def _layer_of(call: Attention, profile: Profile) -> int | None:
     """Return the layer of a call, or None if it is not the decoder's."""
     where = call.path or "a frame of its own"
-    layer = layer_of_path(call)
+    layer = call.layer
     if layer is None:
         if call.module_class in DECODER_ATTENTION_CLASSES:
             raise ValueError(

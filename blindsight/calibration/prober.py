@@ -27,9 +27,10 @@ from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.passes.probe_attention import probe_attention_pass
 from blindsight.passes.recompute_layers import recompute_layers_pass
-from blindsight.runtime.layers import LayerMap, compact, layer_of_path
+from blindsight.runtime.layers import LayerMap
 from blindsight.runtime.shards import check_is_whole
 from blindsight.template import Template, TemplateRule
+from blindsight.text_tables import compact
 
 # For one frame, compiled for each number and sizes of images; and for all frames so far.
 _RECOMPILE_LIMITS = {"recompile_limit": 64, "accumulated_recompile_limit": 100_000}
@@ -217,7 +218,7 @@ class _ProbeBackend:
                 )
             outputs = gm(*args, *self._template.tensors())
             for call, losses in zip(calls, outputs[-len(calls) :], strict=True):
-                layer = layer_of_path(call)
+                layer = call.layer
                 if layer is None:
                     layer = self._layer_map.layer_of(args[at] for at in call.parameters)
                 assert layer is not None
@@ -229,7 +230,7 @@ class _ProbeBackend:
 
     def _is_ours(self, call: Attention, example_inputs: Sequence[Any]) -> bool:
         """Whether a call belongs to the decoder, in a layer that can be told."""
-        if layer_of_path(call) is not None:
+        if call.layer is not None:
             return True
         examples = [example_inputs[at] for at in call.parameters]
         return self._layer_map.layer_of(examples) is not None

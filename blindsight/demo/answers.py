@@ -28,6 +28,7 @@ from blindsight.profile import Profile
 from blindsight.progress import Progress
 from blindsight.reference import reference_logits
 from blindsight.runtime.context import disabled
+from blindsight.text_tables import aligned, facts
 
 _ROOT = Path(__file__).resolve().parents[2]
 MODEL = _ROOT / "bench" / "testbed" / "model"
@@ -76,15 +77,10 @@ class Answers:
     def __str__(self) -> str:
         header = ("task", "question", "right", "dense", "sparse")
         cells = [(x.task, x.question, x.right, x.dense, x.sparse) for x in self.answers]
-        widths = [max(len(row[at]) for row in (header, *cells)) for at in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (header, tuple("-" * width for width in widths), *cells)
-        ]
         num = len(self.answers)
         right = [sum(getattr(x, how) == x.right for x in self.answers) for how in header[3:]]
         heads = summarize_categories(self.profile.categories.flatten().tolist())
-        facts = (
+        known = (
             ("model", "the testbed: a Qwen2.5-VL trained on collages of handwritten digits"),
             (
                 "prompts",
@@ -99,8 +95,7 @@ class Answers:
                 f"from dense {self.effect:.2g} (what the profile changes)",
             ),
         )
-        width = max(len(name) for name, _ in facts)
-        return "\n".join([*lines, "", *(f"{name.ljust(width)}  {text}" for name, text in facts)])
+        return f"{aligned([header, *cells])}\n\n{facts(known)}"
 
 
 def find_problem() -> str | None:

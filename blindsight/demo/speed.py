@@ -28,6 +28,7 @@ from blindsight.report import Report
 from blindsight.runtime.context import disabled
 from blindsight.runtime.warmup import append_text
 from blindsight.template import Template, TemplateRule
+from blindsight.text_tables import facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +100,7 @@ class Speed:
                 ("  dense, compiled from eager", f"{found.dense:.2g} (rounding alone)"),
                 ("  sparse, from dense", f"{found.effect:.2g} (what the profile changes)"),
             ]
-        width = max(len(name) for name, _ in lines)
-        table = [f"{name.ljust(width)}  {text}".rstrip() for name, text in lines]
-        return "\n".join([*table, "", str(self.report)])
+        return f"{facts(lines)}\n\n{self.report}"
 
 
 def _seconds(times: tuple[float, ...]) -> str:

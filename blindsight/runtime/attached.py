@@ -15,8 +15,9 @@ from blindsight.configs import text_config
 from blindsight.profile import Profile
 from blindsight.runtime.calls import eager_calls, inner_calls, module_calls
 from blindsight.runtime.forwards import Forwards
-from blindsight.runtime.layers import LayerMap, compact
+from blindsight.runtime.layers import LayerMap
 from blindsight.runtime.watch import observe_call, shows_tokens, watch_forward
+from blindsight.text_tables import compact
 
 
 class AttachedModels:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from blindsight.families import DECODER_ATTENTION_CLASSES
 from blindsight.modules import plain_name
-from blindsight.passes.find_attention import Attention
 
 
 class LayerMap:
@@ -79,25 +77,3 @@ class LayerMap:
                     shared.add(id(parameter))
                 layers[id(parameter)] = (weakref.ref(parameter), layer)
         self._layers = {key: value for key, value in layers.items() if key not in shared}
-
-
-def layer_of_path(attention: Attention) -> int | None:
-    """Return the layer that a call's module path tells, or None."""
-    if attention.layer is not None:
-        return attention.layer
-    if attention.module_class in DECODER_ATTENTION_CLASSES:
-        # The compiled frame began at the decoder itself: `self.layers.3.self_attn`.
-        matched = re.search(r"(?:^|\.)layers\.(\d+)\.", attention.path)
-        return int(matched.group(1)) if matched else None
-    return None
-
-
-def compact(numbers: Sequence[int]) -> str:
-    """Return for example ``"0-3, 7"`` for sorted ints."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from blindsight.runtime.layers import compact
+from blindsight.text_tables import compact
 
 _RAISE_LIMIT = (
     "Raise the limit: torch.compile(model, backend=backend, recompile_limit=64)."

@@ -34,10 +34,10 @@ from blindsight.passes.graph import (
 from blindsight.passes.inline_regions import has_regions, inline_regions
 from blindsight.passes.lift_mask import lift_mask
 from blindsight.report import Verdict
-from blindsight.runtime.layers import compact, layer_of_path
 from blindsight.runtime.plan import DENSE_HEADS, CacheInputs, Plan, PlannedCall
 from blindsight.runtime.shards import is_distributed_tensor, shard_of_call, sharded_weights
 from blindsight.runtime.state import BackendState
+from blindsight.text_tables import compact
 
 
 def plan_graph(state: BackendState, gm: fx.GraphModule, number: int) -> Plan:
@@ -110,7 +110,7 @@ class _Planner:
     def _place(self, attention: Attention) -> tuple[int | None, str | None]:
         """Return the layer of a call, if it is the graph that tells it, or why it is not ours."""
         where = attention.path or "a frame of its own"
-        layer = layer_of_path(attention)
+        layer = attention.layer
         layer_map = self._state.models.layer_map
         known_class = attention.module_class in DECODER_ATTENTION_CLASSES
         models = self._state.models
