@@ -223,8 +223,9 @@ class _Repeats:
         """Return both with as few heads as both have, or both as they are."""
         repeated = key, value
         before = before_repeat(key), before_repeat(value)
-        num_heads = {fake.shape[1] for x in before if (fake := fake_tensor(x)) is not None}
-        if len(num_heads) != 1 or any(map(self._is_written, before, repeated, (call, call))):
+        shapes = [fake.shape for x in before if (fake := fake_tensor(x)) is not None]
+        are_alike = all(same_size(shape[1], shapes[0][1]) for shape in shapes)
+        if not are_alike or any(map(self._is_written, before, repeated, (call, call))):
             return repeated
         return before
 
