@@ -49,6 +49,7 @@ def find_key_cache(gm: fx.GraphModule, attention: Attention) -> KeyCache:
     after, written = _goes_to(key)
     read_inputs = [node for node in origins if node.op == "placeholder"]
     written_inputs = [node for node in written if node.op == "placeholder"]
+    # Where nothing is read, as in the prefill of a static cache, it is what is written to.
     holders = [*reversed(read_inputs), *written_inputs]
     before = holders[0] if holders else None
     in_place = before is not None and any(
