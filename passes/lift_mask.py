@@ -77,11 +77,20 @@ def lift_mask(gm: fx.GraphModule, call: Attention) -> Lifted:
         gm: A graph as Dynamo or ``torch.export`` traced it.
         call: A call in it.
     """
+    return lift_masks(gm, [call])[0]
+
+
+def lift_masks(gm: fx.GraphModule, calls: Sequence[Attention]) -> list[Lifted]:
+    """As :func:`lift_mask`, for several calls of a graph, which is read once."""
+    reader = MaskReader(gm)
+    return [_lift(reader, call) for call in calls]
+
+
+def _lift(reader: MaskReader, call: Attention) -> Lifted:
     if call.attn_mask is None:
         return _lift_flag(call)
     if call.is_causal:
         return _opaque(call.node, "both attn_mask and is_causal are given")
-    reader = MaskReader(gm)
     before = reader.first_after(reader.made_by(call.attn_mask))
     given = None
     try:

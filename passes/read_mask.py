@@ -9,6 +9,7 @@ Shapes: B batch, H heads, Q query rows, K key columns, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -82,6 +83,14 @@ class MaskReader:
         self._reading: set[fx.Node] = set()  # what the value in hand rests on
         self._sizes: dict[str, fx.Node] = {}
 
+    @cached_property
+    def _memory(self) -> MemoryGroups:
+        return MemoryGroups(self._nodes)
+
+    @cached_property
+    def _writers(self) -> list[fx.Node]:
+        return [node for node in self._nodes if overwritten(node)]
+
     def made_by(self, node: fx.Node) -> fx.Node:
         """Return the node that computes what a chain of views shows."""
         while name_of(node) in VIEWS:
@@ -111,11 +120,13 @@ class MaskReader:
         Raises:
             NotUnderstoodError: Something writes into such a tensor.
         """
-        groups = MemoryGroups(self._nodes)
+        groups = self._memory
         ours = {groups.find(node) for node in self._uses[mask]}
         # The mask may also be changed after it was made, until it is used.
         masks = groups.find(mask)
-        for node in self._nodes[: self._position[call]]:
+        for node in self._writers:
+            if self._position[node] >= self._position[call]:
+                break
             for target in overwritten(node):
                 group = groups.find(target)
                 early = self._position[node] < self._position[before]

@@ -26,7 +26,7 @@ from blindsight.families import DECODER_ATTENTION_CLASSES
 from blindsight.passes.find_attention import Attention, find_attention
 from blindsight.passes.find_inputs import find_input_ids
 from blindsight.passes.graph import add_placeholder, input_name, placeholders
-from blindsight.passes.lift_mask import Lifted, lift_mask
+from blindsight.passes.lift_mask import Lifted, lift_masks
 from blindsight.passes.replace_attention import TOKEN_INPUTS, replace_attention_pass
 from blindsight.profile import Profile
 from blindsight.runtime.lowering import Layout, Lowering, fused_layout, split_layout
@@ -130,7 +130,7 @@ def rewrite(
             layers.append(layer)
     if not chosen:
         return []
-    proofs = [lift_mask(gm, call) for call in chosen]
+    proofs = lift_masks(gm, chosen)
     layouts = [
         _layout(profile.categories[layer].tolist(), proof, lowering)
         for layer, proof in zip(layers, proofs, strict=True)

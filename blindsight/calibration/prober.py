@@ -24,7 +24,7 @@ from blindsight.fingerprints import fingerprint, layer_types_of
 from blindsight.modules import plain_name
 from blindsight.passes.find_attention import Attention, find_attention, has_attention
 from blindsight.passes.graph import copy_graph_module
-from blindsight.passes.lift_mask import lift_mask
+from blindsight.passes.lift_mask import lift_masks
 from blindsight.passes.probe_attention import probe_attention_pass
 from blindsight.passes.recompute_layers import recompute_layers_pass
 from blindsight.runtime.layers import LayerMap
@@ -206,7 +206,7 @@ class _ProbeBackend:
         ]
         if not calls:
             return gm.forward
-        lifted = [lift_mask(gm, call) for call in calls]
+        lifted = lift_masks(gm, calls)
         probe_attention_pass(gm, attention=calls, lifted=lifted, measure=self._measure)
         if self._measure is ProbedCall:
             gm = recompute_layers_pass(gm, attention=calls)

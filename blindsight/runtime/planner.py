@@ -32,7 +32,7 @@ from blindsight.passes.graph import (
     source_name,
 )
 from blindsight.passes.inline_regions import has_regions, inline_regions
-from blindsight.passes.lift_mask import lift_mask
+from blindsight.passes.lift_mask import Lifted, lift_masks
 from blindsight.report import Verdict
 from blindsight.runtime.plan import DENSE_HEADS, CacheInputs, Plan, PlannedCall
 from blindsight.runtime.shards import is_distributed_tensor, shard_of_call, sharded_weights
@@ -67,8 +67,9 @@ class _Planner:
         self.plan.numbers = _numbers(gm)
         self.plan.runs_head = any(source_name(x).endswith("lm_head.weight") for x in self._inputs)
         pattern = self._profile.rule.layer_pattern
-        for attention in find_attention(copied, layer_pattern=pattern):
-            self._add(attention)
+        calls = find_attention(copied, layer_pattern=pattern)
+        for attention, lifted in zip(calls, lift_masks(copied, calls), strict=True):
+            self._add(attention, lifted)
         written_out = find_eager_attention(
             copied, layer_pattern=pattern, module_classes=DECODER_ATTENTION_CLASSES
         )
@@ -80,9 +81,8 @@ class _Planner:
         if self.plan.calls:
             self.plan.caches = self._find_caches()
 
-    def _add(self, attention: Attention) -> None:
+    def _add(self, attention: Attention, lifted: Lifted) -> None:
         layer, reason = self._place(attention)
-        lifted = lift_mask(self.plan.gm, attention)
         verdict = Verdict(
             graph=self._number,
             path=attention.path,

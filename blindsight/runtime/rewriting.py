@@ -17,7 +17,7 @@ from blindsight.attention.interval_masks import BaseMask
 from blindsight.attention.mask_forms import MaskForm
 from blindsight.passes.find_attention import find_attention
 from blindsight.passes.graph import copy_graph_module
-from blindsight.passes.lift_mask import lift_mask
+from blindsight.passes.lift_mask import lift_masks
 from blindsight.passes.replace_attention import Capacity, replace_attention_pass
 from blindsight.profile import Profile
 from blindsight.runtime.any_length import capacity_of, is_symbol, takes_any_number
@@ -166,16 +166,13 @@ class Rewriter:
         pattern = self._plan.profile.rule.layer_pattern
         by_name = {call.node.name: call for call in find_attention(gm, layer_pattern=pattern)}
         inputs = {name: add_given_inputs(gm, name) for name in rewriting.given}
-        attention, lifted = [], []
-        for at in rewriting.calls:
-            call = by_name[self._calls[at].attention.node.name]
-            proof = lift_mask(gm, call)
-            if proof.given is not None and proof.given.name in inputs:
-                its_inputs = inputs[proof.given.name]
-                by_group = rewriting.given[proof.given.name].is_by_group
-                proof = lifted_of_given(its_inputs, call.node, by_group=by_group)
-            attention.append(call)
-            lifted.append(proof)
+        attention = [by_name[self._calls[at].attention.node.name] for at in rewriting.calls]
+        lifted = lift_masks(gm, attention)
+        for at, (call, proof) in enumerate(zip(attention, lifted, strict=True)):
+            name = "" if proof.given is None else proof.given.name
+            if name in inputs:
+                by_group = rewriting.given[name].is_by_group
+                lifted[at] = lifted_of_given(inputs[name], call.node, by_group=by_group)
         sizes = [size for call in attention for size in call.lengths]
         # A region would need the symbols of keys of a composed size among its inputs.
         is_composed = rewriting.capacities is not None and any(
