@@ -5,19 +5,26 @@ Shapes: B batch, Q query rows, V videos.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
 
-from blindsight.passes.graph import ancestors, fake_tensor, input_name, placeholders
-from blindsight.passes.names import name_of
+from blindsight.passes.graph import fake_tensor, input_name, placeholders, same_size
+from blindsight.passes.names import FILLS, name_of
 
-# Besides those that ATen calls pointwise.
-_KEEP_PLACES = {
-    *("and", "or", "not", "xor", "le", "lt", "ge", "gt", "eq", "ne", "neg", "abs"),
-    *("add", "sub", "mul", "floordiv", "mod", "min", "max"),
-    *("clone", "contiguous", "detach", "to", "long", "int", "type", "setitem", "index_put"),
+# Results that hold no tokens, whatever they are computed from.
+_NO_TOKENS = {
+    *("full_like", "new_full", "full", "empty_like", "new_empty", "rand_like", "arange", "size"),
+    *("cumsum", "cumprod", "sum", "argmax", "argmin", "count_nonzero", "nonzero", "bincount"),
+    *FILLS,
+}
+# What leaves elements where they are, besides what ATen calls pointwise.
+_ORDERED = {
+    *("and", "or", "not", "xor", "neg", "abs", "add", "sub", "mul", "floordiv", "mod"),
+    *("min", "max", "clone", "contiguous", "detach", "alias", "to", "long", "int", "type"),
+    *("where", "masked_fill", "masked_scatter", "index_put", "copy"),
+    *("view", "reshape", "flatten", "unsqueeze", "squeeze", "unflatten", "view_as", "type_as"),
 }
 
 
@@ -39,43 +46,59 @@ def find_axis_positions(gm: fx.GraphModule) -> int | None:
 def embeds_other_tokens(gm: fx.GraphModule, input_ids: int) -> bool:
     """Whether a graph looks up embeddings of tokens that it moved, or took a part of.
 
-    Those that are written over in place, as models do with the tokens of images, stay where they
-    are.
+    Tokens that it only writes over, as models do with those of images, stay where they are. What
+    is counted or compared, such as positions, is no tokens any more.
 
     Args:
         gm: A graph as Dynamo traced it.
-        input_ids: Position of the input that they come from.
+        input_ids: Position of the input that the tokens come from.
     """
-    given = placeholders(gm)[input_ids]
-    lookups = [node for node in gm.graph.nodes if name_of(node) == "embedding"]
-    looked_up = [arg for node in lookups for arg in node.all_input_nodes if _holds_tokens(arg)]
-    return any(not _keeps_places(given, arg, {}) for arg in looked_up)
+    moved = {placeholders(gm)[input_ids]: False}  # nodes that hold tokens: whether out of place
+    for node in gm.graph.nodes:
+        held = [moved[parent] for parent in _sources_of_tokens(node) if parent in moved]
+        if not held:
+            continue
+        name = name_of(node).removesuffix("_")
+        if name == "embedding":
+            if any(held):
+                return True
+        elif name == "setitem":
+            if any(moved.get(x, False) for x in node.args[1:] if isinstance(x, fx.Node)):
+                moved[node.args[0]] = True
+        elif _may_hold_tokens(node) and name not in _NO_TOKENS:
+            moved[node] = any(held) or not _keeps_places(node, name)
+    return False
 
 
-def _holds_tokens(node: fx.Node) -> bool:
+def _sources_of_tokens(node: fx.Node) -> Sequence[fx.Node]:
+    """Return what the tokens in a result, if it has any, are from."""
+    if name_of(node) in ("expand_as", "type_as", "view_as", "reshape_as"):
+        return node.all_input_nodes[:1]
+    return node.all_input_nodes
+
+
+def _may_hold_tokens(node: fx.Node) -> bool:
     tensor = fake_tensor(node)
-    return tensor is not None and is_token_ids(tensor)
+    return tensor is not None and not tensor.dtype.is_floating_point and tensor.dtype != torch.bool
 
 
-def _keeps_places(given: fx.Node, node: fx.Node, known: dict[fx.Node, bool]) -> bool:
-    """Whether what a node has of ``given`` is at the same place in both."""
-    if node is given:
+def _keeps_places(node: fx.Node, name: str) -> bool:
+    """Whether what holds tokens in a result holds them in the order of its argument."""
+    if name in _ORDERED:
         return True
-    if node not in known:
-        known[node] = True
-        moves = [x for x in node.all_input_nodes if not _keeps_places(given, x, known)]
-        comes_from_it = given in ancestors(node)
-        known[node] = not moves and (not comes_from_it or _is_elementwise(node))
-    return known[node]
-
-
-def _is_elementwise(node: fx.Node) -> bool:
-    name = name_of(node).removesuffix("_")
-    if name in _KEEP_PLACES:
-        return True
+    if name == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return all(part in (None, Ellipsis, slice(None, None, None)) for part in index)
+    if name == "expand":
+        result, argument = (fake_tensor(x) for x in (node, node.args[0]))
+        return result is not None and argument is not None and _have_one_shape(result, argument)
     packet = getattr(torch.ops.aten, name, None)
     overloads = [] if packet is None else [getattr(packet, x) for x in packet.overloads()]
     return any(torch.Tag.pointwise in overload.tags for overload in overloads)
+
+
+def _have_one_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dim() == b.dim() and all(map(same_size, a.shape, b.shape))
 
 
 def _find_input(gm: fx.GraphModule, name: str, fits: Callable[[torch.Tensor], bool]) -> int | None:

@@ -110,7 +110,8 @@ def _lift(reader: MaskReader, call: Attention) -> Lifted:
         form = matcher.form(expression)
     except _NotIntervalsError as problem:
         return Lifted(Tier.EXPRESSION, before, reason=str(problem), expression=expression)
-    if any(map(is_attention, ancestors(call.attn_mask))):
+    read = {load[1] for load in loads_of(expression)}
+    if any(is_attention(node) for tensor in read for node in ancestors(tensor)):
         # Facts, and whether it is plain causal, would be asked of what the dense graph computes.
         reason = "it depends on the attention of an earlier layer"
         return Lifted(Tier.EXPRESSION, before, reason=reason, expression=expression)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blindsight import BlindsightWarning, Profile, TemplateRule, blindsight_backend
+from blindsight import BlindsightWarning, Profile, TemplateRule, blindsight_backend, use_template
 from oracles import keep_of_call, oracle_attention, oracle_keep, oracle_template
 
 IMAGE, START, END, TEXT = 90, 91, 92, 5
@@ -239,19 +240,22 @@ def test_a_row_of_a_given_mask_is_not_all_of_it() -> None:
     check(lambda mask: mask[1:], (given,))
 
 
-def test_a_given_mask_is_looked_at_in_every_forward() -> None:
+@pytest.mark.parametrize("under_template", [False, True])
+def test_a_given_mask_is_looked_at_in_every_forward(under_template: bool) -> None:
     """What writes to it may not be counted: numpy, a CUDA graph, ``.data``."""
     given = CAUSAL.expand(BATCH, 1, LENGTH, LENGTH).contiguous()
-
     torch.manual_seed(0)
     model = Decoder(Attention, lambda mask: mask, 1).eval()
     profile = profile_of(model)
     backend = blindsight_backend(profile, inner="eager", lowering="fused")
     run = torch.compile(model, backend=backend, fullgraph=True)
-    for begin in (0, 4):
-        given.data.copy_(CAUSAL & (torch.arange(LENGTH) >= begin))
-        expected = reference_of(model, profile)(IDS.clone(), given)
-        torch.testing.assert_close(run(IDS.clone(), given).double(), expected, atol=1e-5, rtol=0)
+    template = oracle_template(IDS, (IMAGE,), (START,), (END,))
+    with use_template(*template) if under_template else contextlib.nullcontext():
+        for begin in (0, 4):
+            given.data.copy_(CAUSAL & (torch.arange(LENGTH) >= begin))
+            expected = reference_of(model, profile)(IDS.clone(), given)
+            found = run(IDS.clone(), given)
+            torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:a mask is evaluated element by element")

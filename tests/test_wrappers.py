@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blindsight import BlindsightWarning, Profile, blindsight_backend
+from blindsight import BlindsightWarning, Profile, blindsight_backend, use_template
 from blindsight.passes.find_inputs import embeds_other_tokens
+from blindsight.passes.graph import placeholders
 from blindsight.reference import reference_logits
+from decoders import template_of
 from models import IMAGE_ID, Image, full_position_ids, make_inputs, tiny_model, without_vision
 
 CATEGORIES = [[3, 1, 2, 0], [2, 3, 1, 0]]
@@ -191,26 +194,119 @@ def test_tokens_that_a_graph_changes_are_not_guessed(kind: Any, reason: str) -> 
     assert {how for row in backend.report().rows for how in row.runs} == {f"dense: {reason}"}
 
 
-def test_tokens_that_are_written_over_stay_where_they_are() -> None:
+LOOKUPS: dict[str, tuple[bool, Callable[[Tensor], Tensor]]] = {
+    "as they are": (False, lambda ids: ids),
+    "a copy": (False, lambda ids: ids.clone().to(torch.int64)),
+    "clamped": (False, lambda ids: torch.where(ids > 5, 0, ids).clamp(min=0)),
+    "masked": (False, lambda ids: ids.masked_fill(ids == 7, 0)),
+    "other tokens between": (False, lambda ids: torch.where(ids > 5, torch.zeros_like(ids), ids)),
+    "scattered": (False, lambda ids: ids.masked_scatter(ids == 7, torch.full((9,), 4))),
+    "viewed": (False, lambda ids: ids.view(-1, ids.shape[-1])),
+    "reshaped": (False, lambda ids: ids.reshape(ids.shape)),
+    "all of it": (False, lambda ids: ids[:, :]),
+    "unsqueezed": (False, lambda ids: ids.unsqueeze(0).squeeze(0)),
+    "positions of what is no padding": (False, lambda ids: (ids != 7).cumsum(1)),
+    "positions": (False, lambda ids: torch.arange(ids.shape[1]).expand_as(ids)),
+    "kinds": (False, lambda ids: torch.zeros(ids.size(), dtype=torch.int64)),
+    "moved": (True, lambda ids: ids[:, [1, 0, 2]]),
+    "rolled": (True, lambda ids: ids.roll(1, 1)),
+    "cut": (True, lambda ids: ids[:, 1:]),
+    "rows in another order": (True, lambda ids: ids.flip(0)),
+    "together": (True, lambda ids: torch.cat([ids, ids], 1)),
+    "moved, then masked": (True, lambda ids: ids.roll(1, 1).masked_fill(ids == 7, 0)),
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_tokens_that_are_moved_are_told_from_others(name: str, dynamic: bool) -> None:
+    is_moved, make = LOOKUPS[name]
     table = torch.randn(9, 4)
+    answers = []
+
+    def look(gm: Any, inputs: Any) -> Any:
+        names = [node.name for node in placeholders(gm)]
+        # Of some only the size is asked.
+        at = names.index("l_input_ids_") if "l_input_ids_" in names else None
+        answers.append(at is not None and embeds_other_tokens(gm, at))
+        return gm
 
     def embedded(input_ids: Tensor) -> Tensor:
+        return F.embedding(make(input_ids), table)
+
+    run = torch.compile(embedded, backend=look, fullgraph=True, dynamic=dynamic)
+    run(torch.tensor([[1, 7, 3], [2, 2, 7]]))
+    assert answers == [is_moved]
+
+
+def test_tokens_that_are_written_over_in_place() -> None:
+    table = torch.randn(9, 4)
+    answers = []
+
+    def over(input_ids: Tensor) -> Tensor:
         ids = input_ids.clone()
         ids[ids == 7] = 0
-        return torch.nn.functional.embedding(torch.where(ids > 5, 0, ids).clamp(min=0), table)
+        return F.embedding(ids, table)
 
-    def moved(input_ids: Tensor) -> Tensor:
-        return torch.nn.functional.embedding(input_ids[:, [1, 0, 2]], table)
+    def shifted(input_ids: Tensor) -> Tensor:
+        ids = torch.zeros_like(input_ids)
+        ids[:, 1:] = input_ids[:, :-1]
+        return F.embedding(ids, table)
 
-    def cut(input_ids: Tensor) -> Tensor:
-        return torch.nn.functional.embedding(input_ids[:, 1:], table)
-
-    answers = []
+    def deep(input_ids: Tensor) -> Tensor:
+        states = F.embedding(input_ids, table)
+        for _ in range(1200):
+            states = states + 1
+        return F.embedding(states.argmax(-1), table)
 
     def look(gm: Any, inputs: Any) -> Any:
         answers.append(embeds_other_tokens(gm, 0))
         return gm
 
-    for function in (embedded, moved, cut):
+    for function in (over, shifted, deep):
         torch.compile(function, backend=look, fullgraph=True)(torch.tensor([[1, 7, 3]]))
-    assert answers == [False, True, True]
+    assert answers == [False, True, False]
+
+
+def test_a_template_says_whose_tokens_are_run_twice() -> None:
+    inputs = make_inputs("qwen2_5_vl", ROWS[:1], seed=9)
+    run, plain, backend, rest = one_graph(Guided)
+    with use_template(*template_of(inputs["input_ids"])):
+        found = run(inputs["input_ids"], *rest)
+    assert (found - plain(inputs["input_ids"], *rest)).abs().max() > 0.1
+    runs = {how for row in backend.report().rows for how in row.runs}
+    assert runs == {"sparse, ordered, fused"}
+
+
+def test_images_that_a_module_hides_are_warned_of() -> None:
+    class Hiding(Wrapper):
+        def forward(self, input_ids: Tensor, embeds: Tensor) -> Any:
+            ids = input_ids.masked_fill(input_ids == IMAGE_ID, 5)
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    wrapper = Hiding(without_vision(tiny_model("qwen2_5_vl")))
+    profile = Profile.for_model(wrapper.model, CATEGORIES)
+    wrapper.model.model.language_model.compile(backend=backend_of(profile))
+    inputs = make_inputs("qwen2_5_vl", ROWS[:1], seed=9)
+    with pytest.warns(BlindsightWarning, match="tokens without images by a module that is given"):
+        wrapper(inputs["input_ids"], inputs["pixel_values"])
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+@pytest.mark.parametrize("fails_first", [False, True])
+def test_a_call_within_that_ran_uncompiled_is_heard_of(is_told: bool, fails_first: bool) -> None:
+    wrapper = Comparing(without_vision(tiny_model("qwen2_5_vl")))
+    profile = Profile.for_model(wrapper.model, CATEGORIES)
+    backend = backend_of(profile, model=wrapper if is_told else None)
+    wrapper.model.model.language_model.compile(backend=backend, dynamic=False)
+    inputs = make_inputs("qwen2_5_vl", ROWS[:1], seed=9)
+    longer = make_inputs("qwen2_5_vl", [[*ROWS[0], 9]], seed=9)
+    rest = [{n: x for n, x in i.items() if n != "input_ids"} for i in (inputs, longer)]
+    wrapper(inputs["input_ids"], inputs["input_ids"].clone(), rest[0], rest[0])
+    order = (longer, inputs) if fails_first else (inputs, longer)
+    others = rest[::-1] if fails_first else rest
+    with (
+        torch.compiler.set_stance("eager_on_recompile"),
+        pytest.raises(ValueError, match="did not run through this backend"),
+    ):
+        wrapper(*(each["input_ids"] for each in order), *others)

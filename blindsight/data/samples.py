@@ -116,8 +116,9 @@ def load_samples(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 sample, got {limit}.")
-    if isinstance(source, (list, tuple)) and source and isinstance(source[0], Sample):
-        source = [row_of_sample(sample) for sample in source]
+    is_listed = isinstance(source, Sequence) and not isinstance(source, (str, Samples))
+    if is_listed and len(source) and isinstance(source[0], Sample):
+        source = _RowsOfSamples(source)
     rows, name, folder = _open(source, split)
     if isinstance(rows, Samples):
         chosen, rows, folder = rows._indices, rows._rows, rows._folder
@@ -141,6 +142,20 @@ def load_samples(
     samples = Samples(rows, chosen[:count], name, folder)
     check_columns(rows, samples._indices, name)
     return samples
+
+
+class _RowsOfSamples(Sequence[Mapping[str, Any]]):
+    """The rows of somebody's samples, which may be opened when they are asked for."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = samples
+        self.name = getattr(samples, "name", type(samples).__name__)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, at: Any) -> Any:
+        return row_of_sample(self._samples[at])
 
 
 # Finding the rows.

@@ -16,7 +16,7 @@ from blindsight.profile import Profile
 from blindsight.runtime.calls import eager_calls, inner_calls, module_calls
 from blindsight.runtime.forwards import Forwards
 from blindsight.runtime.layers import LayerMap
-from blindsight.runtime.watch import observe_call, shows_tokens, watch_forward
+from blindsight.runtime.watch import observe_call, tokens_of, watch_forward
 from blindsight.text_tables import compact
 
 
@@ -78,11 +78,15 @@ class AttachedModels:
         Where modules around it run uncompiled they may give it other tokens than they are given,
         so it is the innermost of those that are given any; else the outermost of all.
         """
-        for call, module in eager_calls():
+        calls = [(call, module, tokens_of(call)) for call, module in eager_calls()]
+        for at, (call, module, tokens) in enumerate(calls):
             model = getattr(module, "_orig_mod", module)
             if model in self._watched:
                 return
-            if shows_tokens(call) and self._attach_found(model, call):
+            if tokens is not None and self._attach_found(model, call):
+                for _, _, given in calls[at + 1 :]:
+                    if given is not None and given is not tokens:
+                        self._forwards.expect_same_images(given, tokens)
                 return
         for call, module in module_calls():
             model = getattr(module, "_orig_mod", module)
@@ -102,6 +106,7 @@ class AttachedModels:
                     if self.problem is None:
                         self._note_problem(model, str(error).removesuffix("."))
                     return False
+                self.problem = None  # what other modules of its are does not matter
         observe_call(self._forwards, call)
         return True
 

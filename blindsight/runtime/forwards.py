@@ -43,6 +43,7 @@ class _Watched:
 
     is_compiled: Callable[[], bool]
     call: FrameType | None
+    outer: _Watched | None = None  # that it is within
     is_served: bool = False  # in all layers
 
 
@@ -77,8 +78,8 @@ class Forwards:
     @property
     def _watched(self) -> _Watched | None:
         watched = self._thread.watched
-        if watched is not None and has_returned(watched.call):  # interrupted
-            self._thread.watched = watched = None
+        while watched is not None and has_returned(watched.call):  # interrupted
+            self._thread.watched = watched = watched.outer
         return watched
 
     @property
@@ -108,12 +109,15 @@ class Forwards:
             input_ids: ``[B, Q]``, where it is given any.
             is_compiled: Whether the whole forward is compiled with this backend, if that is asked.
         """
-        if self._watched is not None:  # within a call that is watched, too
-            if input_ids is not None:
-                self.observe(input_ids)
-            return
-        self._thread.watched, self._thread.decoder_ran = _Watched(is_compiled, call), False
-        self._thread.pending = None if input_ids is None else Pending.of(input_ids, self.rule, call)
+        outer, pending = self._watched, self._thread.pending
+        if outer is None:
+            self._thread.decoder_ran = False
+        elif input_ids is None:
+            return  # within a call that is watched
+        self._thread.watched = _Watched(is_compiled, call, outer)
+        if outer is None or pending is None or pending.source() is not input_ids:
+            pending = None if input_ids is None else Pending.of(input_ids, self.rule, call)
+        self._thread.pending = pending
 
     def observe(self, input_ids: Tensor) -> None:
         """Take note of the tokens that a graph of a forward shows."""
@@ -132,6 +136,23 @@ class Forwards:
             if not (watched or is_repeated or goes_on or pending.is_gone):
                 self._check_served(pending, certain=False)
         self._thread.pending = Pending.of(input_ids, self.rule, self._call_of_model())
+
+    def expect_same_images(self, given: Tensor, inner: Tensor) -> None:
+        """Warn if a model is given no images by a module that is given some.
+
+        Args:
+            given: ``input_ids`` of the module.
+            inner: Those that it gives the model.
+        """
+        if given.shape != inner.shape or explicit_template() is not None or is_disabled():
+            return
+        has_images = [Pending.of(ids, self.rule).has_images for ids in (given, inner)]
+        if has_images == [True, False]:
+            self.warn_once(
+                "the model is given tokens without images by a module that is given some, so it "
+                "runs dense. If they are only written over, say where the images are: "
+                "blindsight.use_template(profile.rule.template(input_ids))."
+            )
 
     def expect_images(self) -> None:
         """Warn if the forward under way is given pixels, and no token is known to be an image's."""
@@ -181,7 +202,10 @@ class Forwards:
         pending, watched = self._thread.pending, self._thread.watched
         if watched is not None and watched.call is not call:
             return
-        self._thread.pending = self._thread.watched = None
+        self._thread.pending = None
+        self._thread.watched = None if watched is None else watched.outer
+        if watched is not None and watched.outer is not None:
+            watched.outer.is_served = True  # its tokens were those of the call within
         if failed or watched is None or watched.is_served or is_disabled():
             return
         explicit = self.explicit_history()

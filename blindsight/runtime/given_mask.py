@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -34,17 +35,20 @@ from blindsight.template import Template
 _ELEMENTS, _ELEMENTS_OF_GPU = 2**20, 2**26
 
 
-class Note(NamedTuple):
-    """What is known of a mask.
+@dataclass
+class Note:
+    """What is known of a mask in one forward.
 
     Attributes:
         sizes: B, Q and K.
-        history: Of the forward in which it was looked at.
+        history: Of its sequence.
+        layers: Those that used it.
         base: None: it is not intervals.
     """
 
     sizes: tuple[int, int, int]
     history: weakref.ref[History]
+    layers: set[int]
     base: BaseMask | None
 
 
@@ -69,11 +73,14 @@ class GivenMasks:
             if node in users
         ]
 
-    def read(self, args: Sequence[Any], history: History) -> dict[str, BaseMask]:
+    def read(
+        self, args: Sequence[Any], layers: Sequence[int], history: History
+    ) -> dict[str, BaseMask]:
         """Return the masks that are intervals, by the names of their inputs.
 
         Args:
             args: The graph's inputs.
+            layers: Those of the graph.
             history: The whole sequence.
         """
         found = {}
@@ -82,7 +89,7 @@ class GivenMasks:
             sizes, *others = (user.sizes(size_of) for user in users)
             if any(other != sizes for other in others):
                 continue  # a mask of more columns may serve several numbers of keys
-            mask = self._look_at(args[at], history, **sizes)
+            mask = self._look_at(args[at], layers, history, **sizes)
             if mask is not None:
                 found[name] = mask
         return found
@@ -92,17 +99,27 @@ class GivenMasks:
         return next(users[0].lengths for _, known, users in self._inputs if known == name)
 
     def _look_at(
-        self, mask: Tensor, history: History, *, batch: int, num_queries: int, num_keys: int
+        self,
+        mask: Tensor,
+        layers: Sequence[int],
+        history: History,
+        *,
+        batch: int,
+        num_queries: int,
+        num_keys: int,
     ) -> BaseMask | None:
         sizes = (batch, num_queries, num_keys)
         known = self._notes.get(mask)
         if known is not None and version_of(mask) is None:
             known = None  # a tensor of inference mode keeps no count of its changes
-        # Not everybody counts what is written between two forwards: a CUDA graph does not.
-        if known is not None and known.sizes == sizes and known.history() is history:
+        # Not everybody counts what is written between two forwards: a CUDA graph does not. A layer
+        # that is there again is of another forward.
+        is_same = known is not None and known.sizes == sizes and known.history() is history
+        if known is not None and is_same and known.layers.isdisjoint(layers):
+            known.layers.update(layers)
             return known.base
         found = intervals_or_groups(mask, *sizes, history.on(mask.device))
-        self._notes.put([mask], [Note(sizes, weakref.ref(history), found)], [0])
+        self._notes.put([mask], [Note(sizes, weakref.ref(history), set(layers), found)], [0])
         return found
 
 

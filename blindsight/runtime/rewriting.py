@@ -86,7 +86,7 @@ class Rewriter:
             layers: The layer of each attention call.
             history: The whole sequence.
         """
-        given = self._read_given(args, history)
+        given = self._read_given(args, layers, history)
         own, whole = self._plan.profile, self._state.profile
         replaced = self._replaced(own, layers, given)
         any_length = self._fits_any_length(history.num_tokens, given, replaced)
@@ -194,12 +194,14 @@ class Rewriter:
         """Return Q and K of the given mask of this name, as the graph knows them."""
         return self._given.sizes_of(name)
 
-    def _read_given(self, args: Sequence[Any], history: History) -> dict[str, BaseMask]:
+    def _read_given(
+        self, args: Sequence[Any], layers: Sequence[int], history: History
+    ) -> dict[str, BaseMask]:
         """Return the masks among the inputs that are intervals, by name.
 
         Intervals of groups are of use only if the graph's other masks are such as well.
         """
-        given = self._given.read(args, history)
+        given = self._given.read(args, layers, history)
         if not any(mask.is_by_group for mask in given.values()):
             return given
         if self._data.facts_hold(args, by_groups_of=history):

@@ -18,6 +18,13 @@ from blindsight.runtime.plan import DENSE_HEADS, Plan, Sizes
 from blindsight.runtime.state import BackendState
 
 _NO_IMAGE_QUERY = "no query in a second image"
+_OTHER_TOKENS = "some of its attention is of other tokens than the prompt's"
+_SEVERAL_PROMPTS = "a layer runs twice in one graph, maybe for several prompts"
+_ADVICE = {
+    _OTHER_TOKENS: "Every layer must see the keys of all tokens for its profile to mean anything.",
+    _SEVERAL_PROMPTS: "Compile the model that is called twice, not what calls it; or, if both "
+    "prompts have their images at the same places, give their template: {template}.",
+}
 
 
 class Past(NamedTuple):
@@ -109,9 +116,9 @@ class Sequences:
             self._check(explicit, call, past)
             history, unknown = explicit, ""
         if not call.sizes.see_all:
-            history, unknown = None, "some of its attention is of other tokens than the prompt's"
-        elif self._plan.repeats_layers:
-            history, unknown = None, "a layer runs twice in one graph, maybe for several prompts"
+            history, unknown = None, _OTHER_TOKENS
+        elif self._plan.repeats_layers and explicit is None:
+            history, unknown = None, _SEVERAL_PROMPTS
         is_text = explicit is None and pending is not None and pending.is_text
         return Known(history, self._dense_because(call, history, unknown, is_text=is_text), past)
 
@@ -241,15 +248,11 @@ class Sequences:
         if is_text:
             return _NO_IMAGE_QUERY
         if history is None:
-            advice = (
-                "Give the template of the whole sequence: "
-                "blindsight.use_template(span_id, is_sink)."
+            advice = _ADVICE.get(unknown, "Give the template of the whole sequence: {template}.")
+            self._forwards.warn_once(
+                f"prefill ran dense: {unknown}. "
+                + advice.format(template="blindsight.use_template(span_id, is_sink)")
             )
-            if call.sizes.see_all and self._plan.repeats_layers:
-                advice = "Compile the model that is called twice, not what calls it."
-            elif not call.sizes.see_all:
-                advice = "Compile the whole model with all of its tokens."
-            self._forwards.warn_once(f"prefill ran dense: {unknown}. {advice}")
             return unknown
         if not history.restricts_queries_from(history.num_tokens - call.sizes.num_queries):
             return _NO_IMAGE_QUERY

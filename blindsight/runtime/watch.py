@@ -93,9 +93,9 @@ def observe_call(forwards: Forwards, call: FrameType) -> None:
     _observe_images(forwards, kwargs)
 
 
-def shows_tokens(call: FrameType) -> bool:
-    """Whether a module's call is given ``input_ids``."""
-    return _input_ids(call.f_locals["args"], call.f_locals["kwargs"]) is not None
+def tokens_of(call: FrameType) -> Tensor | None:
+    """Return the ``input_ids`` that a module's call is given, if it is given any."""
+    return _input_ids(call.f_locals["args"], call.f_locals["kwargs"])
 
 
 def watch_forward(
