@@ -301,7 +301,8 @@ def test_what_other_threads_compile_is_no_matter(
     for text in (1, 2):
         assert_right(model, inputs_of(text, *PROMPT), model)
     forwards = backend.state.forwards
-    model.lm_head.register_forward_pre_hook(lambda *_: watched.append(forwards.is_watched))
+    table = model.get_input_embeddings()
+    table.register_forward_pre_hook(lambda *_: watched.append(forwards.is_watched))
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # it is one for all
     model(**inputs_of(2, *reversed(PROMPT), seed=1))
     assert watched == [True]
