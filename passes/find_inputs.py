@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from blindsight.passes.graph import fake_tensor, input_name, placeholders, same_size
+from blindsight.passes.memory import overwritten
 from blindsight.passes.names import FILLS, name_of
 
 # Results that hold no tokens, whatever they are computed from.
@@ -55,6 +56,9 @@ def embeds_other_tokens(gm: fx.GraphModule, input_ids: int) -> bool:
     """
     moved = {placeholders(gm)[input_ids]: False}  # nodes that hold tokens: whether out of place
     for node in gm.graph.nodes:
+        for written in overwritten(node):
+            if any(moved.get(x, False) for x in node.all_input_nodes if x is not written):
+                moved[written] = True
         held = [moved[parent] for parent in _sources_of_tokens(node) if parent in moved]
         if not held:
             continue
@@ -62,9 +66,6 @@ def embeds_other_tokens(gm: fx.GraphModule, input_ids: int) -> bool:
         if name == "embedding":
             if any(held):
                 return True
-        elif name == "setitem":
-            if any(moved.get(x, False) for x in node.args[1:] if isinstance(x, fx.Node)):
-                moved[node.args[0]] = True
         elif _may_hold_tokens(node) and name not in _NO_TOKENS:
             moved[node] = any(held) or not _keeps_places(node, name)
     return False

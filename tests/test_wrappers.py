@@ -40,6 +40,15 @@ class Swapping(Wrapper):
         return self.model(**swapped({"input_ids": input_ids, **inputs}), use_cache=False).logits
 
 
+class SwappingInPlace(Wrapper):
+    """Writes into what it is given."""
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
+        given = swapped({"input_ids": input_ids, **inputs})
+        given["input_ids"] = input_ids.copy_(given["input_ids"])
+        return self.model(**given, use_cache=False).logits
+
+
 class Comparing(Wrapper):
     """Calls the model twice."""
 
@@ -111,6 +120,19 @@ def test_tokens_are_those_that_the_model_is_given(
             found = list(zip(wrapper(*ids, *rest), (inputs, others), strict=True))
         for logits, given in found:
             assert_sparse(model, profile, given, logits)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_tokens_that_are_written_into_on_the_way(mode: Any) -> None:
+    wrapper = SwappingInPlace(without_vision(tiny_model("qwen2_5_vl")))
+    model = wrapper.model
+    profile = Profile.for_model(model, CATEGORIES)
+    model.model.language_model.compile(backend=backend_of(profile, model=wrapper))
+    for _ in range(2):
+        with mode():
+            inputs = make_inputs("qwen2_5_vl", ROWS, seed=9)
+            expected = swapped(inputs)
+            assert_sparse(model, profile, expected, wrapper(**inputs))
 
 
 def test_generate_inside_a_forward() -> None:
@@ -261,6 +283,10 @@ def test_tokens_that_are_written_over_in_place() -> None:
         ids[:, 1:] = input_ids[:, :-1]
         return F.embedding(ids, table)
 
+    def swapped_in_place(input_ids: Tensor) -> Tensor:
+        input_ids.copy_(input_ids.flip(1))
+        return F.embedding(input_ids, table)
+
     def deep(input_ids: Tensor) -> Tensor:
         states = F.embedding(input_ids, table)
         for _ in range(1200):
@@ -271,9 +297,9 @@ def test_tokens_that_are_written_over_in_place() -> None:
         answers.append(embeds_other_tokens(gm, 0))
         return gm
 
-    for function in (over, shifted, deep):
+    for function in (over, shifted, swapped_in_place, deep):
         torch.compile(function, backend=look, fullgraph=True)(torch.tensor([[1, 7, 3]]))
-    assert answers == [False, True, False]
+    assert answers == [False, True, True, False]
 
 
 def test_a_template_says_whose_tokens_are_run_twice() -> None:

@@ -115,20 +115,25 @@ class Forwards:
         elif input_ids is None:
             return  # within a call that is watched
         self._thread.watched = _Watched(is_compiled, call, outer)
-        if outer is None or pending is None or pending.source() is not input_ids:
-            pending = None if input_ids is None else Pending.of(input_ids, self.rule, call)
-        self._thread.pending = pending
+        if input_ids is None:
+            self._thread.pending = None
+        elif outer is None or pending is None or not self._are_those_of(pending, input_ids):
+            self._thread.pending = Pending.of(input_ids, self.rule, call)
+
+    def _are_those_of(self, pending: Pending, input_ids: Tensor) -> bool:
+        """Whether tokens are what a tensor holds now."""
+        version = version_of(input_ids)
+        if pending.source() is not input_ids or pending.version != version:
+            return False
+        # Nothing counts what is written to a tensor made in inference mode: look again.
+        return version is not None or torch.equal(pending.tokens, self.rule.classify(input_ids))
 
     def observe(self, input_ids: Tensor) -> None:
         """Take note of the tokens that a graph of a forward shows."""
         pending, watched = self._thread.pending, self._watched is not None
         if pending is not None:
             is_over = pending.is_over  # and so what its call held may be gone
-            version = version_of(input_ids)
-            same = pending.source() is input_ids and pending.version == version
-            if same and version is None and not watched:
-                # Nothing counts what is written to a tensor made in inference mode: look again.
-                same = torch.equal(pending.tokens, self.rule.classify(input_ids))
+            same = self._are_those_of(pending, input_ids)
             if same and not is_over and (pending.call is not None or not pending.served):
                 return
             is_repeated = same and not pending.served  # a call that failed
