@@ -79,7 +79,12 @@ class BlindsightBackend:
         return Report(tuple(map(Verdict.copy, state.verdicts)), tuple(missing))
 
     def warmup(
-        self, model: Callable[..., Any], inputs: Mapping[str, Any], lengths: Sequence[int]
+        self,
+        model: Callable[..., Any],
+        inputs: Mapping[str, Any],
+        lengths: Sequence[int],
+        *,
+        progress: bool | None = None,
     ) -> None:
         """Compile ahead for prompts of these lengths, so that no user waits for it.
 
@@ -94,13 +99,14 @@ class BlindsightBackend:
             inputs: Of a short prompt with two images or more, as the processor makes them, and
                 whatever else a call is given (``use_cache``, ``logits_to_keep``).
             lengths: In tokens, none less than that of the prompt.
+            progress: See :func:`~blindsight.progress.progress_bar`.
 
         Raises:
             ValueError: The prompt has no ``input_ids``, fewer than two images, no text, or is
                 longer than one of the lengths; or the model is not compiled with this backend.
         """
         before = self._num_runs()
-        warm_up(model, self.state.profile.rule, inputs, lengths)
+        warm_up(model, self.state.profile.rule, inputs, lengths, progress=progress)
         if self._num_runs() == before:
             raise ValueError(
                 f"model must be what is compiled with this backend, got {type(model).__name__} "

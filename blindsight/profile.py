@@ -254,7 +254,7 @@ class Profile:
         different = differences(self.fingerprint, found, part_is_fine=part_is_fine)
         if different:
             raise ValueError(
-                f"profile must be made for this model, got {'; '.join(different)}. "
+                f"profile must be made for this model, got another's: {'; '.join(different)}. "
                 "Use the model's own profile, or calibrate one."
             )
 

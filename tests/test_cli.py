@@ -132,8 +132,23 @@ def test_the_demo_asks_the_testbed_alone(capsys: pytest.CaptureFixture[str]) -> 
     assert "part 'answers' runs on the testbed only, got profile of your own" in found
 
 
-def test_numbers_out_of_range_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "num_images must be at least 1, got 0" in error_of(capsys, "demo", "--num-images", "0")
+@pytest.mark.parametrize(
+    ("command", "option", "value", "expected"),
+    [
+        ("demo", "--num-images", "0", "a whole number of at least 1"),
+        ("calibrate", "--limit", "many", "a whole number of at least 1"),
+        ("calibrate", "--budget", "nan", "a number of at least 0"),
+        ("refine", "--budget", "low", "a number of at least 0"),
+        ("evaluate", "--repeats", "-1", "a whole number of at least 0"),
+    ],
+)
+def test_numbers_are_checked_before_anything_is_loaded(
+    command: str, option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, option, value])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(f"argument {option}: must be {expected}, got {value!r}")
 
 
 def test_the_profile_of_another_model_is_one_line(

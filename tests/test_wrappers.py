@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import test_handwritten as handwritten
 from blindsight import BlindsightWarning, Profile, blindsight_backend, use_template
 from blindsight.passes.find_inputs import embeds_other_tokens
 from blindsight.passes.graph import placeholders
 from blindsight.reference import reference_logits
-from decoders import template_of
+from decoders import PROMPT, DecoderWithHead, decoder_prompt, template_of
 from models import IMAGE_ID, Image, full_position_ids, make_inputs, tiny_model, without_vision
 
 CATEGORIES = [[3, 1, 2, 0], [2, 3, 1, 0]]
@@ -344,3 +345,37 @@ def test_a_call_within_that_ran_uncompiled_is_heard_of(is_told: bool, fails_firs
         pytest.raises(ValueError, match="did not run through this backend"),
     ):
         wrapper(*(each["input_ids"] for each in order), *others)
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_what_dynamo_drops_of_a_module_without_config_is_an_error(has_config: bool) -> None:
+    """Whether it holds a model that has one, or nothing in it has."""
+    if has_config:
+        model = tiny_model("qwen2_5_vl")
+        module: nn.Module = DecoderWithHead(model)
+        profile = Profile.for_model(model, CATEGORIES)
+        prompts = [decoder_prompt([[text, *PROMPT]]) for text in (1, 2, 3, 4)]
+    else:
+        module = handwritten.Decoder(handwritten.Attention, lambda: None, 2).eval()
+        profile = handwritten.profile_of(module)
+        prompts = [{"input_ids": handwritten.IDS[:, :length]} for length in (19, 20, 21, 22)]
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
+    run = torch.compile(module, backend=backend, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for inputs in prompts[:2]:
+            run(**inputs)
+        for inputs in prompts[2:] * 2:
+            with pytest.raises(ValueError, match=r"so it was dense\. torch\._dynamo has reached"):
+                run(**inputs)
+    assert all(sum(row.runs.values()) == 1 for row in backend.report().rows)
+
+
+def test_the_profile_of_another_model_in_a_module_without_config() -> None:
+    model, other = tiny_model("qwen2_5_vl"), tiny_model("qwen2_vl")
+    backend = blindsight_backend(Profile.for_model(model, CATEGORIES), inner="eager")
+    run = torch.compile(Shifting(other), backend=backend, fullgraph=True)
+    inputs = make_inputs("qwen2_vl", [PROMPT])
+    num_images = int((inputs["input_ids"] == IMAGE_ID).sum())
+    features = torch.randn(num_images, other.config.text_config.hidden_size)
+    with pytest.raises(ValueError, match="profile has architecture=qwen2_5_vl, model has"):
+        run(inputs["input_ids"], features, full_position_ids(other, inputs))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blindsight.cli.models import add_arguments
+from blindsight.cli.numbers import not_negative, positive
 
 if TYPE_CHECKING:
     from blindsight.profile import Profile
@@ -36,7 +37,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="the profile to write")
     parser.add_argument(
         "--budget",
-        type=_not_negative,
+        type=not_negative,
         help="how far one head may move the next token: square root of the KL divergence in "
         "nats; 0 allows no change (default: 0.005)",
     )
@@ -48,7 +49,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         "result of blindsight.TemplateRule(...).to_json()",
     )
     parser.add_argument(
-        "--limit", type=_positive, default=64, help="how many prompts to use at most (%(default)s)"
+        "--limit", type=positive, default=64, help="how many prompts to use at most (%(default)s)"
     )
     parser.add_argument("--split", help="part of the dataset, if it has several")
     parser.add_argument(
@@ -57,7 +58,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         help="draw the prompts with this seed (default: take the first)",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=1, help="prompts that run together (%(default)s)"
+        "--batch-size", type=positive, default=1, help="prompts that run together (%(default)s)"
     )
     parser.add_argument(
         "--checkpoint",
@@ -156,20 +157,6 @@ def summary(profile: Profile, seconds: float) -> str:
         f"({seconds / num_samples:.2f} s each)",
     ]
     return "\n".join(lines)
-
-
-def _not_negative(text: str) -> float:
-    number = float(text)
-    if not number >= 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
-    return number
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
 
 
 def _sink_offsets(words: list[str]) -> tuple[int, ...] | str:

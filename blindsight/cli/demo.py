@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blindsight.cli.models import DEFAULT_DEVICE, DTYPES
+from blindsight.cli.numbers import positive
 
 
 def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def _add_demo(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         "--profile", type=Path, help="a profile (default: a quarter of the heads for each category)"
     )
     parser.add_argument(
-        "--layers", type=int, default=2, help="layers of the small model (%(default)s)"
+        "--layers", type=positive, default=2, help="layers of the small model (%(default)s)"
     )
     parser.add_argument(
         "--inner", default="inductor", help="what compiles the graphs (%(default)s)"
@@ -73,10 +74,13 @@ def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", type=Path, help="folder of images (default: two sample photographs)"
     )
     parser.add_argument(
-        "--num-images", type=int, default=12, help="images in the prompt (%(default)s)"
+        "--num-images", type=positive, default=12, help="images in the prompt (%(default)s)"
     )
     parser.add_argument(
-        "--tokens", type=int, default=4000, help="approximate length of the prompt (%(default)s)"
+        "--tokens",
+        type=positive,
+        default=4000,
+        help="approximate length of the prompt (%(default)s)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the crops and the weights (%(default)s)"

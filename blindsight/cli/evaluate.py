@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blindsight.cli.models import add_arguments
+from blindsight.cli.numbers import count, not_negative, positive
 
 if TYPE_CHECKING:
     from blindsight.data.samples import Samples
@@ -43,7 +44,7 @@ def _add_evaluate(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--repeats",
-        type=int,
+        type=count,
         default=5,
         help="how often to time prefill, dense and sparse each; 0 compiles nothing (%(default)s)",
     )
@@ -62,7 +63,7 @@ def _add_refine(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="the profile to write")
     parser.add_argument(
         "--budget",
-        type=float,
+        type=not_negative,
         default=0.005,
         help="how far one head may move the next token: square root of the KL divergence in nats "
         "(%(default)s)",
@@ -85,22 +86,27 @@ def _add_sweep(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         "sweep.md and sweep.png. An interrupted run resumes where it stopped.",
     )
     _add_arguments(parser, "sweep")
-    parser.add_argument("--points", type=int, default=12, help="points of the curve (%(default)s)")
     parser.add_argument(
-        "--budgets", type=float, nargs="+", help="budgets of calibration, instead of --points"
+        "--points", type=positive, default=12, help="points of the curve (%(default)s)"
+    )
+    parser.add_argument(
+        "--budgets",
+        type=not_negative,
+        nargs="+",
+        help="budgets of calibration, instead of --points",
     )
     parser.add_argument(
         "--no-baselines", action="store_true", help="answer only for the curve itself"
     )
     parser.add_argument(
-        "--seeds", type=int, default=3, help="random points for each budget (%(default)s)"
+        "--seeds", type=count, default=3, help="random points for each budget (%(default)s)"
     )
     parser.add_argument(
         "--no-plot", action="store_true", help="draw no picture; matplotlib is not needed then"
     )
     parser.add_argument(
         "--repeats",
-        type=int,
+        type=count,
         default=0,
         help="how often to time prefill at each point, dense and sparse each; each point compiles "
         "(%(default)s)",
@@ -113,19 +119,21 @@ def _add_inputs(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--profile", type=Path, required=True, help="file of the profile")
     parser.add_argument("--data", required=True, help=f"JSON-lines file, folder or hub id: {what}")
     parser.add_argument("--split", help="part of the dataset, if it has several")
-    parser.add_argument("--limit", type=int, help="how many samples to use at most")
+    parser.add_argument("--limit", type=positive, help="how many samples to use at most")
     parser.add_argument(
         "--sample-seed", type=int, help="draw the samples with this seed (default: take the first)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=8, help="prompts that run together (%(default)s)"
+        "--batch-size", type=positive, default=8, help="prompts that run together (%(default)s)"
     )
 
 
 def _add_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
     _add_inputs(parser, "questions with answers")
     parser.add_argument(
-        "--max-new-tokens", type=int, help="longest answer (default: as long as the expected one)"
+        "--max-new-tokens",
+        type=positive,
+        help="longest answer (default: as long as the expected one)",
     )
     parser.add_argument(
         "--inner", default="inductor", help="what compiles the graphs (%(default)s)"

@@ -59,7 +59,7 @@ class AttachedModels:
         model = getattr(model, "_orig_mod", model)
         profile = self._profile
         profile.validate(model, part_is_fine=True)
-        layers = LayerMap(profile.rule.layer_pattern, model).layers
+        layers = self._layers_in(model)
         if layers != set(profile.layers):
             raise ValueError(
                 f"model must have attention parameters in layers {compact(profile.layers)} at "
@@ -67,6 +67,12 @@ class AttachedModels:
                 "Give the whole model, or a rule whose layer_pattern matches its parameter names; "
                 "of a pipeline stage, profile.stage(first, stop, keeps_numbers=...)."
             )
+        self._watch(model)
+
+    def _layers_in(self, model: nn.Module) -> set[int]:
+        return LayerMap(self._profile.rule.layer_pattern, model).layers
+
+    def _watch(self, model: nn.Module) -> None:
         self.layer_map.add(model)
         self._parts.update(model.modules())
         self._watched.add(model)
@@ -92,9 +98,35 @@ class AttachedModels:
             model = getattr(module, "_orig_mod", module)
             if model in self._parts or self._attach_found(model, call):
                 return
+        if not self._watched:
+            self._attach_within()
+
+    def _attach_within(self) -> None:
+        """Attach to the model in a module that has no config, or to such a module."""
+        for _, module in inner_calls():
+            if hasattr(module, "config"):
+                continue
+            for part in module.modules():
+                if hasattr(part, "config") and self._has_all_layers(part):
+                    self._attach_if_fits(part)
+                    return
+            if self._has_all_layers(module):
+                with self._lock:
+                    if module not in self._watched:
+                        self._watch(module)
+                return
+
+    def _has_all_layers(self, module: nn.Module) -> bool:
+        return self._layers_in(module) == set(self._profile.layers)
 
     def _attach_found(self, model: nn.Module, call: FrameType) -> bool:
         """Attach to a model that is being called, if it is the profile's."""
+        if not self._attach_if_fits(model):
+            return False
+        observe_call(self._forwards, call)
+        return True
+
+    def _attach_if_fits(self, model: nn.Module) -> bool:
         with self._lock:
             if model in self._others:
                 return False
@@ -107,7 +139,6 @@ class AttachedModels:
                         self._note_problem(model, str(error).removesuffix("."))
                     return False
                 self.problem = None  # what other modules of its are does not matter
-        observe_call(self._forwards, call)
         return True
 
     def _note_problem(self, model: nn.Module, problem: str) -> None:
@@ -120,7 +151,7 @@ class AttachedModels:
         if config is None:
             return
         if self._is_of(config):
-            if not LayerMap(self._profile.rule.layer_pattern, model).layers:
+            if not self._layers_in(model):
                 self.problem = problem
             return
         has_vision = getattr(config, "vision_config", None) is not None

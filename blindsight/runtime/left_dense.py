@@ -15,10 +15,13 @@ _RAISE_LIMIT = (
     else "Raise the limit: torch._dynamo.config.recompile_limit = 64, in every thread that runs it."
 )
 
+_AGAINST_LIMIT = (
+    f"{_RAISE_LIMIT} Or compile the decoder alone: "
+    "model.model.language_model.compile(backend=backend)."
+)
 DECODER_NOT_SEEN = (
     "a forward ran its decoder outside of this backend's graphs, so dense, as Dynamo gave up "
-    f"compiling it. {_RAISE_LIMIT} Or compile the decoder alone: "
-    "model.model.language_model.compile(backend=backend)."
+    f"compiling it. {_AGAINST_LIMIT}"
 )
 
 
@@ -31,15 +34,24 @@ def layers_of_forward(missing: Iterable[int], never: Iterable[int], *, certain: 
         certain: Whether it ended well.
     """
     never_met = sorted(never)
+    other_causes = (
+        "Load the model with attn_implementation='sdpa', call it without output_attentions "
+        "and without gradient checkpointing (model.eval()), and set no stance of torch.compiler "
+        "that compiles nothing new. generate(compile_config=...) compiles decoding alone: compile "
+        "the model in place, model.compile(backend=backend)."
+    )
+    if recompile_limit_was_hit():
+        causes = (
+            "torch._dynamo has reached its recompile_limit, and runs what it gave up as it is. "
+            f"{_AGAINST_LIMIT} If that is not why: {other_causes}"
+        )
+    else:
+        causes = f"{other_causes} If torch._dynamo warned of its recompile_limit: {_RAISE_LIMIT}"
     return (
         f"the attention of layers {compact(sorted(missing))} of the profile did not run through "
         "this backend, so it was dense"
         + (f" (layers {compact(never_met)} were never met)" if never_met else "")
-        + ". Load the model with attn_implementation='sdpa', call it without output_attentions "
-        "and without gradient checkpointing (model.eval()), and set no stance of torch.compiler "
-        "that compiles nothing new. generate(compile_config=...) compiles decoding alone: compile "
-        "the model in place, model.compile(backend=backend). "
-        f"If torch._dynamo warned of its recompile_limit: {_RAISE_LIMIT}"
+        + f". {causes}"
         + ("" if certain else " If the last forward ended with an error of its own, call again.")
     )
 

@@ -32,6 +32,8 @@ def warm_up(
     rule: TemplateRule,
     inputs: Mapping[str, Any],
     lengths: Sequence[int],
+    *,
+    progress: bool | None,
 ) -> None:
     """Run a prompt, made longer with text, dense and sparse at each length.
 
@@ -58,7 +60,8 @@ def warm_up(
     text = input_ids[(span_id == 0).to(input_ids.device)]
     if not len(text):
         raise ValueError("inputs must be a prompt with text, got images alone.")
-    bar = progress_bar(iterable=sorted(set(lengths)), desc="compiling ahead", unit="length")
+    sizes = sorted(set(lengths))
+    bar = progress_bar(progress, iterable=sizes, desc="compiling ahead", unit="length")
     with torch.no_grad():
         for size in bar:
             bar.set_postfix_str(f"{size:,} tokens")
