@@ -48,6 +48,9 @@ FILES = (
     "test_families.py",
     "test_processors.py",
     "test_videos.py",
+    "test_handwritten.py",
+    "test_wrappers.py",
+    "test_watch.py",
 )
 EXACT = (
     "test_exactness.py::test_prefill_equals_dense_masks",
