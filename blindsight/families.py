@@ -149,10 +149,15 @@ def family_of(model_or_config: Any) -> Family:
     config = config_of(model_or_config)
     model_type = getattr(config, "model_type", type(config).__name__)
     if model_type not in FAMILIES:
+        inside = [
+            f" Or give the model inside, of which {name} is the config."
+            for name, part in getattr(config, "__dict__", {}).items()
+            if getattr(part, "model_type", None) in FAMILIES
+        ]
         raise ValueError(
             f"model type must be one of {', '.join(FAMILIES)}, got {model_type!r}. For another "
             "family give rule=TemplateRule(image_token_ids=..., layer_pattern=...) explicitly "
-            "(blindsight calibrate: --rule, a file of its to_json())."
+            "(blindsight calibrate: --rule, a file of its to_json())." + "".join(inside)
         )
     return FAMILIES[model_type]
 

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import Gemma3Config, Qwen2_5_VLConfig
+from transformers import ColQwen2Config, Gemma3Config, Qwen2_5_VLConfig
 
 from blindsight.categories import HeadCategory
 from blindsight.profile import Profile
@@ -187,6 +187,10 @@ class TestForModel:
     def test_no_model(self, model: object) -> None:
         with pytest.raises(ValueError, match="model must be a transformers model or the config"):
             Profile.for_model(model, 0)
+
+    def test_a_model_around_another(self) -> None:
+        with pytest.raises(ValueError, match=r"got 'colqwen2'.*inside, of which vlm_config is"):
+            Profile.for_model(ColQwen2Config(), 0)
 
 
 class TestParts:

@@ -249,8 +249,9 @@ class Sequences:
             return _NO_IMAGE_QUERY
         if history is None:
             advice = _ADVICE.get(unknown, "Give the template of the whole sequence: {template}.")
+            what = "prefill" if call.sizes.num_queries > 1 else "a single token"
             self._forwards.warn_once(
-                f"prefill ran dense: {unknown}. "
+                f"{what} ran dense: {unknown}. "
                 + advice.format(template="blindsight.use_template(span_id, is_sink)")
             )
             return unknown
