@@ -44,7 +44,7 @@ ENGINES = ("reference", "compiled")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model with a profile, compared with the dense model; ``to_markdown()`` gives tables.
+    """A model with a profile, compared with the dense model; printed, it is its tables in Markdown.
 
     Attributes:
         dense, sparse: The two summaries.
@@ -78,6 +78,9 @@ class Evaluation:
             timing=None if timing is None else Timing.from_dict(timing),
             conditions=data["conditions"],
         )
+
+    def __str__(self) -> str:
+        return self.to_markdown()
 
     def to_markdown(self) -> str:
         return (

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
+from blindsight.passes.expressions import ARITHMETIC
 from blindsight.passes.graph import fake_tensor, input_name, placeholders, same_size
 from blindsight.passes.memory import overwritten
 from blindsight.passes.names import FILLS, name_of
@@ -22,8 +23,9 @@ _NO_TOKENS = {
 }
 # What leaves elements where they are, besides what ATen calls pointwise.
 _ORDERED = {
-    *("and", "or", "not", "xor", "neg", "abs", "add", "sub", "mul", "floordiv", "mod"),
-    *("min", "max", "clone", "contiguous", "detach", "alias", "to", "long", "int", "type"),
+    *ARITHMETIC,
+    *("and", "or", "not", "xor", "neg", "abs"),
+    *("clone", "contiguous", "detach", "alias", "to", "long", "int", "type"),
     *("where", "masked_fill", "masked_scatter", "index_put", "copy"),
     *("view", "reshape", "flatten", "unsqueeze", "squeeze", "unflatten", "view_as", "type_as"),
 }

@@ -388,7 +388,7 @@ def test_results_survive_json_and_markdown_has_all_series(curve: Sweep, tmp_path
 def test_points_are_timed_on_request() -> None:
     found = run(budgets=[0.3, 1e9], baselines=False, repeats=1, inner="eager")
     assert all(point.timing is not None for point in found.points)
-    assert "prefill" in found.to_markdown()
+    assert "prefill" in found.to_markdown() == str(found)
 
 
 def test_of_several_processes_the_first_times(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Accuracy over cost; ``to_markdown()`` gives the tables.
+    """Accuracy over cost; printed, it is its tables in Markdown.
 
     :func:`blindsight.evaluation.sweep_plot.plot_sweep` draws it.
 
@@ -94,6 +94,9 @@ class Sweep:
         """Write ``sweep.json`` and ``sweep.md``; each is written completely or not at all."""
         write_text(Path(folder) / "sweep.json", self.to_json())
         write_text(Path(folder) / "sweep.md", self.to_markdown())
+
+    def __str__(self) -> str:
+        return self.to_markdown()
 
     def to_markdown(self) -> str:
         lines = []

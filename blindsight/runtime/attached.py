@@ -84,13 +84,15 @@ class AttachedModels:
         Where modules around it run uncompiled they may give it other tokens than they are given,
         so it is the innermost of those that are given any; else the outermost of all.
         """
-        calls = [(call, module, tokens_of(call)) for call, module in eager_calls()]
-        for at, (call, module, tokens) in enumerate(calls):
+        calls = eager_calls()
+        for at, (call, module) in enumerate(calls):
             model = getattr(module, "_orig_mod", module)
             if model in self._watched:
                 return
+            tokens = tokens_of(call)
             if tokens is not None and self._attach_found(model, call):
-                for _, _, given in calls[at + 1 :]:
+                for around, _ in calls[at + 1 :]:
+                    given = tokens_of(around)
                     if given is not None and given is not tokens:
                         self._forwards.expect_same_images(given, tokens)
                 return

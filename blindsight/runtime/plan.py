@@ -175,7 +175,8 @@ class Plan:
     def sizes(self, args: Sequence[Any]) -> Sizes:
         """Return the sizes of the graph's attention for these inputs."""
         batch, *lengths = self._sizes(*[args[at] for at in self.symbols.values()])
-        queries, keys = lengths[: self._num_query_sizes], lengths[self._num_query_sizes :]
+        num_queries = len(self._lengths[0])
+        queries, keys = lengths[:num_queries], lengths[num_queries:]
         return Sizes(batch, queries[0], max(keys), min(keys) >= max(queries))
 
     @cached_property
@@ -191,10 +192,6 @@ class Plan:
         batch, _ = self.query_sizes
         queries, keys = self._lengths
         return compiled_sizes([expression_of(batch), *queries, *keys], list(self.symbols))
-
-    @cached_property
-    def _num_query_sizes(self) -> int:
-        return len(self._lengths[0])
 
     def _function_of(self, size: int | torch.SymInt) -> Callable[..., int]:
         """Return a size as a function of the symbols' values; substituting takes long."""
