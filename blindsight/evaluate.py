@@ -212,8 +212,14 @@ def evaluate(
     points = [point_of(ProfileMasking(categories), engine) for categories in tried]
     compiled = CompiledDecoder(decoder, profile, inner=inner) if engine == "compiled" else None
 
+    is_checked = False
+
     def run_compiled(batch: Batch, point: Point, masks: Any, use_cache: bool) -> Any:
+        nonlocal is_checked
         assert compiled is not None
+        if not is_checked:
+            compiled.check(batch, profile, use_cache=use_cache)
+            is_checked = True
         return compiled.prefill(batch, dense=point.key == points[0].key, use_cache=use_cache)
 
     with in_eval_mode(model), ExitStack() as stack:

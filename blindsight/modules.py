@@ -83,6 +83,23 @@ def digest_of_weights(model: nn.Module) -> str:
 
 
 @contextmanager
+def as_they_are(*modules: nn.Module) -> Iterator[None]:
+    """Let modules run as they are in this context, whatever they were compiled with in place."""
+    kept = [(module, module._compiled_call_impl, vars(module).get("forward")) for module in modules]
+    for module, _, forward in kept:
+        module._compiled_call_impl = None
+        if (original := getattr(forward, "_torchdynamo_orig_callable", None)) is not None:
+            module.forward = original
+    try:
+        yield
+    finally:
+        for module, compiled, forward in kept:
+            module._compiled_call_impl = compiled
+            if forward is not None:
+                module.forward = forward
+
+
+@contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Switch off what only training does, such as dropout; afterwards restore each module."""
     modes = [(module, module.training) for module in model.modules()]

@@ -28,9 +28,9 @@ from blindsight.evaluation.masked_model import (
     masked,
 )
 from blindsight.evaluation.outcomes import Outcome
-from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
+from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder, check_distance
 from blindsight.evaluation.summary import summarize
-from blindsight.evaluation.timing import check_distance, time_prefill
+from blindsight.evaluation.timing import time_prefill
 from blindsight.profile import Profile
 from blindsight.reference import kept_pairs, reference_logits
 from blindsight.runtime.inner import name_for_files

@@ -230,7 +230,8 @@ def test_window_masks_are_those_of_the_definition(family: str) -> None:
     windows: list[int] = masks.window.tolist()  # type: ignore[attr-defined]
     for layer, base in bases.items():
         queries = torch.zeros(2, NUM_HEADS, base.shape[2], 8)
-        (mask,) = masks.head_masks(MaskedCall(layer, queries, queries, queries, base, 1.0))
+        call = MaskedCall(layer, queries, queries, queries, base, 1.0, base.shape[3])
+        (mask,) = masks.head_masks(call)
         assert mask.heads is None and mask.keep is not None
         for b, window in enumerate(windows):
             begin = int((~batch.prompt.valid[b]).sum())
@@ -262,21 +263,32 @@ def test_a_window_of_everything_is_dense_and_a_short_one_is_not() -> None:
     assert float((short - dense).abs().max()) > 1e-2
 
 
-def test_a_window_goes_on_in_decoding() -> None:
-    """As one prefill of the whole sequence under the same window gives."""
-    decoder, batch = decoder_and_batch(prompts=PROMPTS[:1])
-    masks: Any = WindowMasking(0.5).masks(batch.prompt)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("masking", [WindowMasking(0.4), PruningMasking(0.6)])
+@pytest.mark.parametrize("seed", range(4))
+def test_baselines_go_on_in_decoding(family: str, masking: Any, seed: int) -> None:
+    """As one prefill of the whole sequence under the same masks gives, at every token."""
+    model, profile = model_and_profile(family)
+    decoder = Decoder(model, profile)
+    batch = decoder.prepare(make_inputs(family, [[2, I, 30, I, 4, I, 2, I, 6]], seed=seed))
+    masks: Any = masking.masks(batch.prompt)
     output = decoder.prefill(batch, masks, use_cache=True)
-    tokens = decoder.decode(batch, masks, output, max_new_tokens=4, stop_ids=[])
-    longer = dict(batch.inputs)
-    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
-        added = torch.full((1, 3), value, dtype=longer[name].dtype)
-        longer[name] = torch.cat([longer[name], added], dim=1)
-    longer["input_ids"] = torch.cat([longer["input_ids"], tokens[:, :-1]], dim=1)
-    whole = decoder.prepare(longer)
-    same: Any = WindowMasking(0.5).masks(whole.prompt)
-    same.window = masks.window
-    assert decoder.prefill(whole, same).logits.argmax(-1).tolist() == tokens[:, -1].tolist()
+    tokens = decoder.decode(batch, masks, output, max_new_tokens=8, stop_ids=[])
+    for number in range(1, 8):
+        longer = dict(batch.inputs)
+        for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
+            if name in longer:
+                added = torch.full((1, number), value, dtype=longer[name].dtype)
+                longer[name] = torch.cat([longer[name], added], dim=1)
+        longer["input_ids"] = torch.cat([longer["input_ids"], tokens[:, :number]], dim=1)
+        whole = decoder.prepare(longer)
+        same: Any = masking.masks(whole.prompt)
+        if isinstance(masking, WindowMasking):
+            same.window = masks.window
+        else:
+            same._dropped = torch.nn.functional.pad(masks._dropped, (0, number))
+        expected = decoder.prefill(whole, same).logits.argmax(-1)
+        assert expected.tolist() == tokens[:, number].tolist()
 
 
 # FastV's rule.

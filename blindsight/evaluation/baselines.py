@@ -54,7 +54,7 @@ class _WindowMasks:
     def __init__(self, masking: WindowMasking, prompt: Prompt) -> None:
         self._prompt = prompt
         self._num_sinks = masking.num_sinks
-        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._kept: dict[tuple[int, int, int], Tensor] = {}
         dense = prompt.visible[:, :, HeadCategory.DENSE].sum(0)
         longest = prompt.valid.shape[1]
         self.window = _largest(
@@ -65,13 +65,13 @@ class _WindowMasks:
 
     def head_masks(self, call: MaskedCall) -> Sequence[HeadMask]:
         num_queries, num_keys = call.base.shape[2:]
-        shape = (num_queries, num_keys)
-        if shape not in self._kept:
-            key = torch.arange(num_keys, device=self.window.device)
-            query = key[num_keys - num_queries :, None]
+        sizes = (call.num_tokens, num_queries, num_keys)
+        if sizes not in self._kept:
+            token = torch.arange(call.num_tokens, device=self.window.device)
+            query, key = token[-num_queries:, None], token[-num_keys:]
             is_sink = key < (self._begin + self._num_sinks)[:, None]
-            self._kept[shape] = (query - key < self.window[:, None, None]) | is_sink[:, None]
-        return [HeadMask(None, self._kept[shape])]
+            self._kept[sizes] = (query - key < self.window[:, None, None]) | is_sink[:, None]
+        return [HeadMask(None, self._kept[sizes])]
 
     @property
     def _begin(self) -> Tensor:
@@ -157,8 +157,9 @@ class _PruningMasks:
         if call.layer < self._num_layers:
             return EVERYTHING
         assert self._dropped is not None
-        decoded = call.key.shape[2] - self._dropped.shape[1]
-        return [HeadMask(None, ~torch.nn.functional.pad(self._dropped, (0, decoded))[:, None])]
+        decoded, num_keys = call.num_tokens - self._dropped.shape[1], call.key.shape[2]
+        dropped = torch.nn.functional.pad(self._dropped, (0, decoded))[:, -num_keys:]
+        return [HeadMask(None, ~dropped[:, None])]
 
     def count_pairs(self) -> Tensor:
         prompt = self._prompt

@@ -91,6 +91,7 @@ class MaskedCall(NamedTuple):
         key, value: ``[B, G, K, D]``.
         base: ``[B, 1, Q, K]`` bool, what the model's own mask allows.
         scale: Factor on the scores.
+        num_tokens: Length of the sequence so far; a cache that slides holds the last K of it.
     """
 
     layer: int
@@ -99,6 +100,7 @@ class MaskedCall(NamedTuple):
     value: Tensor
     base: Tensor
     scale: float
+    num_tokens: int
 
 
 class HeadMask(NamedTuple):
@@ -198,9 +200,16 @@ class _CategoryMasks:
 
 
 @dataclass
-class _Run:
+class MaskedRun:
+    """What :func:`masked` runs: the attention modules and their layers, and their masks.
+
+    ``num_tokens`` is the length of the sequence so far, set before each token that is decoded;
+    None where all of it is prefilled.
+    """
+
     layers: Mapping[nn.Module, int]
     masks: HeadMasks | None
+    num_tokens: int | None = None
     # Layers share masks: each pair of a base mask and a keep is joined once. The tensors are held
     # so that their ids stay theirs.
     joined: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
@@ -216,13 +225,13 @@ class _Run:
         return self.joined[key][0]
 
 
-_run: ContextVar[_Run | None] = ContextVar("blindsight_masked_run", default=None)
+_run: ContextVar[MaskedRun | None] = ContextVar("blindsight_masked_run", default=None)
 
 
 @contextmanager
 def masked(
     model: nn.Module, layers: Mapping[nn.Module, int], masks: HeadMasks | None
-) -> Iterator[None]:
+) -> Iterator[MaskedRun]:
     """Let the decoder of a model attend through ``masks`` inside this context, uncompiled.
 
     Args:
@@ -231,7 +240,8 @@ def masked(
             :func:`blindsight.reference.attention_layers`.
         masks: The masks; None for the model's own mask alone.
     """
-    token = _run.set(_Run(layers, masks))
+    run = MaskedRun(layers, masks)
+    token = _run.set(run)
     try:
         with (
             replaced_attention(model, NAME, _attention, layers),
@@ -239,7 +249,7 @@ def masked(
             torch.compiler.set_stance("force_eager"),
             torch.no_grad(),
         ):
-            yield
+            yield run
     finally:
         _run.reset(token)
 
@@ -265,7 +275,8 @@ def _attention(
         )
     check_is_plain(dropout, kwargs.get("softcap"))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = MaskedCall(run.layers[module], query, key, value, attention_mask, scale)
+    num_tokens = run.num_tokens or key.shape[2]
+    call = MaskedCall(run.layers[module], query, key, value, attention_mask, scale, num_tokens)
     head_masks = EVERYTHING if run.masks is None else run.masks.head_masks(call)
     ratio = query.shape[1] // key.shape[1]
     output = query.new_empty(*query.shape[:3], value.shape[-1])

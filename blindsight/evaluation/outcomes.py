@@ -62,6 +62,7 @@ class OutcomeFile:
     def __init__(self, path: str | os.PathLike[str] | None, header: Mapping[str, str]) -> None:
         self._path = self._whole = None if path is None else Path(path)
         self._header = {"format": FORMAT, "version": VERSION, **header}
+        self._unwritten: list[Mapping[str, Any]] = []  # at the top of the file
         self._outcomes: dict[str, dict[int, Outcome]] = {}
         self.notes: dict[str, Any] = {}
         ranks = current_ranks()
@@ -94,7 +95,7 @@ class OutcomeFile:
             rows += [asdict(outcome) for _, outcome in by_sample]
         rows += [{"note": name, "value": value} for name, value in self.notes.items()]
         part, whole = self._path, self._whole
-        self._path = whole if ranks.is_first else None
+        self._path, self._unwritten = whole if ranks.is_first else None, []
         if whole is not None and part is not None:
             target = whole
             ranks.on_first(lambda: write_text(target, _lines(rows)))
@@ -102,18 +103,43 @@ class OutcomeFile:
 
     def _open(self, header: Mapping[str, Any]) -> None:
         known = self._known_lines(header)
-        if known is None:
-            self._write([header])
+        # With the first outcome: a run that is refused before must not be gone on with.
+        self._unwritten = [header] if known is None else []
         for line in known or ():
             self._take(line)
 
     def _known_lines(self, header: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-        """Return what a file of this run holds, or None if there is none."""
-        lines = self._read()
-        if not lines:
+        """Return what a file of this run holds, or None if there is none.
+
+        A last line that was cut off in the middle is removed, of no file but of this run.
+        """
+        if self._path is None or not self._path.exists():
             return None
-        self._check(lines[0], header)
-        return lines[1:]
+        data = self._path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        lines = self._parsed(whole)
+        if lines:
+            self._check(lines[0], header)
+        elif not _lines([header]).encode().startswith(data):
+            raise self._no_outcomes("a line without an end")
+        if len(whole) < len(data):
+            with open(self._path, "r+b") as file:
+                file.truncate(len(whole))
+        return lines[1:] if lines else None
+
+    def _parsed(self, data: bytes) -> list[dict[str, Any]]:
+        try:
+            lines = [json.loads(line) for line in data.splitlines()]
+        except ValueError as error:  # of JSON, or of UTF-8
+            raise self._no_outcomes(str(error)) from None
+        if not all(isinstance(line, dict) for line in lines):
+            raise self._no_outcomes("lines of another kind")
+        return lines
+
+    def _no_outcomes(self, found: str) -> ValueError:
+        return ValueError(
+            f"{self._path} must be a file of outcomes, got {found}. Give another, or remove it."
+        )
 
     def outcomes(self, key: str) -> dict[int, Outcome]:
         """Return the known outcomes of a point, by sample."""
@@ -142,21 +168,6 @@ class OutcomeFile:
             outcome = Outcome(**line)
             self._outcomes.setdefault(outcome.point, {})[outcome.sample] = outcome
 
-    def _read(self) -> list[dict[str, Any]]:
-        if self._path is None or not self._path.exists():
-            return []
-        data = self._path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):  # the last line was cut off in the middle
-            with open(self._path, "r+b") as file:
-                file.truncate(len(whole))
-        try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{self._path} must be a file of outcomes, got {error}. Give another, or remove it."
-            ) from None
-
     def _check(self, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         different = [
             f"{name}={found.get(name)!r} and not {value!r}"
@@ -173,6 +184,7 @@ class OutcomeFile:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        rows, self._unwritten = [*self._unwritten, *rows], []
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(_lines(rows))
             file.flush()

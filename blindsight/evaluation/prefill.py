@@ -34,11 +34,12 @@ from blindsight.evaluation.masked_model import (
     HeadMask,
     MaskedCall,
     Masks,
+    ProfileMasking,
     Prompt,
     masked,
 )
 from blindsight.fingerprints import widths_of
-from blindsight.modules import find_decoder, record_call
+from blindsight.modules import as_they_are, find_decoder, record_call
 from blindsight.profile import Profile
 from blindsight.reference import attention_layers
 from blindsight.runtime.context import disabled, use_template
@@ -197,11 +198,12 @@ class Decoder:
         mask = batch.prompt.valid.long()
         position = batch.decoder_inputs.get("position_ids")
         cache = {cache_argument(self.decoder.forward): output.cache}
-        with masked(self.model, self.layers, masks):
+        with masked(self.model, self.layers, masks) as run:
             for step in range(1, max_new_tokens):
                 if bool(ended.all()):
                     break
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+                run.num_tokens = mask.shape[1]
                 outputs = self.decoder(
                     input_ids=tokens[-1],
                     attention_mask=mask,
@@ -324,6 +326,24 @@ class CompiledDecoder:
         """Whether a batch runs through the whole compiled model, images included."""
         return isinstance(batch.decoder_inputs.get("attention_mask"), dict)
 
+    def check(
+        self, batch: Batch, profile: Profile, *, use_cache: bool = False
+    ) -> tuple[float, float]:
+        """Check that logits are those with a profile's explicit masks: :func:`check_distance`.
+
+        Returns:
+            How far logits differ from those with explicit masks, and how far dense ones do.
+        """
+        masks = ProfileMasking(profile.categories).masks(batch.prompt)
+        differences = []
+        for dense in (False, True):
+            found = self.prefill(batch, dense=dense, use_cache=use_cache).logits
+            explicit = self._decoder.prefill(batch, None if dense else masks).logits
+            differences.append(float((found - explicit).double().abs().max()))
+        distance, rounding = differences
+        check_distance(distance, rounding, explicit)
+        return distance, rounding
+
     def prefill(self, batch: Batch, *, dense: bool, use_cache: bool = False) -> Output:
         """Run the decoder with the profile's masks, or with the model's own alone."""
         whole = self.compiles_whole(batch)
@@ -332,6 +352,7 @@ class CompiledDecoder:
         with (
             torch.no_grad(),
             torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=100_000),
+            as_they_are(self._decoder.model, self._decoder.decoder),
             disabled() if dense else nullcontext() if whole else use_template(*template),
         ):
             if whole:
@@ -342,3 +363,22 @@ class CompiledDecoder:
 
     def close(self) -> None:
         self.backend.detach()
+
+
+def check_distance(distance: float, rounding: float, logits: Tensor) -> None:
+    """Check that compiled logits are those with explicit masks, but for rounding.
+
+    With equal masks, both compute the same sums in another order. So do the compiled and the
+    explicit dense model: how far their logits differ (``rounding``) says how much that matters.
+    Where they do not differ, a few units in the last place are allowed.
+
+    Raises:
+        ValueError: The logits differ by more than ten times that.
+    """
+    unit = torch.finfo(logits.dtype).eps * float(logits.abs().max())
+    bound = 10 * max(rounding, 8 * unit)
+    if not distance <= bound:
+        raise ValueError(
+            "compiled logits must be those with explicit masks, but for rounding of "
+            f"{bound:.1e}, got a difference of {distance:.1e}. Please report this."
+        )

@@ -8,11 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from blindsight.data.processors import model_inputs
 from blindsight.data.samples import Samples
-from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import Outcome, OutcomeFile
 from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.profile import Profile
@@ -70,16 +67,7 @@ def time_prefill(
     """
     compiled = CompiledDecoder(decoder, profile, inner=inner)
     try:
-        found = {dense: compiled.prefill(batch, dense=dense).logits for dense in (True, False)}
-        masks = ProfileMasking(profile.categories).masks(batch.prompt)
-        explicit = {
-            True: decoder.prefill(batch, None).logits,
-            False: decoder.prefill(batch, masks).logits,
-        }
-        rounding, distance = (
-            float((found[dense] - explicit[dense]).double().abs().max()) for dense in (True, False)
-        )
-        check_distance(distance, rounding, explicit[False])
+        distance, rounding = compiled.check(batch, profile)
         before = _runs(compiled)
         compiled.prefill(batch, dense=False)
         runs = tuple(
@@ -137,25 +125,6 @@ def time_prefill_once(
 
         known.note(name, asdict(current_ranks().on_first(measure)))
     return Timing.from_dict(known.notes[name])
-
-
-def check_distance(distance: float, rounding: float, logits: torch.Tensor) -> None:
-    """Check that compiled logits are those with explicit masks, but for rounding.
-
-    With equal masks, both compute the same sums in another order. So do the compiled and the
-    explicit dense model: how far their logits differ (``rounding``) says how much that matters.
-    Where they do not differ, a few units in the last place are allowed.
-
-    Raises:
-        ValueError: The logits differ by more than ten times that.
-    """
-    unit = torch.finfo(logits.dtype).eps * float(logits.abs().max())
-    bound = 10 * max(rounding, 8 * unit)
-    if not distance <= bound:
-        raise ValueError(
-            "compiled logits must be those with explicit masks, but for rounding of "
-            f"{bound:.1e}, got a difference of {distance:.1e}. Please report this."
-        )
 
 
 def longest_prompt(
