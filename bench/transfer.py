@@ -38,7 +38,7 @@ from blindsight.data.samples import Samples, load_samples
 from blindsight.evaluation.masked_model import EVERYTHING, HeadMask, MaskedCall, Masks
 from blindsight.evaluation.prefill import Decoder
 from blindsight.evaluation.summary import Summary
-from blindsight.modules import digest_of_weights
+from blindsight.modules import digest_of_model
 from blindsight.profile import Profile
 from blindsight.progress import quiet
 
@@ -120,7 +120,7 @@ class Bench:
         self.model = load_model(str(options.model), "float32")
         self.processor = load_processor(options.model)
         # What was measured of other weights is of no use here.
-        self.known = self.work / digest_of_weights(self.model)[:12]
+        self.known = self.work / digest_of_model(self.model)[:12]
         self.known.mkdir(parents=True, exist_ok=True)
         self.rule = rule_of(self.model)
         self.decoder = Decoder(self.model, Profile.for_model(self.model, "dense", rule=self.rule))

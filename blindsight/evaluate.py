@@ -25,6 +25,7 @@ from torch import nn
 
 import blindsight
 from blindsight.configs import check_has_vision
+from blindsight.data.processors import digest_of_processor
 from blindsight.data.samples import Samples, load_samples
 from blindsight.error_text import check_choice
 from blindsight.evaluation.answering import Point, answer_samples
@@ -35,7 +36,7 @@ from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
 from blindsight.evaluation.summary import Summary, by_task, percent, summarize, table
 from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill_once
 from blindsight.files import write_text
-from blindsight.modules import digest_of_weights, in_eval_mode
+from blindsight.modules import digest_of_model, in_eval_mode
 from blindsight.profile import Profile
 from blindsight.runtime.shards import check_is_whole
 
@@ -207,7 +208,8 @@ def evaluate(
         raise ValueError(f"repeats must be at least 0, got {repeats}.")
     profile, samples = Profile.of(profile), load_samples(samples)
     decoder = decoder_of(model, profile)
-    known = OutcomeFile(checkpoint, run_header(decoder, samples, max_new_tokens))
+    header = {} if checkpoint is None else run_header(decoder, processor, samples, max_new_tokens)
+    known = OutcomeFile(checkpoint, header)
     tried = (torch.zeros_like(profile.categories), profile.categories)
     points = [point_of(ProfileMasking(categories), engine) for categories in tried]
     compiled = CompiledDecoder(decoder, profile, inner=inner) if engine == "compiled" else None
@@ -274,12 +276,15 @@ def decoder_of(model: nn.Module, profile: Profile) -> Decoder:
     return Decoder(model, profile)
 
 
-def run_header(decoder: Decoder, samples: Samples, max_new_tokens: int | None) -> dict[str, str]:
+def run_header(
+    decoder: Decoder, processor: Any, samples: Samples, max_new_tokens: int | None
+) -> dict[str, str]:
     """Return what must be the same for a run to be resumed."""
     return {
-        "weights": digest_of_weights(decoder.model),
+        "weights": digest_of_model(decoder.model),
         "rule": decoder.rule.to_json(),
         "samples": samples.digest(),
+        "processor": digest_of_processor(processor),
         "max_new_tokens": str(max_new_tokens),
     }
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from blindsight.configs import CACHE_ARGUMENTS
 
@@ -71,15 +71,34 @@ def record_call(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any]) 
     )
 
 
-def digest_of_weights(model: nn.Module) -> str:
-    """Return a digest that tells a model's weights from others, from a few values of each."""
+_INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def digest_of_model(model: nn.Module) -> str:
+    """Return a digest that tells a model from others, by its config and all of its weights."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        few = torch.cat([flat[:8], flat[flat.numel() // 2 :][:8], flat[-8:]]).double().cpu()
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(few.numpy().tobytes())
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_json_string"):
+        digest.update(config.to_json_string().encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} {_sums_of(tensor)}".encode())
     return digest.hexdigest()
+
+
+def _sums_of(tensor: Tensor) -> list[object]:
+    """Return sums of the bits of a tensor, as ints: the same in whatever order they are added."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "__tensor_flatten__"):  # a subclass, such as torchao's
+        names, context = tensor.__tensor_flatten__()
+        return [str(context), *(_sums_of(getattr(tensor, name)) for name in names)]
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.is_meta or tensor.itemsize not in _INTS:
+        return []
+    bits = tensor.contiguous().view(_INTS[tensor.itemsize])
+    by_row = bits.flatten(1).sum(1, dtype=torch.int64) if bits.dim() > 1 else bits.flatten().long()
+    places = torch.arange(1, 2 * len(by_row), 2, device=by_row.device)  # odd: none loses a bit
+    return [int((by_row * places).sum())]
 
 
 @contextmanager

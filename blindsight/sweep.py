@@ -91,7 +91,8 @@ def sweep(
     if budgets is None:
         budgets = spread_budgets(profile.evidence, select, num_points)
     plans = category_plans(profile, budgets, select, num_seeds if baselines else 0, baselines)
-    known = OutcomeFile(checkpoint, run_header(decoder, samples, max_new_tokens))
+    header = {} if checkpoint is None else run_header(decoder, processor, samples, max_new_tokens)
+    known = OutcomeFile(checkpoint, header)
     dense_point = point_of(ProfileMasking(torch.zeros_like(profile.categories)))
 
     def answer(wanted: Sequence[PlannedPoint]) -> dict[str, list[Outcome]]:

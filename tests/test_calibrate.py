@@ -1,6 +1,7 @@
 """Calibration: what a budget chooses, resuming, and what is said of bad input."""
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from blindsight import blindsight_backend
 from blindsight.calibrate import (
     calibrate,
     evidence_of,
@@ -25,8 +27,10 @@ from blindsight.calibration import measure as measuring
 from blindsight.calibration.measurements import Measurements
 from blindsight.cli import main
 from blindsight.cli.calibrate import summary
+from blindsight.data.processors import model_inputs
 from blindsight.data.samples import Samples, load_samples
 from blindsight.profile import Profile
+from blindsight.reference import reference_logits
 from blindsight.template import TemplateRule
 from models import tiny_model
 from processors import tiny_processor
@@ -180,6 +184,15 @@ def test_sinks_are_where_other_images_look() -> None:
     assert len(find_sink_offsets(measurements)) == 2
 
 
+@pytest.mark.parametrize("budget", [0.0, 1.0, math.inf])
+def test_what_is_not_a_number_fits_no_budget(budget: float) -> None:
+    error = torch.tensor([[[0.0, math.nan, math.nan, math.nan], [0.0, math.nan, math.nan, 0.1]]])
+    evidence = evidence_of_errors(error)
+    expected = [[DENSE, DENSE if budget == 0 else DOCUMENT_SINK]]
+    for allocation in ("per_head", "global"):
+        assert by_error(evidence, budget, allocation=allocation).tolist() == expected
+
+
 # Measuring.
 
 
@@ -217,6 +230,9 @@ def test_an_interrupted_calibration_goes_on_to_the_same_profile(
             if calls == 3:
                 raise KeyboardInterrupt
             return whole_prober(inputs)
+
+        def close(self) -> None:
+            pass
 
     monkeypatch.setattr(measuring, "Prober", Interrupted)
     options: dict[str, Any] = {"budget": 0.5, "checkpoint": file, "progress": False}
@@ -404,3 +420,60 @@ def test_errors_of_the_command_are_one_line(
     assert main(["calibrate", *arguments, "-o", str(saved / output)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+# What is compiled besides.
+
+
+def compiled_in_place(model: Any, how: str) -> Any:
+    part = model.model.language_model if how.startswith("decoder") else model
+    if how.endswith("forward"):
+        part.forward = torch.compile(part.forward, backend="eager")
+    else:
+        part.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("how", ["model", "model.forward", "decoder"])
+def test_a_model_that_is_compiled_in_place_is_measured(how: str) -> None:
+    processor = tiny_processor()
+    expected = calibrate(tiny_model("qwen2_5_vl"), processor, rows(2), progress=False)
+    model = compiled_in_place(tiny_model("qwen2_5_vl"), how)
+    kept = model._compiled_call_impl, vars(model).get("forward")
+    found = calibrate(model, processor, rows(2), progress=False)
+    assert torch.equal(found.categories, expected.categories)
+    torch.testing.assert_close(found.evidence, expected.evidence)
+    assert (model._compiled_call_impl, vars(model).get("forward")) == kept
+
+
+def test_a_calibrated_model_can_be_compiled_as_often_as_another() -> None:
+    """Each number of images compiles some frames again; Dynamo allows eight of one."""
+    model, processor = tiny_model("qwen2_5_vl"), tiny_processor()
+    prompts = [rows(1, num_images=number)[0] for number in range(2, 12)]
+    with torch._dynamo.config.patch(recompile_limit=8):
+        calibrate(model, processor, prompts, progress=False)
+        profile = Profile.for_model(model, "document")
+        backend = blindsight_backend(profile, inner="eager", lowering="fused")
+        run = torch.compile(model, backend=backend)
+        for prompt in prompts[:2]:
+            inputs = model_inputs(processor, list(load_samples([prompt])))
+            expected = reference_logits(model, inputs, profile)
+            with torch.no_grad():
+                torch.testing.assert_close(run(**inputs).logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("change", ["processor", "weights", "config"])
+def test_measurements_of_something_else_are_not_gone_on_with(tmp_path: Path, change: str) -> None:
+    model, processor = tiny_model("qwen2_5_vl"), tiny_processor()
+    file = tmp_path / "partial"
+    rule = TemplateRule.from_config(model.config)
+    measuring.measure(model, processor, load_samples(rows(1)), rule=rule, checkpoint=file)
+    if change == "processor":
+        processor.image_processor.size["longest_edge"] //= 2
+    elif change == "weights":  # of which most are the same
+        model.model.language_model.layers[1].mlp.down_proj.weight.data[5:7] += 1
+    else:
+        model.config.text_config.rms_norm_eps = 0.1
+    name = "weights" if change == "config" else change
+    with pytest.raises(ValueError, match=f"must be of this calibration, got {name} "):
+        measuring.measure(model, processor, load_samples(rows(1)), rule=rule, checkpoint=file)

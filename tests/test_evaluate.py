@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import blindsight.evaluate as evaluation
 import blindsight.evaluation.timing as timing
+from blindsight.backend import blindsight_backend
 from blindsight.categories import HeadCategory
 from blindsight.cli import main
 from blindsight.cost import attention_flops
@@ -518,11 +520,73 @@ def test_the_answers_of_another_run_are_an_error(
         run(**{"number": 4, **options}, checkpoint=path)
 
 
-def test_a_file_of_something_else_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", [b"no JSON\n", b'{"a": 1}', b"\x00\xff\n\x00", b'{"a": 1}\n{"b', b"[1]\n5\n"]
+)
+def test_a_file_of_something_else_is_an_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "answers.jsonl"
-    path.write_text("no JSON\n")
-    with pytest.raises(ValueError, match=r"answers\.jsonl must be a file of outcomes"):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"answers\.jsonl must be (a file of outcomes|of the run)"):
         run(4, checkpoint=path)
+    assert path.read_bytes() == content
+
+
+def test_a_header_that_was_cut_off_is_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    run(2, checkpoint=path)
+    first, *_ = path.read_bytes().splitlines()
+    path.write_bytes(first[:40])
+    run(2, checkpoint=path)
+    assert path.read_bytes().splitlines()[0] == first
+
+
+def test_a_run_that_is_refused_is_not_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    unanswered = [*rows(40), {**rows(1)[0], "answer": None}]
+    for given, options in ((None, {"max_new_tokens": 0}), (load_samples(unanswered), {})):
+        with pytest.raises(ValueError, match=r"max_new_tokens must|sample 40 must have"):
+            run(given=given, checkpoint=path, **options)
+        assert not path.exists()
+
+
+@pytest.mark.parametrize("change", ["processor", "weights"])
+def test_answers_of_another_model_or_processor_are_an_error(tmp_path: Path, change: str) -> None:
+    model, profile = model_and_profile()
+    processor, path = tiny_processor(), tmp_path / "answers.jsonl"
+    evaluate(model, processor, samples(2), profile, repeats=0, checkpoint=path)
+    if change == "processor":
+        processor.chat_template += "."
+    else:
+        model.model.language_model.layers[0].mlp.up_proj.weight.data[9:11] += 1
+    with pytest.raises(ValueError, match=f"must be of the run that is to go on, got {change}="):
+        evaluate(model, processor, samples(2), profile, repeats=0, checkpoint=path)
+
+
+@pytest.mark.parametrize("how", ["model", "decoder", "decoder.forward"])
+def test_what_is_compiled_in_place_is_left_aside(how: str) -> None:
+    """Its own compiled code knows nothing of the profile that is evaluated."""
+    model, profile = model_and_profile()
+    expected = evaluate(model, tiny_processor(), samples(4), profile, repeats=0)
+    other = blindsight_backend(profile.with_categories("dense"), inner="eager")
+    part = model if how == "model" else model.model.language_model
+    if how.endswith("forward"):
+        part.forward = torch.compile(part.forward, backend=other)
+    else:
+        part.compile(backend=other)
+    options: dict[str, Any] = {"engine": "compiled", "inner": "eager", "repeats": 0}
+    found = evaluate(model, tiny_processor(), samples(4), profile, **options)
+    assert expected.sparse.kl_mean > 1e-4
+    assert found.sparse.kl_mean == pytest.approx(expected.sparse.kl_mean, rel=1e-3)
+
+
+def test_the_compiled_engine_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "CompiledDecoder", of_another_profile)
+    with pytest.raises(ValueError, match="compiled logits must be those with explicit masks"):
+        run(4, engine="compiled", inner="eager")
+
+
+def of_another_profile(decoder: Decoder, profile: Profile, **options: Any) -> CompiledDecoder:
+    return CompiledDecoder(decoder, profile.with_categories("document"), **options)
 
 
 # What is written.

@@ -211,3 +211,59 @@ def test_videos_of_datasets_are_not_decoded_by_them(several: bool, tmp_path: Pat
     ).add_column("messages", [[{"role": "user", "content": "<video>what?"}]])
     (sample,) = load_samples(table)
     assert [video.path for video in sample.videos] == [path]
+
+
+@pytest.mark.parametrize("index", ["1", 1.0, True, -1, 2])
+def test_an_index_that_is_none_is_an_error(index: object, folder: Path) -> None:
+    given = row({**TYPED, "index": index}, {**TYPED, "index": 0}, images=files())
+    samples = load_samples([given])
+    with pytest.raises(ValueError, match=r"must have an index from 0 to 1 for each .* got \["):
+        samples.check()
+
+
+def test_an_index_of_numpy_is_one() -> None:
+    images = [picture(shade) for shade in reversed(SHADES)]
+    given = row(*({**TYPED, "index": np.int64(at)} for at in (1, 0)), images=images)
+    assert content_of(load_samples([given]))[0] == [(10, 245, 7), (200, 55, 7)]
+
+
+@pytest.mark.parametrize(("answer", "expected"), [(4, "4"), (0.5, "0.5"), (float("nan"), "yes")])
+def test_answers_may_be_numbers(answer: object, expected: str) -> None:
+    given = as_text(images=[picture(shade) for shade in SHADES], answer=answer)
+    assert load_samples([given])[0].answer == expected
+
+
+@pytest.mark.parametrize("answer", [["cat", "cats"], {"text": "cat"}])
+def test_several_answers_are_an_error(answer: object) -> None:
+    given = as_text(images=[picture(shade) for shade in SHADES], answer=answer)
+    with pytest.raises(ValueError, match="answer of sample 0 of list must be a string or a number"):
+        load_samples([given])[0]
+
+
+def test_what_an_assistant_shows_is_an_error() -> None:
+    images = [picture(shade) for shade in SHADES]
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "<image>!"}]
+    for messages, found in ((turns, "one with images or videos"), (turns[1:], "assistant's alone")):
+        with pytest.raises(ValueError, match=f"sample 0 of list must .* got .*{found}"):
+            load_samples([{"messages": messages, "images": images}])[0]
+
+
+@pytest.mark.parametrize("broken", [None, "x", 5])
+def test_a_row_that_is_none_is_an_error(broken: object) -> None:
+    rows = load_samples([as_text(images=[picture(shade) for shade in SHADES]), broken])
+    with pytest.raises(ValueError, match="sample 1 of list must be"):
+        rows.check()
+
+
+def test_grey_of_16_bits_keeps_its_shades(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    for image in (tmp_path / "grey.png", values, Image.fromarray(values.astype(np.int32))):
+        opened = load_samples([as_text(images=[image, image])])[0].images[0]
+        assert np.abs(np.asarray(opened)[..., 0] - values / 257).max() <= 1
+    low = Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8))
+    opened = load_samples([as_text(images=[low, low])])[0].images[0]
+    assert np.asarray(opened)[..., 2].max() == 63
+    bright = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    with pytest.raises(ValueError, match=r"grey values must be of 8 or 16 bits, got 0\.0\.\.1\.0"):
+        load_samples([as_text(images=[bright, bright])])[0]

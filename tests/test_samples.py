@@ -303,3 +303,16 @@ def test_importing_blindsight_does_not_import_datasets() -> None:
         "assert 'datasets' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_split_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    text = json.dumps({"images": [], "messages": messages("?")}) + "\n"
+    (tmp_path / "data.jsonl").write_text(text)
+    (tmp_path / "test.jsonl").write_text(text * 2)
+    assert len(load_samples(tmp_path)) == 1
+    assert len(load_samples(tmp_path, split="test")) == 2
+    with pytest.raises(ValueError, match=r"split must be one of data, test for .* got train"):
+        load_samples(tmp_path, split="train")
+    for whole in (tmp_path / "data.jsonl", memory_rows()):
+        with pytest.raises(ValueError, match=r"split must be left out, as .* has no parts"):
+            load_samples(whole, split="test")

@@ -11,18 +11,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from blindsight.calibration.measurements import MeasurementFile, Measurements
 from blindsight.calibration.prober import Prober
-from blindsight.data.processors import model_inputs
+from blindsight.data.processors import digest_of_processor, model_inputs
 from blindsight.data.rows import Sample
 from blindsight.data.samples import Samples
 from blindsight.fingerprints import fingerprint
-from blindsight.modules import digest_of_weights, in_eval_mode
+from blindsight.modules import digest_of_model, in_eval_mode
 from blindsight.progress import progress_bar
 from blindsight.ranks import current_ranks
 from blindsight.template import TemplateRule
@@ -77,14 +79,16 @@ def measure(
             settings = {
                 "process": ranks.name,
                 "model": json.dumps(fingerprint(model), sort_keys=True),
-                "weights": digest_of_weights(model),
+                "weights": digest_of_model(model),
                 "samples": own.digest(),
+                "processor": digest_of_processor(processor),
                 "num_samples": len(own),
                 "rule": rule.to_json(),
                 "next_token": next_token,
                 "batch_size": batch_size,
                 "padding_side": padding_side,
                 "torch": torch.__version__,
+                "transformers": transformers.__version__,
             }
             saved = MeasurementFile(ranks.own(checkpoint), settings)
         prober = Prober(model, rule, next_token=next_token)
@@ -93,7 +97,7 @@ def measure(
             return prober(model_inputs(processor, batch, padding_side=padding_side))
 
         # Gradients are taken, and tensors made in inference mode have none.
-        with in_eval_mode(model), torch.inference_mode(False):
+        with closing(prober), in_eval_mode(model), torch.inference_mode(False):
             return positions, _probe_all(own, probe, batch_size, saved, progress)
 
     everyone = ranks.gather(probe_own)

@@ -18,10 +18,11 @@ from torch import Tensor, fx, nn
 from blindsight.calibration.gradients import gradients_from_embeddings, losses_with_gradients
 from blindsight.calibration.measurements import Measurements
 from blindsight.calibration.probe import Losses, ProbedCall, empty_losses, measure_losses
+from blindsight.compile_apart import compile_apart, forget_compiled, without_limits
 from blindsight.configs import config_of, shares_keys, text_config, with_attention
 from blindsight.data.processors import inputs_on
 from blindsight.fingerprints import fingerprint, layer_types_of
-from blindsight.modules import plain_name
+from blindsight.modules import as_they_are, plain_name
 from blindsight.passes.find_attention import Attention, find_attention, has_attention
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_masks
@@ -32,12 +33,9 @@ from blindsight.runtime.shards import check_is_whole
 from blindsight.template import Template, TemplateRule
 from blindsight.text_tables import compact
 
-# For one frame, compiled for each number and sizes of images; and for all frames so far.
-_RECOMPILE_LIMITS = {"recompile_limit": 64, "accumulated_recompile_limit": 100_000}
-
 
 class Prober:
-    """Runs a model and measures its attention; one instance serves many prompts."""
+    """Runs a model and measures its attention; one instance serves many prompts, until closed."""
 
     def __init__(self, model: nn.Module, rule: TemplateRule, *, next_token: bool = False) -> None:
         model = getattr(model, "_orig_mod", model)
@@ -56,7 +54,7 @@ class Prober:
         self._num_heads = int(shape["num_heads"])
         self._next_token = next_token
         self._backend = _ProbeBackend(model, rule, ProbedCall if next_token else _measure_at_once)
-        self._compiled: Callable[..., Any] = torch.compile(model, backend=self._backend)
+        self._compiled = compile_apart(model, self._backend)
         self._options: dict[str, Any] = {"use_cache": False}
         known = inspect.signature(model.forward).parameters
         if "logits_to_keep" in known and not shares_keys(model):
@@ -77,6 +75,10 @@ class Prober:
         of_all = {at: layers.get(at, nothing) for at in range(len(self._layer_types))}
         return measurements_of(of_all, shares)
 
+    def close(self) -> None:
+        """Leave nothing behind of what was compiled."""
+        forget_compiled()
+
     def _run(
         self, inputs: dict[str, Any], template: Template, mask: Tensor
     ) -> tuple[dict[int, Losses], Tensor | None]:
@@ -86,15 +88,16 @@ class Prober:
         if not bool(mask[:, -1].all()):
             options.pop("logits_to_keep", None)  # the last position is not every prompt's last
         with gradients_from_embeddings(self._model) if self._next_token else torch.no_grad():
-            with torch._dynamo.config.patch(_RECOMPILE_LIMITS), _untraced(self._towers):
+            with without_limits(), as_they_are(self._model), _untraced(self._towers):
                 logits = self._compiled(**{**inputs, **options}).logits
             calls = self._backend.end()
             expected = with_attention(self._layer_types)
             if missing := sorted(set(expected) - set(calls)):
                 raise ValueError(
                     f"the attention of layers {compact(expected)} must be met, got none of layers "
-                    f"{compact(missing)}. Load the model with attn_implementation='sdpa', or give "
-                    "a rule whose layer_pattern fits its modules."
+                    f"{compact(missing)}. Load the model with attn_implementation='sdpa', let "
+                    "torch._dynamo compile (no stance of torch.compiler against it), or give a "
+                    "rule whose layer_pattern fits the model's modules."
                 )
             if self._next_token:
                 losses, shares = losses_with_gradients(calls, logits, mask)

@@ -96,14 +96,16 @@ def _globally(losses: list[list[float]], pairs: list[list[float]], budget: float
         at = HeadCategory.DENSE
         while True:
             # The next corner of the head's convex hull of loss over cost.
-            cheaper = [c for c in HeadCategory if cost[c] < cost[at]]
+            # A loss that is not a number fits no budget.
+            cheaper = [c for c in HeadCategory if cost[c] < cost[at] and not math.isnan(loss[c])]
             if not cheaper:
                 break
-            slopes = {
-                c: max(loss[c] ** 2 - loss[at] ** 2, 0.0) / (cost[at] - cost[c]) for c in cheaper
+            prices = {
+                c: loss[c] ** 2 - loss[at] ** 2 if loss[c] > loss[at] else 0.0 for c in cheaper
             }
+            slopes = {c: prices[c] / (cost[at] - cost[c]) for c in cheaper}
             best = min(cheaper, key=lambda c: (slopes[c], cost[c], c))
-            steps.append((slopes[best], head, max(loss[best] ** 2 - loss[at] ** 2, 0.0), best))
+            steps.append((slopes[best], head, prices[best], best))
             at = best
     chosen = [int(HeadCategory.DENSE)] * len(losses)
     num_heads = sum(cost[HeadCategory.DENSE] > 0 for cost in pairs)  # of layers with attention

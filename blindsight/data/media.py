@@ -83,7 +83,10 @@ def open_image(image: Any, what: str, folder: Path | None, *, decode: bool = Tru
 
     def upright(opened: Image.Image) -> Image.Image:
         """Return an image turned as its EXIF data says, which transformers does as well."""
-        return ImageOps.exif_transpose(opened).convert("RGB") if decode else opened
+        if not decode:
+            return opened
+        turned = ImageOps.exif_transpose(opened)
+        return (_in_bytes(turned) if turned.mode[0] in "IF" else turned).convert("RGB")
 
     if isinstance(image, Mapping):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
@@ -110,6 +113,22 @@ def open_image(image: Any, what: str, folder: Path | None, *, decode: bool = Tru
     raise ValueError(
         f"{what} must be a path, an opened image or bytes, got {type(image).__name__}."
     )
+
+
+def _in_bytes(image: Image.Image) -> Image.Image:
+    """Return a grey image of 8 bits of one of 16, of which Pillow would cut off what is brighter.
+
+    Raises:
+        ValueError: Its values are not 0..65535: nothing tells which is white.
+    """
+    from PIL import Image
+
+    values = np.asarray(image)
+    lowest, highest = (values.min(), values.max()) if values.size else (0, 0)
+    if image.mode == "F" or lowest < 0 or highest > 0xFFFF:
+        raise ValueError(f"grey values must be of 8 or 16 bits, got {lowest}..{highest}")
+    is_of_8 = image.mode == "I" and highest <= 0xFF
+    return Image.fromarray((values if is_of_8 else values // 257).astype(np.uint8))
 
 
 _KEYS = ("frames", "path", "bytes", "fps", "num_frames")

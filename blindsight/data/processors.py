@@ -5,17 +5,19 @@ Shapes: B batch, T tokens of a prompt.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from blindsight.data.media import video_arguments
+from blindsight.data.rows import Sample
 from blindsight.error_text import on_one_line, shortened
 
-if TYPE_CHECKING:
-    from blindsight.data.rows import Sample
+_PROBES = ((1600, 1200), (60, 40))  # width and height of images, in pixels
 
 
 def model_inputs(
@@ -84,6 +86,30 @@ def model_inputs(
             f"{type(processor).__name__} did not: {what} Try a batch size of 1: some need the same "
             "number of frames in every video."
         ) from error
+
+
+def digest_of_processor(processor: Any) -> str:
+    """Return a digest of what a processor makes of a large and a small image, and some text.
+
+    It tells other limits of images from these, other chat templates, and other tokens.
+    """
+    from PIL import Image
+
+    images = [Image.linear_gradient("L").convert("RGB").resize(size) for size in _PROBES]
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What is new?"}]
+    probe = Sample(images, [{"role": "user", "content": content}], None, None, 0)
+    digest = hashlib.sha256()
+    try:
+        inputs = model_inputs(processor, [probe])
+    except ValueError as error:  # which samples may well do without
+        inputs = {"error": str(error)}
+    for name, value in sorted(inputs.items()):
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            digest.update(f"{list(value.shape)} {value.dtype}".encode())
+            value = value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        digest.update(value if isinstance(value, bytes) else repr(value).encode())
+    return digest.hexdigest()
 
 
 def inputs_on(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,12 +24,14 @@ A row is a mapping:
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral, Number
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from blindsight.data.media import Video, as_mapping, identity_of, open_image, open_video
 from blindsight.error_text import shortened
@@ -88,7 +90,10 @@ def sample_of_row(
     Raises:
         ValueError: The row is malformed, or a file is missing or damaged.
     """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where} must be {ROW}, got {shortened(repr(row))}.")
     messages = _messages_of(row, where)
+    _check_turns(messages, where)
     open_kind: dict[str, Callable[..., Any]] = {
         "image": partial(open_image, decode=decode),
         "video": open_video,
@@ -100,17 +105,31 @@ def sample_of_row(
         ]
         for kind, open_one in open_kind.items()
     }
-    task, answer = row.get("task"), row.get("answer")
+    task, answer = row.get("task"), _answer_of(row, where)
     if answer is None and messages[-1].get("role") == "assistant":
         answer = "".join(entry.get("text", "") for entry in messages[-1]["content"])
     return Sample(
         opened["image"],
         messages,
         None if task is None else str(task),
-        None if answer is None else str(answer),
+        answer,
         index,
         opened["video"],
     )
+
+
+def check_has_answer(sample: Sample) -> Sample:
+    """Return a sample that has an answer.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if sample.answer is None:
+        raise ValueError(
+            f"sample {sample.index} must have an answer, got none. Add an 'answer' to the row, or "
+            "end its messages with the assistant's."
+        )
+    return sample
 
 
 def row_of_sample(sample: Sample) -> dict[str, Any]:
@@ -205,14 +224,18 @@ def _take_media(
 def _in_order(media: list[Any], entries: list[dict[str, Any]], kind: str, where: str) -> list[Any]:
     """Return media in the order of the indices that the entries give, if they give any."""
     indices = [entry.get("index") for entry in entries]
-    if not any(isinstance(index, int) for index in indices):
+    if all(index is None for index in indices):
         return media
-    if not all(isinstance(index, int) and 0 <= index < len(media) for index in indices):
+    if not all(_is_int(index) and 0 <= index < len(media) for index in indices):
         raise ValueError(
             f"{where} must have an index from 0 to {len(media) - 1} for each {{'type': '{kind}'}}, "
             f"or for none, got {indices}."
         )
     return [media[index] for index in indices if index is not None]
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _holders(kind: str) -> tuple[str, ...]:
@@ -266,6 +289,31 @@ def _messages_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
             f"messages of {where} must be a list of turns, got {shortened(repr(turns))}."
         )
     return [_message_of(turn, f"{name} of {where}") for turn in turns]
+
+
+def _check_turns(messages: list[dict[str, Any]], where: str) -> None:
+    *prompt, last = messages
+    if last.get("role") != "assistant":
+        return
+    if not prompt:
+        raise ValueError(f"{where} must have a turn of the user's, got an assistant's alone.")
+    if any(entry.get("type") in _KINDS for entry in last["content"]):
+        raise ValueError(
+            f"{where} must end with an assistant's answer in text, got one with images or videos. "
+            "Put them into the turns before it."
+        )
+
+
+def _answer_of(row: Mapping[str, Any], where: str) -> str | None:
+    answer = row.get("answer")
+    if answer is None or (isinstance(answer, float) and math.isnan(answer)):  # as tables say None
+        return None
+    if not isinstance(answer, (str, Number)):
+        raise ValueError(
+            f"answer of {where} must be a string or a number, got {shortened(repr(answer))}. Of "
+            "several answers, choose one."
+        )
+    return str(answer)
 
 
 def _message_of(turn: Any, what: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from blindsight.data.rows import (
     ROW,
     Sample,
     check_columns,
+    check_has_answer,
     identity_of_row,
     row_of_sample,
     sample_of_row,
@@ -57,10 +58,13 @@ class Samples(Sequence[Sample]):
             )
         return sample_of_row(row, index, where, self._folder)
 
-    def check(self) -> None:
+    def check(self, *, answers: bool = False) -> None:
         """Check all rows, and images by their headers, so that errors are found before long work.
 
         Datasets of ``datasets`` are not checked: looking at their images would decode them.
+
+        Args:
+            answers: Whether every row has to have one.
 
         Raises:
             ValueError: A row is malformed, or a file is missing or damaged.
@@ -69,7 +73,9 @@ class Samples(Sequence[Sample]):
             return
         for index in self._indices:
             where = f"sample {index} of {self.name}"
-            sample_of_row(self._rows[index], index, where, self._folder, decode=False)
+            sample = sample_of_row(self._rows[index], index, where, self._folder, decode=False)
+            if answers:
+                check_has_answer(sample)
 
     def take(self, positions: Sequence[int]) -> Samples:
         """Return the samples at some positions, in the given order."""
@@ -168,16 +174,16 @@ def _open(source: Any, split: str | None) -> tuple[Any, str, Path | None]:
         return rows, getattr(rows, "name", type(rows).__name__), getattr(rows, "_folder", None)
     path, name = Path(source), os.fspath(source)
     if path.is_file() and path.suffix != ".parquet":
-        return _read_json(path), name, path.parent
-    if path.is_dir():
-        for file in (f"{split}.jsonl", "data.jsonl"):
-            if (path / file).is_file():
-                return _read_json(path / file), f"{name}/{file}", path
-        if split is None and len(found := sorted(path.glob("*.jsonl"))) > 0:
+        return _of_split(_read_json(path), split, name), name, path.parent
+    found = sorted(path.glob("*.jsonl")) if path.is_dir() else []
+    if found and [file.name for file in found] != ["metadata.jsonl"]:  # that is of datasets
+        file = path / f"{split or 'data'}.jsonl"
+        if file not in found:
             raise ValueError(
-                f"split must be one of {', '.join(file.stem for file in found)} for {name}, got "
-                "none."
+                f"split must be one of {', '.join(each.stem for each in found)} for {name}, got "
+                f"{split or 'none'}."
             )
+        return _read_json(file), f"{name}/{file.name}", path
     rows = _of_split(_load_dataset(path, name), split, name)
     return _with_videos_as_files(rows), name, path.parent if path.is_file() else None
 
@@ -203,6 +209,8 @@ def _load_dataset(path: Path, name: str) -> Any:
 def _of_split(rows: Any, split: str | None, name: str) -> Any:
     """Return one part of a mapping of parts; anything else has no parts."""
     if not isinstance(rows, Mapping):
+        if split is not None:
+            raise ValueError(f"split must be left out, as {name} has no parts, got {split!r}.")
         return rows
     if split is None and len(rows) == 1:
         return next(iter(rows.values()))

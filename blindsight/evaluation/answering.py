@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blindsight.data.processors import model_inputs
-from blindsight.data.rows import Sample
+from blindsight.data.rows import Sample, check_has_answer
 from blindsight.data.samples import Samples
 from blindsight.evaluation.masked_model import Masking, Masks, Prompt
 from blindsight.evaluation.outcomes import Outcome, OutcomeFile
@@ -73,7 +73,7 @@ def answer_samples(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    samples.check()
+    samples.check(answers=True)
     run = prefill or (lambda b, _, masks, use_cache: decoder.prefill(b, masks, use_cache=use_cache))
 
     def work() -> None:
@@ -112,7 +112,7 @@ def _batches_left(
         if all(known.has(point.key, window) for point in points):
             bar.update(len(points) * len(window))
             continue
-        opened = {at: _checked(samples[at]) for at in window}
+        opened = {at: check_has_answer(samples[at]) for at in window}
         if window[0] == 0:
             _check_has_images(opened.values())
         order = sorted(opened, key=lambda at: (_length(opened[at]), at))
@@ -192,15 +192,6 @@ def divergence(dense: Tensor, other: Tensor) -> Tensor:
     """Return KL(dense || other) of logits ``[B, V]`` in nats, ``[B]`` float64."""
     log_p, log_q = (logits.double().log_softmax(-1) for logits in (dense, other))
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
-
-
-def _checked(sample: Sample) -> Sample:
-    if sample.answer is None:
-        raise ValueError(
-            f"sample {sample.index} must have an answer, got none. Add an 'answer' to the row, or "
-            "end its messages with the assistant's."
-        )
-    return sample
 
 
 def _check_has_images(samples: Collection[Sample]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from blindsight.attention.interval_masks import BaseMask
 from blindsight.attention.intervals import groups_of_keys
 from blindsight.backend import blindsight_backend
+from blindsight.compile_apart import compile_apart, forget_compiled, without_limits
 from blindsight.configs import (
     cache_argument,
     cache_of,
@@ -319,8 +320,8 @@ class CompiledDecoder:
         self.backend = blindsight_backend(
             profile, inner=inner, model=decoder.model, lowering="split"
         )
-        self._compiled: Any = torch.compile(decoder.decoder, backend=self.backend)
-        self._compiled_model: Any = torch.compile(decoder.model, backend=self.backend)
+        self._compiled: Any = compile_apart(decoder.decoder, self.backend)
+        self._compiled_model: Any = compile_apart(decoder.model, self.backend)
 
     def compiles_whole(self, batch: Batch) -> bool:
         """Whether a batch runs through the whole compiled model, images included."""
@@ -351,7 +352,7 @@ class CompiledDecoder:
         # Every length of prompt compiles again; none may fall back to eager in silence.
         with (
             torch.no_grad(),
-            torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=100_000),
+            without_limits(),
             as_they_are(self._decoder.model, self._decoder.decoder),
             disabled() if dense else nullcontext() if whole else use_template(*template),
         ):
@@ -363,6 +364,7 @@ class CompiledDecoder:
 
     def close(self) -> None:
         self.backend.detach()
+        forget_compiled()
 
 
 def check_distance(distance: float, rounding: float, logits: Tensor) -> None:
