@@ -19,7 +19,7 @@ _IS_SEPARATE = "isolate_recompiles" in inspect.signature(torch.compile).paramete
 
 
 def compile_apart(model: nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a model compiled with code of its own, where torch can keep it apart (from 2.13 on).
+    """Return a model compiled with code of its own, where torch can keep it apart (2.11 cannot).
 
     To be called inside of :func:`without_limits`, and ended with :func:`forget_compiled`.
     """

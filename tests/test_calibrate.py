@@ -462,6 +462,13 @@ def test_a_calibrated_model_can_be_compiled_as_often_as_another() -> None:
                 torch.testing.assert_close(run(**inputs).logits, expected, atol=1e-4, rtol=0)
 
 
+def test_logits_that_are_no_numbers_are_an_error() -> None:
+    model = tiny_model("qwen2_5_vl", num_layers=1)
+    model.lm_head.weight.data[7] = math.nan
+    with pytest.raises(ValueError, match="logits of the next token must be numbers, got nan in"):
+        calibrate(model, tiny_processor(), rows(1), progress=False)
+
+
 @pytest.mark.parametrize("change", ["processor", "weights", "config"])
 def test_measurements_of_something_else_are_not_gone_on_with(tmp_path: Path, change: str) -> None:
     model, processor = tiny_model("qwen2_5_vl"), tiny_processor()

@@ -30,11 +30,19 @@ def losses_with_gradients(
 
     Returns:
         The losses by layer, and the probabilities ``[B, Y]`` of those tokens.
+
+    Raises:
+        ValueError: The logits are not numbers.
     """
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # of each prompt
     at = torch.arange(len(mask), device=mask.device)
     next_logits = logits[at, last if logits.shape[1] == mask.shape[1] else -1]
     log_p = next_logits.float().log_softmax(-1)
+    if bool(log_p.isnan().any()):
+        raise ValueError(
+            f"logits of the next token must be numbers, got nan in {next_logits.dtype}. Load the "
+            "model in bfloat16 or float32, or see whether its weights are whole."
+        )
     likeliest = log_p.detach().topk(min(_NUM_TOKENS, log_p.shape[-1]), dim=-1)
     # Prompts of a batch do not see each other: one number for each token serves all.
     chosen = log_p.gather(1, likeliest.indices).sum(0)

@@ -38,7 +38,8 @@ class Measurements:
         offset_mass: ``[N, L, H, NUM_OFFSETS + 1]`` float32, the mean attention weight on tokens
             of other spans, by offset; see :class:`~blindsight.calibration.probe.Losses`.
         effect: ``[N, L, H, C]`` float32, how far a category moves the next token after the prompt:
-            the square root of the KL divergence in nats, to first order; nan if not measured.
+            the square root of the KL divergence in nats, to first order, as far as the likeliest
+            tokens tell (four of them); nan if not measured.
         pairs: ``[N, L, C]`` float32, the pairs of a query and a key that a head computes.
     """
 

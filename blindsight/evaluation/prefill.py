@@ -131,7 +131,8 @@ class Decoder:
     def weights_per_layer(self) -> int:
         """The weights of a decoder layer that every token is multiplied by, averaged over layers.
 
-        Of experts, as many count as a token is routed to.
+        Of experts, as many count as a token is routed to. Ernie 4.5 VL has some for text and
+        others for images, and both count: too many.
         """
         layers: Any = self.decoder.layers
         config = text_config(config_of(self.model))
