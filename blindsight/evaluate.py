@@ -206,6 +206,8 @@ def evaluate(
     check_choice("engine", engine, ENGINES)
     if repeats < 0:
         raise ValueError(f"repeats must be at least 0, got {repeats}.")
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
     profile, samples = Profile.of(profile), load_samples(samples)
     decoder = decoder_of(model, profile)
     header = {} if checkpoint is None else run_header(decoder, processor, samples, max_new_tokens)

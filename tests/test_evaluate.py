@@ -655,6 +655,7 @@ def test_questions_without_images_are_named() -> None:
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"repeats": -2}, "repeats must be at least 0, got -2"),
+        ({"num_resamples": 0}, "num_resamples must be at least 1, got 0"),
         ({"engine": "fast"}, "engine must be one of reference, compiled, got 'fast'"),
     ],
 )

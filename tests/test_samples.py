@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -316,3 +317,9 @@ def test_a_split_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     for whole in (tmp_path / "data.jsonl", memory_rows()):
         with pytest.raises(ValueError, match=r"split must be left out, as .* has no parts"):
             load_samples(whole, split="test")
+
+
+def test_a_table_of_pandas() -> None:
+    found = load_samples(pd.DataFrame(memory_rows(2)))
+    assert [sample.answer for sample in found] == ["answer 0", "answer 1"]
+    assert found[1].images[0].getpixel((0, 0)) == (10, 245, 7)

@@ -109,7 +109,7 @@ def load_samples(
         source: A JSON-lines file, a ``.json`` file with a list of rows, a ``.parquet`` file, a
             folder with a ``data.jsonl`` (or a ``<split>.jsonl``), a folder that ``datasets``
             reads, the id of a dataset on the hub, a dataset of ``datasets``, any sequence of rows,
-            a list of samples, or what this function returned. A path that exists is preferred
+            a table of pandas, a list of samples, or what this function returned. A path that exists is preferred
             to an id on the hub.
         split: Which part of the dataset, if it has several.
         limit: How many samples to return at most.
@@ -169,6 +169,8 @@ class _RowsOfSamples(Sequence[Mapping[str, Any]]):
 
 def _open(source: Any, split: str | None) -> tuple[Any, str, Path | None]:
     """Return rows, their name, and the folder that their paths are relative to."""
+    if hasattr(source, "iloc"):  # a table of pandas
+        source = source.to_dict("records")
     if not isinstance(source, (str, os.PathLike)):
         rows = _with_videos_as_files(_of_split(source, split, "the given dataset"))
         return rows, getattr(rows, "name", type(rows).__name__), getattr(rows, "_folder", None)
