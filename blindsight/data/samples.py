@@ -109,8 +109,8 @@ def load_samples(
         source: A JSON-lines file, a ``.json`` file with a list of rows, a ``.parquet`` file, a
             folder with a ``data.jsonl`` (or a ``<split>.jsonl``), a folder that ``datasets``
             reads, the id of a dataset on the hub, a dataset of ``datasets``, any sequence of rows,
-            a table of pandas, a list of samples, or what this function returned. A path that exists is preferred
-            to an id on the hub.
+            a table of pandas, a list of samples, or what this function returned. A path that
+            exists is preferred to an id on the hub.
         split: Which part of the dataset, if it has several.
         limit: How many samples to return at most.
         seed: Seed that draws the samples in random order; by default they keep their order.
