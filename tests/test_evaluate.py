@@ -740,3 +740,12 @@ def test_bad_input_is_one_line(
     output, error = capsys.readouterr()
     assert output == ""
     assert error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_samples_may_begin_with_text(batch_size: int) -> None:
+    """Whatever the batch size is, of which depends how many are looked at together."""
+    text = [{"role": "user", "content": "What?"}]
+    given = [{"messages": text, "images": [], "answer": "x"}] * 10
+    found = run(given=load_samples([*given, *rows(1, seed=3)]), batch_size=batch_size)
+    assert found.num_restricted == 1

@@ -7,7 +7,7 @@ Shapes: B batch, T tokens of the prompts, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from blindsight.progress import progress_bar
 from blindsight.ranks import current_ranks
 
 NO_TASK = "all"
+_FIRST = 64  # samples, of which one at least has images
 _BATCHES_AT_ONCE = 8  # opened together and sorted by length, so that little is padding
 
 
@@ -108,13 +109,19 @@ def _batches_left(
     another process, counts as done on the bar.
     """
     ranks = current_ranks()
+    has_images = False
     for window in _chunks(range(len(samples)), batch_size * _BATCHES_AT_ONCE):
         if all(known.has(point.key, window) for point in points):
             bar.update(len(points) * len(window))
+            has_images = True  # else it would not have been answered
             continue
         opened = {at: check_has_answer(samples[at]) for at in window}
-        if window[0] == 0:
-            _check_has_images(opened.values())
+        has_images |= any(sample.images or sample.videos for sample in opened.values())
+        if not has_images and window[-1] + 1 >= min(len(samples), _FIRST):
+            raise ValueError(
+                "samples must have images or videos, got none in the first "
+                f"{window[-1] + 1}. A profile changes nothing in prompts without."
+            )
         order = sorted(opened, key=lambda at: (_length(opened[at]), at))
         for number, chosen in enumerate(_chunks(order, batch_size), start=window[0] // batch_size):
             missing = [point for point in points if not known.has(point.key, chosen)]
@@ -192,14 +199,6 @@ def divergence(dense: Tensor, other: Tensor) -> Tensor:
     """Return KL(dense || other) of logits ``[B, V]`` in nats, ``[B]`` float64."""
     log_p, log_q = (logits.double().log_softmax(-1) for logits in (dense, other))
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
-
-
-def _check_has_images(samples: Collection[Sample]) -> None:
-    if not any(sample.images or sample.videos for sample in samples):
-        raise ValueError(
-            f"samples must have images or videos, got none in the first {len(samples)}. A profile "
-            "changes nothing in prompts without."
-        )
 
 
 def _length(sample: Sample) -> tuple[int, int]:
