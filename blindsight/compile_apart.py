@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 _IS_SEPARATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+_MOST_LEFT = 128  # graphs; Dynamo gives up on a function that was compiled 256 times by anybody
+_left_behind = 0
 
 
 def compile_apart(model: nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,7 +37,22 @@ def without_limits() -> AbstractContextManager[None]:
     return patched
 
 
-def forget_compiled() -> None:
-    """Drop what was compiled: where torch cannot keep it apart, all that Dynamo has compiled."""
-    if not _IS_SEPARATE:
+def num_compiled() -> int:
+    """Return how many graphs this process has compiled so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def forget_compiled(since: int) -> None:
+    """Keep what was compiled from spoiling what will be.
+
+    Where torch could not keep it apart, or much has been left behind, all that Dynamo has
+    compiled is dropped; it is compiled again when it is needed.
+
+    Args:
+        since: :func:`num_compiled` before.
+    """
+    global _left_behind
+    _left_behind += max(num_compiled() - since, 0)
+    if not _IS_SEPARATE or _left_behind > _MOST_LEFT:
         torch._dynamo.reset()
+        _left_behind = 0

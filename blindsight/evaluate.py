@@ -216,14 +216,14 @@ def evaluate(
     points = [point_of(ProfileMasking(categories), engine) for categories in tried]
     compiled = CompiledDecoder(decoder, profile, inner=inner) if engine == "compiled" else None
 
-    is_checked = False
+    checked: set[bool] = set()
 
     def run_compiled(batch: Batch, point: Point, masks: Any, use_cache: bool) -> Any:
-        nonlocal is_checked
         assert compiled is not None
-        if not is_checked:
+        # One graph leaves a cache, and the other does not.
+        if use_cache not in checked and batch.prompt.template.restricts_queries_from(0):
             compiled.check(batch, profile, use_cache=use_cache)
-            is_checked = True
+            checked.add(use_cache)
         return compiled.prefill(batch, dense=point.key == points[0].key, use_cache=use_cache)
 
     with in_eval_mode(model), ExitStack() as stack:

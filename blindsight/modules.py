@@ -71,11 +71,15 @@ def record_call(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any]) 
     )
 
 
+_AT_ONCE = 2**22  # values, so that their copies as ints take little memory
 _INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def digest_of_model(model: nn.Module) -> str:
-    """Return a digest that tells a model from others, by its config and all of its weights."""
+    """Return a digest that tells a model from others, by its config and all values of its weights.
+
+    Of weights that are elsewhere (offloaded), or not simply numbers in memory, only the shapes.
+    """
     digest = hashlib.sha256()
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
@@ -86,19 +90,19 @@ def digest_of_model(model: nn.Module) -> str:
 
 
 def _sums_of(tensor: Tensor) -> list[object]:
-    """Return sums of the bits of a tensor, as ints: the same in whatever order they are added."""
+    """Return weighted sums of the bits of a tensor, as ints: whatever order they are added in."""
     tensor = tensor.detach()
     if hasattr(tensor, "__tensor_flatten__"):  # a subclass, such as torchao's
         names, context = tensor.__tensor_flatten__()
         return [str(context), *(_sums_of(getattr(tensor, name)) for name in names)]
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    if tensor.is_meta or tensor.itemsize not in _INTS:
+    is_plain = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
+    if not is_plain or tensor.itemsize not in _INTS or tensor.numel() == 0:
         return []
-    bits = tensor.contiguous().view(_INTS[tensor.itemsize])
-    by_row = bits.flatten(1).sum(1, dtype=torch.int64) if bits.dim() > 1 else bits.flatten().long()
-    places = torch.arange(1, 2 * len(by_row), 2, device=by_row.device)  # odd: none loses a bit
-    return [int((by_row * places).sum())]
+    bits = tensor.contiguous().view(_INTS[tensor.itemsize]).flatten()
+    odd = torch.arange(1, 2 * min(len(bits), _AT_ONCE), 2, device=bits.device)  # none loses a bit
+    return [int((part * odd[: len(part)]).sum()) for part in torch.split(bits, _AT_ONCE)]
 
 
 @contextmanager

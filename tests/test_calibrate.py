@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from blindsight import blindsight_backend
+from blindsight import blindsight_backend, compile_apart
 from blindsight.calibrate import (
     calibrate,
     evidence_of,
@@ -429,12 +429,16 @@ def compiled_in_place(model: Any, how: str) -> Any:
     part = model.model.language_model if how.startswith("decoder") else model
     if how.endswith("forward"):
         part.forward = torch.compile(part.forward, backend="eager")
-    else:
-        part.compile(backend="eager")
+        return model
+    backend = blindsight_backend(Profile.for_model(model, "sink"), inner="eager")
+    for each in part.layers if how == "decoder layers" else [part]:
+        each.compile(backend=backend)
+    with torch.no_grad():
+        model(**model_inputs(tiny_processor(), list(load_samples(rows(1)))))
     return model
 
 
-@pytest.mark.parametrize("how", ["model", "model.forward", "decoder"])
+@pytest.mark.parametrize("how", ["model", "model.forward", "decoder", "decoder layers"])
 def test_a_model_that_is_compiled_in_place_is_measured(how: str) -> None:
     processor = tiny_processor()
     expected = calibrate(tiny_model("qwen2_5_vl"), processor, rows(2), progress=False)
@@ -446,11 +450,16 @@ def test_a_model_that_is_compiled_in_place_is_measured(how: str) -> None:
     assert (model._compiled_call_impl, vars(model).get("forward")) == kept
 
 
-def test_a_calibrated_model_can_be_compiled_as_often_as_another() -> None:
+@pytest.mark.parametrize("most_left", [128, 0])
+def test_a_calibrated_model_can_be_compiled_as_often_as_another(
+    most_left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each number of images compiles some frames again; Dynamo allows eight of one."""
+    monkeypatch.setattr(compile_apart, "_MOST_LEFT", most_left)
+    limit = 256 if most_left else 8
     model, processor = tiny_model("qwen2_5_vl"), tiny_processor()
     prompts = [rows(1, num_images=number)[0] for number in range(2, 12)]
-    with torch._dynamo.config.patch(recompile_limit=8):
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=limit):
         calibrate(model, processor, prompts, progress=False)
         profile = Profile.for_model(model, "document")
         backend = blindsight_backend(profile, inner="eager", lowering="fused")

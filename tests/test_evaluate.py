@@ -579,10 +579,14 @@ def test_what_is_compiled_in_place_is_left_aside(how: str) -> None:
     assert found.sparse.kl_mean == pytest.approx(expected.sparse.kl_mean, rel=1e-3)
 
 
-def test_the_compiled_engine_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_text", [0, 4])
+def test_the_compiled_engine_is_checked(num_text: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first prompts are of text, which any profile leaves dense."""
     monkeypatch.setattr(evaluation, "CompiledDecoder", of_another_profile)
+    text = [{"role": "user", "content": "What?"}]
+    given = [*[{"messages": text, "images": [], "answer": "x"}] * num_text, *rows(4)]
     with pytest.raises(ValueError, match="compiled logits must be those with explicit masks"):
-        run(4, engine="compiled", inner="eager")
+        run(given=load_samples(given), engine="compiled", inner="eager")
 
 
 def of_another_profile(decoder: Decoder, profile: Profile, **options: Any) -> CompiledDecoder:
@@ -749,3 +753,11 @@ def test_samples_may_begin_with_text(batch_size: int) -> None:
     given = [{"messages": text, "images": [], "answer": "x"}] * 10
     found = run(given=load_samples([*given, *rows(1, seed=3)]), batch_size=batch_size)
     assert found.num_restricted == 1
+
+
+def test_samples_of_text_alone_are_refused_again(tmp_path: Path) -> None:
+    text = [{"role": "user", "content": "What?"}]
+    given = load_samples([{"messages": text, "images": [], "answer": "x"}] * 70)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="samples must have images or videos, got none in"):
+            run(given=given, batch_size=1, checkpoint=tmp_path / "answers.jsonl")

@@ -319,7 +319,13 @@ def test_a_split_that_is_not_there_is_an_error(tmp_path: Path) -> None:
             load_samples(whole, split="test")
 
 
-def test_a_table_of_pandas() -> None:
-    found = load_samples(pd.DataFrame(memory_rows(2)))
-    assert [sample.answer for sample in found] == ["answer 0", "answer 1"]
-    assert found[1].images[0].getpixel((0, 0)) == (10, 245, 7)
+def test_a_table_of_pandas_is_told_what_to_be() -> None:
+    with pytest.raises(ValueError, match=r"got a table of pandas\. Give datasets\.Dataset\.from"):
+        load_samples(pd.DataFrame(memory_rows(2)))
+
+
+def test_shards_are_read_by_datasets(tmp_path: Path) -> None:
+    for shard in (0, 1):
+        text = json.dumps({"images": [], "messages": messages(f"{shard}?")}) + "\n"
+        (tmp_path / f"train-0000{shard}-of-00002.jsonl").write_text(text)
+    assert len(load_samples(tmp_path, split="train")) == 2

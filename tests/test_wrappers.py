@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -360,11 +361,12 @@ def test_what_dynamo_drops_of_a_module_without_config_is_an_error(has_config: bo
         profile = handwritten.profile_of(module)
         prompts = [{"input_ids": handwritten.IDS[:, :length]} for length in (19, 20, 21, 22)]
     backend = blindsight_backend(profile, inner="eager", lowering="fused")
-    run = torch.compile(module, backend=backend, dynamic=False)
+    modules = [module, copy.deepcopy(module)]  # a backend may serve several
+    first, second = (torch.compile(each, backend=backend, dynamic=False) for each in modules)
     with torch._dynamo.config.patch(recompile_limit=2):
-        for inputs in prompts[:2]:
+        for run, inputs in ((first, prompts[0]), (second, prompts[1])):
             run(**inputs)
-        for inputs in prompts[2:] * 2:
+        for run, inputs in itertools.product((first, second), prompts[2:] * 2):
             with pytest.raises(ValueError, match=r"so it was dense\. torch\._dynamo has reached"):
                 run(**inputs)
     assert all(sum(row.runs.values()) == 1 for row in backend.report().rows)

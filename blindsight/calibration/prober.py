@@ -18,7 +18,12 @@ from torch import Tensor, fx, nn
 from blindsight.calibration.gradients import gradients_from_embeddings, losses_with_gradients
 from blindsight.calibration.measurements import Measurements
 from blindsight.calibration.probe import Losses, ProbedCall, empty_losses, measure_losses
-from blindsight.compile_apart import compile_apart, forget_compiled, without_limits
+from blindsight.compile_apart import (
+    compile_apart,
+    forget_compiled,
+    num_compiled,
+    without_limits,
+)
 from blindsight.configs import config_of, shares_keys, text_config, with_attention
 from blindsight.data.processors import inputs_on
 from blindsight.fingerprints import fingerprint, layer_types_of
@@ -54,6 +59,7 @@ class Prober:
         self._num_heads = int(shape["num_heads"])
         self._next_token = next_token
         self._backend = _ProbeBackend(model, rule, ProbedCall if next_token else _measure_at_once)
+        self._num_compiled = num_compiled()
         self._compiled = compile_apart(model, self._backend)
         self._options: dict[str, Any] = {"use_cache": False}
         known = inspect.signature(model.forward).parameters
@@ -76,8 +82,8 @@ class Prober:
         return measurements_of(of_all, shares)
 
     def close(self) -> None:
-        """Leave nothing behind of what was compiled."""
-        forget_compiled()
+        """End its use: what it compiled is in nobody's way."""
+        forget_compiled(self._num_compiled)
 
     def _run(
         self, inputs: dict[str, Any], template: Template, mask: Tensor
@@ -88,7 +94,7 @@ class Prober:
         if not bool(mask[:, -1].all()):
             options.pop("logits_to_keep", None)  # the last position is not every prompt's last
         with gradients_from_embeddings(self._model) if self._next_token else torch.no_grad():
-            with without_limits(), as_they_are(self._model), _untraced(self._towers):
+            with without_limits(), as_they_are(*self._model.modules()), _untraced(self._towers):
                 logits = self._compiled(**{**inputs, **options}).logits
             calls = self._backend.end()
             expected = with_attention(self._layer_types)

@@ -125,7 +125,9 @@ def _in_bytes(image: Image.Image) -> Image.Image:
 
     values = np.asarray(image)
     lowest, highest = (values.min(), values.max()) if values.size else (0, 0)
-    if image.mode == "F" or lowest < 0 or highest > 0xFFFF:
+    if image.mode == "F":
+        raise ValueError("grey values must be integers, got floats")
+    if lowest < 0 or highest > 0xFFFF:
         raise ValueError(f"grey values must be of 8 or 16 bits, got {lowest}..{highest}")
     is_of_8 = image.mode == "I" and highest <= 0xFF
     return Image.fromarray((values if is_of_8 else values // 257).astype(np.uint8))

@@ -91,7 +91,8 @@ def model_inputs(
 def digest_of_processor(processor: Any) -> str:
     """Return a digest of what a processor makes of a large and a small image, and some text.
 
-    It tells other limits of images from these, other chat templates, and other tokens.
+    It tells other limits of images from these, other chat templates, and other tokens; not how
+    many frames are taken of videos.
     """
     from PIL import Image
 

@@ -18,13 +18,13 @@ A row is a mapping:
               instead of messages, as LLaVA has them: ``{"from": "human", "value": "<image> ..."}``
               and ``{"from": "gpt", "value": ...}``
     task      optional, the kind of question
-    answer    optional, the expected answer; by default the assistant's at the end of the messages
+    answer    optional, the expected answer, a string or a number; by default the assistant's at
+              the end of the messages
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +32,8 @@ from functools import partial
 from numbers import Integral, Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
+
+import numpy as np
 
 from blindsight.data.media import Video, as_mapping, identity_of, open_image, open_video
 from blindsight.error_text import shortened
@@ -90,8 +92,7 @@ def sample_of_row(
     Raises:
         ValueError: The row is malformed, or a file is missing or damaged.
     """
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{where} must be {ROW}, got {shortened(repr(row))}.")
+    check_row(row, where)
     messages = _messages_of(row, where)
     _check_turns(messages, where)
     open_kind: dict[str, Callable[..., Any]] = {
@@ -105,7 +106,7 @@ def sample_of_row(
         ]
         for kind, open_one in open_kind.items()
     }
-    task, answer = row.get("task"), _answer_of(row, where)
+    task, answer = row.get("task"), _answer_of(row)
     if answer is None and messages[-1].get("role") == "assistant":
         answer = "".join(entry.get("text", "") for entry in messages[-1]["content"])
     return Sample(
@@ -126,8 +127,8 @@ def check_has_answer(sample: Sample) -> Sample:
     """
     if sample.answer is None:
         raise ValueError(
-            f"sample {sample.index} must have an answer, got none. Add an 'answer' to the row, or "
-            "end its messages with the assistant's."
+            f"sample {sample.index} must have an answer, got none. Add an 'answer' to the row, a "
+            "string or a number, or end its messages with the assistant's."
         )
     return sample
 
@@ -137,6 +138,16 @@ def row_of_sample(sample: Sample) -> dict[str, Any]:
     row = {name: getattr(sample, name) for name in ("messages", "task", "answer")}
     media = {"images": sample.images, "videos": sample.videos}
     return {**row, **{name: held for name, held in media.items() if held}}
+
+
+def check_row(row: object, where: str) -> None:
+    """Check that a row is a mapping.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where} must be {ROW}, got {shortened(repr(row))}.")
 
 
 def identity_of_row(row: Mapping[str, Any], folder: Path | None) -> object:
@@ -162,6 +173,9 @@ def check_columns(rows: Any, indices: Any, name: str) -> None:
         ValueError: It has no conversations, or no images.
     """
     columns = getattr(rows, "column_names", None)  # of a dataset, without decoding anything
+    if columns is None:
+        for at in indices:
+            check_row(rows[at], f"sample {at} of {name}")
     columns = list(rows[indices[0]]) if columns is None else list(columns)
     if not {"messages", "conversations"} & set(columns):
         raise ValueError(
@@ -304,16 +318,11 @@ def _check_turns(messages: list[dict[str, Any]], where: str) -> None:
         )
 
 
-def _answer_of(row: Mapping[str, Any], where: str) -> str | None:
+def _answer_of(row: Mapping[str, Any]) -> str | None:
+    """Return the answer beside the messages, if there is one that an answer can be equal to."""
     answer = row.get("answer")
-    if answer is None or (isinstance(answer, float) and math.isnan(answer)):  # as tables say None
-        return None
-    if not isinstance(answer, (str, Number)):
-        raise ValueError(
-            f"answer of {where} must be a string or a number, got {shortened(repr(answer))}. Of "
-            "several answers, choose one."
-        )
-    return str(answer)
+    is_one = isinstance(answer, (str, Number, np.bool_))
+    return str(answer) if is_one and answer == answer else None  # tables have nan for none
 
 
 def _message_of(turn: Any, what: str) -> dict[str, Any]:

@@ -109,8 +109,8 @@ def load_samples(
         source: A JSON-lines file, a ``.json`` file with a list of rows, a ``.parquet`` file, a
             folder with a ``data.jsonl`` (or a ``<split>.jsonl``), a folder that ``datasets``
             reads, the id of a dataset on the hub, a dataset of ``datasets``, any sequence of rows,
-            a table of pandas, a list of samples, or what this function returned. A path that
-            exists is preferred to an id on the hub.
+            a list of samples, or what this function returned. A path that exists is preferred
+            to an id on the hub.
         split: Which part of the dataset, if it has several.
         limit: How many samples to return at most.
         seed: Seed that draws the samples in random order; by default they keep their order.
@@ -169,8 +169,10 @@ class _RowsOfSamples(Sequence[Mapping[str, Any]]):
 
 def _open(source: Any, split: str | None) -> tuple[Any, str, Path | None]:
     """Return rows, their name, and the folder that their paths are relative to."""
-    if hasattr(source, "iloc"):  # a table of pandas
-        source = source.to_dict("records")
+    if hasattr(source, "iloc"):
+        raise ValueError(
+            "dataset must be rows, got a table of pandas. Give datasets.Dataset.from_pandas(table)."
+        )
     if not isinstance(source, (str, os.PathLike)):
         rows = _with_videos_as_files(_of_split(source, split, "the given dataset"))
         return rows, getattr(rows, "name", type(rows).__name__), getattr(rows, "_folder", None)
@@ -180,12 +182,13 @@ def _open(source: Any, split: str | None) -> tuple[Any, str, Path | None]:
     found = sorted(path.glob("*.jsonl")) if path.is_dir() else []
     if found and [file.name for file in found] != ["metadata.jsonl"]:  # that is of datasets
         file = path / f"{split or 'data'}.jsonl"
-        if file not in found:
+        if file in found:
+            return _read_json(file), f"{name}/{file.name}", path
+        if not any(each.name.startswith(f"{split}-") for each in found):  # shards: of datasets
             raise ValueError(
                 f"split must be one of {', '.join(each.stem for each in found)} for {name}, got "
                 f"{split or 'none'}."
             )
-        return _read_json(file), f"{name}/{file.name}", path
     rows = _of_split(_load_dataset(path, name), split, name)
     return _with_videos_as_files(rows), name, path.parent if path.is_file() else None
 

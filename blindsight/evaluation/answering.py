@@ -113,7 +113,8 @@ def _batches_left(
     for window in _chunks(range(len(samples)), batch_size * _BATCHES_AT_ONCE):
         if all(known.has(point.key, window) for point in points):
             bar.update(len(points) * len(window))
-            has_images = True  # else it would not have been answered
+            answered = known.outcomes(points[0].key)
+            has_images |= any(answered[at].num_spans > 0 for at in window)
             continue
         opened = {at: check_has_answer(samples[at]) for at in window}
         has_images |= any(sample.images or sample.videos for sample in opened.values())

@@ -184,11 +184,11 @@ class OutcomeFile:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        rows, self._unwritten = [*self._unwritten, *rows], []
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write(_lines(rows))
+            file.write(_lines([*self._unwritten, *rows]))
             file.flush()
             os.fsync(file.fileno())
+        self._unwritten = []
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 from blindsight.attention.interval_masks import BaseMask
 from blindsight.attention.intervals import groups_of_keys
 from blindsight.backend import blindsight_backend
-from blindsight.compile_apart import compile_apart, forget_compiled, without_limits
+from blindsight.compile_apart import (
+    compile_apart,
+    forget_compiled,
+    num_compiled,
+    without_limits,
+)
 from blindsight.configs import (
     cache_argument,
     cache_of,
@@ -321,6 +326,7 @@ class CompiledDecoder:
         self.backend = blindsight_backend(
             profile, inner=inner, model=decoder.model, lowering="split"
         )
+        self._num_compiled = num_compiled()
         self._compiled: Any = compile_apart(decoder.decoder, self.backend)
         self._compiled_model: Any = compile_apart(decoder.model, self.backend)
 
@@ -365,7 +371,7 @@ class CompiledDecoder:
 
     def close(self) -> None:
         self.backend.detach()
-        forget_compiled()
+        forget_compiled(self._num_compiled)
 
 
 def check_distance(distance: float, rounding: float, logits: Tensor) -> None:

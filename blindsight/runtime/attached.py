@@ -100,23 +100,25 @@ class AttachedModels:
             model = getattr(module, "_orig_mod", module)
             if model in self._parts or self._attach_found(model, call):
                 return
-        if not self._watched:
-            self._attach_within()
+        self._attach_within()
 
     def _attach_within(self) -> None:
         """Attach to the model in a module that has no config, or to such a module."""
         for _, module in inner_calls():
-            if hasattr(module, "config"):
+            if hasattr(module, "config") or module in self._others:
                 continue
             for part in module.modules():
                 if hasattr(part, "config") and self._has_all_layers(part):
-                    self._attach_if_fits(part)
+                    if not self._attach_if_fits(part):
+                        self._others.add(module)
                     return
-            if self._has_all_layers(module):
-                with self._lock:
-                    if module not in self._watched:
-                        self._watch(module)
-                return
+            with self._lock:
+                if not self._has_all_layers(module):
+                    self._others.add(module)
+                    continue
+                if module not in self._watched:
+                    self._watch(module)
+            return
 
     def _has_all_layers(self, module: nn.Module) -> bool:
         return self._layers_in(module) == set(self._profile.layers)

@@ -29,14 +29,13 @@ class Witness(NamedTuple):
         Args:
             keys: ``[B, G, K, D]``.
             history: Of the tokens in it.
-            before: Of some of its rows, which will do.
+            before: Of some of its rows, which will do, unless they moved.
         """
-        num_rows = history.num_tokens
         if not keys.is_inference() or keys.dim() != 4 or keys.itemsize not in _INTS:
             return None
-        if num_rows > keys.shape[2]:  # it slid: its first rows are gone, the others elsewhere
-            return None
-        return before or cls(num_rows, _totals(keys, num_rows))
+        num_rows = min(history.num_tokens, keys.shape[2])
+        it_slid = history.num_tokens > num_rows
+        return cls(num_rows, _totals(keys, num_rows)) if it_slid or before is None else before
 
     def holds(self, keys: Tensor) -> bool:
         return torch.equal(self.totals, _totals(keys, self.num_rows))

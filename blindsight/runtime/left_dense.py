@@ -16,7 +16,7 @@ _RAISE_LIMIT = (
 )
 
 _AGAINST_LIMIT = (
-    f"{_RAISE_LIMIT} Or compile the decoder alone: "
+    f"{_RAISE_LIMIT} Or compile the decoder alone, in models of transformers "
     "model.model.language_model.compile(backend=backend)."
 )
 DECODER_NOT_SEEN = (
