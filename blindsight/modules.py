@@ -108,11 +108,16 @@ def _sums_of(tensor: Tensor) -> list[object]:
 @contextmanager
 def as_they_are(*modules: nn.Module) -> Iterator[None]:
     """Let modules run as they are in this context, whatever they were compiled with in place."""
-    kept = [(module, module._compiled_call_impl, vars(module).get("forward")) for module in modules]
-    for module, _, forward in kept:
-        module._compiled_call_impl = None
-        if (original := getattr(forward, "_torchdynamo_orig_callable", None)) is not None:
+    kept = []
+    for module in modules:
+        compiled, forward = module._compiled_call_impl, vars(module).get("forward")
+        original = getattr(forward, "_torchdynamo_orig_callable", None)
+        if compiled is not None:
+            module._compiled_call_impl = None
+        if original is not None:
             module.forward = original
+        if compiled is not None or original is not None:
+            kept.append((module, compiled, forward))
     try:
         yield
     finally:
