@@ -71,8 +71,7 @@ def record_call(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any]) 
     )
 
 
-_AT_ONCE = 2**22  # values, so that their copies as ints take little memory
-_INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_AT_ONCE = 2**22  # words, so that copies of them take little memory
 
 
 def digest_of_model(model: nn.Module) -> str:
@@ -98,11 +97,17 @@ def _sums_of(tensor: Tensor) -> list[object]:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     is_plain = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
-    if not is_plain or tensor.itemsize not in _INTS or tensor.numel() == 0:
+    if not is_plain:
         return []
-    bits = tensor.contiguous().view(_INTS[tensor.itemsize]).flatten()
-    odd = torch.arange(1, 2 * min(len(bits), _AT_ONCE), 2, device=bits.device)  # none loses a bit
-    return [int((part * odd[: len(part)]).sum()) for part in torch.split(bits, _AT_ONCE)]
+    octets = tensor.contiguous().flatten().view(torch.uint8)
+    octets, rest = octets[: len(octets) // 8 * 8], octets[len(octets) // 8 * 8 :]
+    if octets.storage_offset() % 8:
+        octets = octets.clone()
+    words = octets.view(torch.int64)
+    odd = torch.arange(1, 2 * min(len(words), _AT_ONCE) + 1, 2, device=words.device)
+    # An odd factor loses no bit of a word.
+    sums = [int((part * odd[: len(part)]).sum()) for part in torch.split(words, _AT_ONCE)]
+    return [*sums, rest.tolist()]
 
 
 @contextmanager

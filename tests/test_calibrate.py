@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from blindsight import blindsight_backend, compile_apart
+from blindsight import blindsight_backend, compile_apart, modules
 from blindsight.calibrate import (
     calibrate,
     evidence_of,
@@ -469,6 +470,33 @@ def test_a_calibrated_model_can_be_compiled_as_often_as_another(
             expected = reference_logits(model, inputs, profile)
             with torch.no_grad():
                 torch.testing.assert_close(run(**inputs).logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64])
+@pytest.mark.parametrize("shape", [(0,), (), (3,), (5, 7), (2, 3, 4)])
+def test_a_digest_sees_every_value_and_their_order(dtype: Any, shape: tuple[int, ...]) -> None:
+    """In pieces, too, and where a weight is a part of a tensor."""
+    generator = torch.Generator().manual_seed(0)
+    made = torch.randn(64, generator=generator).relu().to(dtype)
+    weight = made[3 : 3 + math.prod(shape)].view(shape)
+    changed = [flipped(weight, at) for at in range(weight.numel())]
+    turned = [weight.flip(dim) for dim in range(len(shape) if len(shape) > 1 else 0)]
+    with mock.patch.object(modules, "_AT_ONCE", 2):
+        first, *others = (digest_of(each) for each in (weight, weight.clone(), *changed, *turned))
+    assert others.count(first) == 1
+    assert len(set(others)) == len(others)
+
+
+def digest_of(weight: torch.Tensor) -> str:
+    module = torch.nn.Module()
+    module.register_buffer("weight", weight)
+    return modules.digest_of_model(module)
+
+
+def flipped(weight: torch.Tensor, at: int) -> torch.Tensor:
+    result = weight.clone()
+    result.view(-1)[at] = ~result.view(-1)[at] if weight.dtype == torch.bool else 9
+    return result
 
 
 def test_logits_that_are_no_numbers_are_an_error() -> None:
