@@ -1,8 +1,8 @@
 """Conversations at random: whatever was done to caches in between, no call takes wrong images.
 
 A call is right if it gives what its profile says of the whole sequence; where what is in the cache
-cannot be known, it may give what the dense model does instead. Each is compared from the very
-cache that the call found.
+cannot be known, it may give what the dense model does instead, and so may each layer where layers
+are compiled one by one. Each is compared from the very cache that the call found.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class Setup:
     eager: Any
     family: str
     static: bool
+    by_layers: bool
     fails: list[str] = field(default_factory=list)  # at the next call of a graph
     num_sparse: int = 0
     num_dense: int = 0
@@ -237,32 +238,42 @@ class Conversations(RuleBasedStateMachine):
         must_be: str = "",
         embeds: bool = False,
     ) -> Conversation:
-        """Run new tokens on a conversation's cache; they must be sparse or dense, or either."""
+        """Run new tokens on a conversation's cache.
+
+        Args:
+            before: What is in the cache, which the call changes.
+            ids, valid: The new tokens.
+            mode, context: What the call runs in.
+            must_be: "sparse" or "dense"; by default either will do.
+            embeds: Whether the model is not given their ids.
+        """
         inputs = self.setup.inputs(before, ids, valid)
         whole = torch.cat([before.ids, ids], 1)
         eager = self.setup.eager
+        template = before.template(whole)
+
+        def reference(categories: Any) -> Tensor:
+            cache = copy.deepcopy(before.cache)
+            found = run_reference(eager, categories, *template, inputs, past_key_values=cache)
+            return found.logits
+
         with torch.no_grad():
             dense = eager(**inputs, past_key_values=copy.deepcopy(before.cache)).logits
-        sparse = run_reference(
-            eager,
-            CATEGORIES,
-            *before.template(whole),
-            inputs,
-            past_key_values=copy.deepcopy(before.cache),
-        ).logits
+        expected = {"sparse": reference(CATEGORIES), "dense": dense}
+        if self.setup.by_layers and not must_be:  # each layer may know its own cache, or not
+            for layer in range(2):
+                one = [row if at == layer else [0] * 4 for at, row in enumerate(CATEGORIES)]
+                expected[f"layer {layer} alone is sparse"] = reference(one)
         mode = self.setup.mode_for(before.cache, mode, writes=self.setup.static)
         with mode(), context():
             if embeds:
                 inputs["inputs_embeds"] = eager.get_input_embeddings()(inputs.pop("input_ids"))
             found = self.setup.run(**inputs, past_key_values=before.cache).logits
-        errors = {
-            name: float((found - expected)[valid].abs().max())
-            for name, expected in (("sparse", sparse), ("dense", dense))
-        }
-        if float((sparse - dense)[valid].abs().max()) > APART:
+        errors = {name: float((found - x)[valid].abs().max()) for name, x in expected.items()}
+        if float((expected["sparse"] - dense)[valid].abs().max()) > APART:
             self.setup.num_sparse += errors["sparse"] < CLOSE
             self.setup.num_dense += errors["dense"] < CLOSE
-        allowed = (must_be,) if must_be else ("sparse", "dense")
+        allowed = (must_be,) if must_be else tuple(errors)
         assert min(errors[name] for name in allowed) < CLOSE, (errors, allowed)
         return replace(before, ids=whole, valid=torch.cat([before.valid, valid], 1))
 
@@ -343,7 +354,7 @@ class Conversations(RuleBasedStateMachine):
 @contextlib.contextmanager
 def setup_of(family: str, *, static: bool, by_layers: bool) -> Iterator[Setup]:
     model = tiny_model(family)
-    setup = Setup(None, copy.deepcopy(model), family, static)
+    setup = Setup(None, copy.deepcopy(model), family, static, by_layers)
     profile = Profile.for_model(model, CATEGORIES)
     backend = blindsight_backend(profile, inner=setup.inner, lowering="fused")
     if by_layers:
