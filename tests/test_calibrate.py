@@ -451,7 +451,7 @@ def test_a_model_that_is_compiled_in_place_is_measured(how: str) -> None:
     assert (model._compiled_call_impl, vars(model).get("forward")) == kept
 
 
-@pytest.mark.parametrize("most_left", [128, 0])
+@pytest.mark.parametrize("most_left", [128, pytest.param(0, marks=pytest.mark.nightly)])
 def test_a_calibrated_model_can_be_compiled_as_often_as_another(
     most_left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -409,23 +409,3 @@ def test_keys_that_are_written_over_in_a_cache_that_slid() -> None:
                 kept.copy_(kept.flip(0))
         turned = begun.chosen(torch.tensor([1, 0]))
         machine._call(turned, question, question > 0, torch.inference_mode)
-
-
-@pytest.mark.filterwarnings("ignore::blindsight.BlindsightWarning")
-def test_copies_of_like_keys_under_unlike_templates() -> None:
-    """The keys of the first layer are the same: nothing tells whose copy a cache is."""
-    image = [START_ID, *[IMAGE_ID] * 6, END_ID]
-    ids, question = torch.tensor([[29, 29, *image, 36, *image, 22]]), torch.tensor([[*image, 22]])
-    other = template_of(ids.roll(5, 1))
-    with setup_of("qwen2_5_vl", static=False, by_layers=False) as setup:
-        machine = type("Machine", (Conversations,), {"setup": setup})()
-        begun = []
-        for given in (None, other):
-            new = Conversation(setup.new_cache(), ids[:, :0], ids[:, :0].bool(), given=given)
-            context = contextlib.nullcontext if given is None else lambda: use_template(*other)
-            begun.append(machine._call(new, ids, ids > 0, context=context, must_be="sparse"))
-        assert torch.equal(*(each.cache.layers[0].keys for each in begun))
-        for each in begun:
-            copied = replace(each, cache=copy.deepcopy(each.cache))
-            machine._call(copied, question, question > 0, must_be="dense")
-        machine._call(begun[0], question, question > 0, must_be="sparse")
