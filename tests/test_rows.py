@@ -254,8 +254,9 @@ def test_what_an_assistant_shows_is_an_error() -> None:
 def test_a_row_that_is_none_is_an_error(broken: object) -> None:
     good = as_text(images=[picture(shade) for shade in SHADES])
     for at, rows in ((1, [good, broken]), (0, [broken, good])):
-        with pytest.raises(ValueError, match=f"sample {at} of list must be"):
-            load_samples(rows)
+        for read in (Samples.check, Samples.digest):
+            with pytest.raises(ValueError, match=f"sample {at} of list must be"):
+                read(load_samples(rows))
 
 
 def test_grey_of_16_bits_keeps_its_shades(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from PIL import Image
 
 from blindsight.calibrate import calibrate
 from blindsight.data.processors import load_processor, model_inputs
+from blindsight.data.rows import Sample
 from blindsight.data.samples import Samples, load_samples
 from family_processors import HAS_TORCHVISION
 from models import IMAGE_ID, tiny_model
 from processors import tiny_processor
+from questions import Watched
 
 
 def picture(shade: int, width: int = 16, height: int = 16) -> Image.Image:
@@ -329,3 +332,21 @@ def test_shards_are_read_by_datasets(tmp_path: Path) -> None:
         text = json.dumps({"images": [], "messages": messages(f"{shard}?")}) + "\n"
         (tmp_path / f"train-0000{shard}-of-00002.jsonl").write_text(text)
     assert len(load_samples(tmp_path, split="train")) == 2
+
+
+def test_loading_samples_opens_but_the_first() -> None:
+    """To see that it has images: the others may be opened when they are read."""
+    samples = Watched(load_samples(memory_rows(5)))
+    load_samples(SamplesOfMine(samples))
+    assert set(samples.opened) == {0}
+
+
+class SamplesOfMine(Sequence[Sample]):
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._samples[at]

@@ -172,19 +172,21 @@ def check_columns(rows: Any, indices: Any, name: str) -> None:
     Raises:
         ValueError: It has no conversations, or no images.
     """
+
+    def row_at(at: int) -> Mapping[str, Any]:  # one by one: rows may be opened when they are read
+        row: Mapping[str, Any] = rows[at]
+        check_row(row, f"sample {at} of {name}")
+        return row
+
     columns = getattr(rows, "column_names", None)  # of a dataset, without decoding anything
-    if columns is None:
-        for at in indices:
-            check_row(rows[at], f"sample {at} of {name}")
-    columns = list(rows[indices[0]]) if columns is None else list(columns)
+    columns = list(row_at(indices[0])) if columns is None else list(columns)
     if not {"messages", "conversations"} & set(columns):
         raise ValueError(
             f"dataset must have a column 'messages', got {', '.join(columns) or 'none'} in {name}. "
             f"A row is {ROW}."
         )
     has_media = bool(_MEDIA & set(columns)) or any(
-        (_MEDIA & set(row)) or any(True for _ in _media_inside(row))
-        for row in (rows[at] for at in indices)
+        (_MEDIA & set(row)) or any(True for _ in _media_inside(row)) for row in map(row_at, indices)
     )
     if not has_media:
         raise ValueError(

@@ -20,6 +20,7 @@ from blindsight.data.rows import (
     Sample,
     check_columns,
     check_has_answer,
+    check_row,
     identity_of_row,
     row_of_sample,
     sample_of_row,
@@ -96,7 +97,9 @@ class Samples(Sequence[Sample]):
         digest = hashlib.sha256(json.dumps([known, list(self._indices)]).encode())
         if known is None:
             for index in self._indices:
-                digest.update(repr(identity_of_row(self._rows[index], self._folder)).encode())
+                row = self._rows[index]
+                check_row(row, f"sample {index} of {self.name}")
+                digest.update(repr(identity_of_row(row, self._folder)).encode())
         return digest.hexdigest()
 
 
