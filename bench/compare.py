@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from blindsight.data.samples import Samples
-from blindsight.evaluate import decoder_of, point_of, run_header
+from blindsight.evaluate import decoder_of, open_outcomes, point_of
 from blindsight.evaluation.answering import answer_samples
 from blindsight.evaluation.masked_model import ProfileMasking
-from blindsight.evaluation.outcomes import OutcomeFile
 from blindsight.evaluation.summary import Summary, summarize
 from blindsight.modules import in_eval_mode
 from blindsight.profile import Profile
@@ -42,7 +41,7 @@ def compare(
         raise ValueError(f"profiles must have one rule, got {len(rules)} among {list(profiles)}.")
     first = next(iter(profiles.values()))
     decoder = decoder_of(model, first)
-    known = OutcomeFile(checkpoint, run_header(decoder, samples, None))
+    known = open_outcomes(checkpoint, decoder, processor, samples, None)
     dense = point_of(ProfileMasking(torch.zeros_like(first.categories)))
     points = {}
     for name, profile in profiles.items():

@@ -210,8 +210,7 @@ def evaluate(
         raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
     profile, samples = Profile.of(profile), load_samples(samples)
     decoder = decoder_of(model, profile)
-    header = {} if checkpoint is None else run_header(decoder, processor, samples, max_new_tokens)
-    known = OutcomeFile(checkpoint, header)
+    known = open_outcomes(checkpoint, decoder, processor, samples, max_new_tokens)
     tried = (torch.zeros_like(profile.categories), profile.categories)
     points = [point_of(ProfileMasking(categories), engine) for categories in tried]
     compiled = CompiledDecoder(decoder, profile, inner=inner) if engine == "compiled" else None
@@ -278,17 +277,24 @@ def decoder_of(model: nn.Module, profile: Profile) -> Decoder:
     return Decoder(model, profile)
 
 
-def run_header(
-    decoder: Decoder, processor: Any, samples: Samples, max_new_tokens: int | None
-) -> dict[str, str]:
-    """Return what must be the same for a run to be resumed."""
-    return {
+def open_outcomes(
+    checkpoint: str | os.PathLike[str] | None,
+    decoder: Decoder,
+    processor: Any,
+    samples: Samples,
+    max_new_tokens: int | None,
+) -> OutcomeFile:
+    """Return the answers of a run so far: those in a file, if it is of the same run."""
+    if checkpoint is None:
+        return OutcomeFile(None, {})
+    header = {
         "weights": digest_of_model(decoder.model),
         "rule": decoder.rule.to_json(),
         "samples": samples.digest(),
         "processor": digest_of_processor(processor),
         "max_new_tokens": str(max_new_tokens),
     }
+    return OutcomeFile(checkpoint, header)
 
 
 def point_of(masking: Masking, engine: str = ENGINES[0]) -> Point:

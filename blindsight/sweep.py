@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from blindsight.categories import HeadCategory
 from blindsight.data.samples import load_samples
-from blindsight.evaluate import conditions, decoder_of, point_of, run_header
+from blindsight.evaluate import conditions, decoder_of, open_outcomes, point_of
 from blindsight.evaluation.answering import answer_samples
 from blindsight.evaluation.masked_model import ProfileMasking
-from blindsight.evaluation.outcomes import Outcome, OutcomeFile
+from blindsight.evaluation.outcomes import Outcome
 from blindsight.evaluation.summary import by_task, summarize
 from blindsight.evaluation.sweep_points import (
     BY_HEAD,
@@ -91,8 +91,7 @@ def sweep(
     if budgets is None:
         budgets = spread_budgets(profile.evidence, select, num_points)
     plans = category_plans(profile, budgets, select, num_seeds if baselines else 0, baselines)
-    header = {} if checkpoint is None else run_header(decoder, processor, samples, max_new_tokens)
-    known = OutcomeFile(checkpoint, header)
+    known = open_outcomes(checkpoint, decoder, processor, samples, max_new_tokens)
     dense_point = point_of(ProfileMasking(torch.zeros_like(profile.categories)))
 
     def answer(wanted: Sequence[PlannedPoint]) -> dict[str, list[Outcome]]:
