@@ -43,7 +43,7 @@ from blindsight.attention.block_tables import block_size_of, runs_of_sorted
 from blindsight.attention.chunks import num_chunks_of
 from blindsight.attention.interval_masks import causal_base
 from blindsight.attention.intervals import sorted_bounds
-from blindsight.attention.mask_forms import sorted_mask
+from blindsight.attention.mask_forms import SortedMask, sorted_mask
 from blindsight.categories import HeadCategory
 from blindsight.ranks import local_device
 from blindsight.runtime.choose import MAX_TABLE_BYTES
@@ -136,7 +136,7 @@ class Bench:
             found[0.0, "flex, create_block_mask"] = self._block_mask
         for mix in mixes:
             codes = head_mix(self.num_heads, mix)
-            fused = fused_layout(codes, self.num_threads)
+            fused = fused_layout(codes)
             split = self.split(mix)
             for name, layout in (("fused", fused), ("split", split)):
                 found[mix, name] = lambda codes=codes, layout=layout: self._flex(codes, layout)
@@ -153,7 +153,7 @@ class Bench:
         num_blocks = -(-self.config.num_tokens // block_size_of(torch.device(self.device)))
         tables = 2 * 4 * (self.num_heads - codes.count(0)) * num_blocks**2
         is_large = tables > MAX_TABLE_BYTES
-        return split_layout(codes, self.num_threads, is_causal=True, per_category=is_large)
+        return split_layout(codes, is_causal=True, per_category=is_large)
 
     def limit(self, mix: float, dense_ms: float) -> float:
         """The dense call's time, for the listed blocks alone."""
@@ -196,18 +196,22 @@ class Bench:
             worst = max(worst, (output[0, head, row] - expected).abs().max().item())
         return worst
 
+    def _mask(self, span_id: Tensor, is_sink: Tensor) -> SortedMask:
+        size = self.config.num_tokens
+        sizes = {"batch": 1, "num_queries": size, "num_keys": size}
+        return sorted_mask(CAUSAL, span_id, is_sink, num_threads=self.num_threads, **sizes)
+
     def _flex(
         self,
         codes: list[int],
         layout: Layout | None = None,
         options: dict[str, Any] | None = None,
     ) -> Callable[[], object]:
-        size = self.config.num_tokens
         layout = layout or fused_layout(codes)
 
         def function(*inputs: Tensor) -> Tensor:
             *qkv, span_id, is_sink, heads, categories = inputs
-            mask = sorted_mask(CAUSAL, span_id, is_sink, batch=1, num_queries=size, num_keys=size)
+            mask = self._mask(span_id, is_sink)
             return attend(*qkv, mask, heads, categories, layout.groups)
 
         heads = torch.tensor(layout.heads)
@@ -238,11 +242,11 @@ class Bench:
     def _in_order(self, mix: float) -> Callable[[], object]:
         """Split over heads that come in the order of its groups, keys and values, too."""
         codes, layout = head_mix(self.num_heads, mix), self.split(mix)
-        size, per_key_head = self.config.num_tokens, self.num_heads // self.num_key_heads
+        per_key_head = self.num_heads // self.num_key_heads
 
         def function(*inputs: Tensor) -> Tensor:
             *qkv, span_id, is_sink, heads, categories = inputs
-            mask = sorted_mask(CAUSAL, span_id, is_sink, batch=1, num_queries=size, num_keys=size)
+            mask = self._mask(span_id, is_sink)
             outputs, begin = [], 0
             for kind, number in layout.groups:
                 of_group = [x[:, begin : begin + number] for x in qkv]

@@ -78,6 +78,7 @@ def replace_attention_pass(
     inputs: Sequence[fx.Node] | None = None,
     in_region: bool = False,
     by_operator: bool = False,
+    num_threads: int = 1,
 ) -> fx.GraphModule:
     """Replace the given attention calls; every other node keeps its meaning.
 
@@ -108,6 +109,8 @@ def replace_attention_pass(
             it once.
         by_operator: Make masks in interval form by an operator, see
             :mod:`blindsight.attention.mask_operator`.
+        num_threads: Of a CPU, to which attention is dealt out, see
+            :mod:`blindsight.attention.chunks`.
     """
     del example_inputs
     if not attention:
@@ -131,6 +134,7 @@ def replace_attention_pass(
                 size_of=size_of,
                 capacity=None if capacities is None else capacities[row],
                 by_operator=by_operator,
+                num_threads=num_threads,
             )
         with gm.graph.inserting_before(call.node):
             rows = tuple(
@@ -176,6 +180,7 @@ def _make_mask(
     size_of: Callable[[int | torch.SymInt], int],
     capacity: Capacity | None,
     by_operator: bool,
+    num_threads: int,
 ) -> fx.Node:
     """Add what makes the mask of a call; arguments as for :func:`replace_attention_pass`."""
     form = form.for_tier(Tier.OPAQUE if proof is None else proof.tier)
@@ -189,6 +194,8 @@ def _make_mask(
         before = proof.before
     if form is MaskForm.GROUPED:
         options["by_group"] = True
+    if form.is_sorted and num_threads > 1:
+        options["num_threads"] = num_threads
     functions = {**_MAKE_MASK, **_BY_OPERATOR} if by_operator else _MAKE_MASK
     with gm.graph.inserting_before(before):
         if capacity is not None:

@@ -23,10 +23,11 @@ from blindsight.attention.base_mask import Tier, is_plain_causal
 from blindsight.attention.flex import constant_rows
 from blindsight.cache_keys import source_digest
 from blindsight.families import DECODER_ATTENTION_CLASSES
-from blindsight.passes.find_attention import Attention, find_attention
+from blindsight.passes.find_attention import Attention, find_attention, find_eager_attention
 from blindsight.passes.find_inputs import find_input_ids
-from blindsight.passes.graph import add_placeholder, input_name, placeholders
+from blindsight.passes.graph import add_placeholder, fake_tensor, input_name, placeholders
 from blindsight.passes.lift_mask import Lifted, lift_masks
+from blindsight.passes.names import name_of
 from blindsight.passes.replace_attention import TOKEN_INPUTS, replace_attention_pass
 from blindsight.profile import Profile
 from blindsight.runtime.lowering import Layout, Lowering, fused_layout, split_layout
@@ -118,6 +119,7 @@ def rewrite(
 ) -> list[int]:
     """Rewrite a graph in place, and return the layers whose attention was rewritten."""
     calls = find_attention(gm, layer_pattern=profile.rule.layer_pattern)
+    _check_is_called(gm, profile)
     profile = _rows_of_rank(gm, calls, profile)
     ours = [(call, at) for call in calls if (at := _layer_of(call, profile)) is not None]
     if not ours:
@@ -157,6 +159,21 @@ def rewrite(
     return layers
 
 
+def _check_is_called(gm: fx.GraphModule, profile: Profile) -> None:
+    """Check that no attention of the decoder is matrix products, which would be left dense."""
+    written_out = find_eager_attention(
+        gm,
+        layer_pattern=profile.rule.layer_pattern,
+        module_classes=DECODER_ATTENTION_CLASSES,
+    )
+    if written_out:
+        raise ValueError(
+            f"attention of {written_out[0]} must be one call of scaled_dot_product_attention, got "
+            "one that is written out. Load the model with attn_implementation='sdpa', and run the "
+            "pass before operators are decomposed."
+        )
+
+
 def _check_tells_layers(gm: fx.GraphModule, calls: Sequence[Attention], profile: Profile) -> None:
     """Check that the graph has no call of the decoder's, and not only none that can be told."""
     targets = (str(node.target) for node in gm.graph.nodes if node.op == "call_function")
@@ -166,7 +183,10 @@ def _check_tells_layers(gm: fx.GraphModule, calls: Sequence[Attention], profile:
             "the pass before operators are decomposed: on a graph of Dynamo's or torch.export's."
         )
     told = any(node.meta.get("nn_module_stack") for node in gm.graph.nodes)
-    if not told and any(call.num_heads == profile.num_heads for call in calls):
+    scores = (fake_tensor(node) for node in gm.graph.nodes if "softmax" in name_of(node))
+    heads = [call.num_heads for call in calls]
+    heads += [fake.shape[1] for fake in scores if fake is not None and fake.dim() == 4]
+    if not told and profile.num_heads in heads:
         raise ValueError(
             "the graph must say which module each node is of (nn_module_stack), got none. Trace "
             "with torch.export or Dynamo; make_fx does not note it."

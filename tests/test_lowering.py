@@ -50,10 +50,16 @@ def prompt(num_images: int, image: int, text: int) -> History:
     return GivenHistory(rule, Template(span_id, is_sink))
 
 
-def call_of(history: History, categories: list[int], *, is_masked: bool = True) -> ChoosableCall:
+def call_of(
+    history: History,
+    categories: list[int],
+    *,
+    is_masked: bool = True,
+    form: MaskForm = MaskForm.SORTED,
+) -> ChoosableCall:
     tokens = history.num_tokens
     size = CallSize(8, 2, 128, 1, tokens, tokens, tokens, tokens, is_masked)
-    return ChoosableCall(tuple(categories), MaskForm.SORTED, True, size)
+    return ChoosableCall(tuple(categories), form, True, size)
 
 
 # Layouts
@@ -187,8 +193,12 @@ def choose(history: History, categories: list[int], lowering: str, **options: An
 def test_a_lowering_that_is_asked_for_is_taken() -> None:
     history = prompt(2, 5, 5)
     mixed = [0, 0, 1, 1, 2, 2, 3, 3]
-    assert choose(history, mixed, "fused") == (fused_layout(mixed, 2),)
-    assert choose(history, mixed, "split") == (split_layout(mixed, 2, is_causal=True),)
+    assert choose(history, mixed, "fused") == (fused_layout(mixed),)
+    assert choose(history, mixed, "split") == (split_layout(mixed, is_causal=True),)
+    # Whole heads are dealt out to the threads, two here, where tokens stay where they are.
+    form = MaskForm.ORDERED
+    assert choose(history, mixed, "fused", form=form) == (fused_layout(mixed, 2),)
+    assert choose(history, mixed, "split", form=form) == (split_layout(mixed, 2, is_causal=True),)
 
 
 @pytest.mark.parametrize("lowering", ["fused", "split", "auto"])

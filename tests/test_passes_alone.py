@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn.functional import scaled_dot_product_attention
@@ -131,14 +132,34 @@ def nothing(gm: fx.GraphModule) -> None:
     pass
 
 
+@pytest.mark.parametrize("how", ["eager attention", "decomposed"])
+def test_attention_that_is_written_out(how: str, inputs: Any) -> None:
+    model = tiny_model("qwen2_5_vl")
+    profile = profile_of(model)
+    if how == "eager attention":
+        model.set_attn_implementation("eager")
+    program = torch.export.export(DecoderWithHead(model), (), kwargs=inputs, strict=False)
+    if how == "decomposed":
+        program = program.run_decompositions()
+    gm = program.graph_module
+    before = gm.print_readable(print_output=False)
+    with pytest.raises(ValueError, match=r"self_attn must be one call of scaled.*written out"):
+        sparse_attention_pass(gm, profile=profile, add_inputs=True)
+    assert gm.print_readable(print_output=False) == before
+
+
 @pytest.mark.parametrize(
-    ("pre_dispatch", "message"),
-    [(True, "which module each node is of .*, got none"), (False, "got aten._scaled_dot_product_")],
+    ("options", "message"),
+    [
+        ({"pre_dispatch": True}, "which module each node is of .*, got none"),
+        ({}, "got aten._scaled_dot_product_"),
+        ({"decomposition_table": core_aten_decompositions()}, "each node is of .*, got none"),
+    ],
 )
-def test_a_graph_that_tells_no_layer(pre_dispatch: bool, message: str, qwen: Any) -> None:
+def test_a_graph_that_tells_no_layer(options: Any, message: str, qwen: Any) -> None:
     heads = torch.randn(1, profile_of(qwen).num_heads, 8, 16)
     attend = lambda x: scaled_dot_product_attention(x, x, x, is_causal=True)  # noqa: E731
-    gm = make_fx(attend, pre_dispatch=pre_dispatch)(heads)
+    gm = make_fx(attend, **options)(heads)
     with pytest.raises(ValueError, match=message):
         sparse_attention_pass(gm, profile=profile_of(qwen))
 

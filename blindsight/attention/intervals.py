@@ -147,6 +147,30 @@ def stretched(
     return bounds, TokenOrder(query, key, inverse_query)
 
 
+def dealt(
+    bounds: SortedBounds, order: TokenOrder, num_parts: int, block_size: int
+) -> tuple[SortedBounds, TokenOrder]:
+    """Deal the blocks of sorted queries out to equal parts, in snake order, and join the parts.
+
+    Text, early and late images are then in each part alike.
+
+    Args:
+        bounds, order: Of sorted queries, a multiple of ``num_parts * block_size``.
+        num_parts: How many.
+        block_size: In tokens.
+    """
+    query, key, inverse_query = order
+    device = query.device
+    part = torch.arange(num_parts, device=device)[:, None]
+    lap = torch.arange(query.shape[1] // (num_parts * block_size), device=device)
+    block = lap * num_parts + torch.where(lap % 2 == 0, part, num_parts - 1 - part)
+    source = block[:, :, None] * block_size + torch.arange(block_size, device=device)
+    source = source.flatten()
+    place = _inverse(source[None])[0]
+    bounds = SortedBounds(*(side[..., source] for side in bounds))
+    return bounds, TokenOrder(query[:, source], key, place[inverse_query])
+
+
 def allowed_sorted(
     b: Tensor,
     h: Tensor,

@@ -30,16 +30,16 @@ from blindsight.attention.base_mask import (
 from blindsight.attention.block_tables import (
     BlockTables,
     block_size_of,
-    ceil_div,
     tables_of_prompt_order,
     tables_of_sorted,
 )
-from blindsight.attention.chunks import num_chunks_of
+from blindsight.attention.chunks import num_chunks_of, num_rows_of
 from blindsight.attention.flex import Rule, realize
 from blindsight.attention.interval_masks import BaseMask, Keep, is_kept, keep_intervals
 from blindsight.attention.intervals import (
     TokenOrder,
     allowed_sorted,
+    dealt,
     groups_of_keys,
     sorted_bounds,
     stretched,
@@ -161,6 +161,7 @@ def sorted_mask(
     query_capacity: int | None = None,
     key_capacity: int | None = None,
     by_group: bool = False,
+    num_threads: int = 1,
 ) -> SortedMask:
     """Intersect a base mask in interval form with what each category keeps, tokens sorted.
 
@@ -171,10 +172,11 @@ def sorted_mask(
         query_capacity, key_capacity: If given, of so many sorted positions the mask is, whatever
             Q and K are when a graph runs: those beyond hold a token that is already there, and see
             and show nothing. Then FlexAttention computes on fixed sizes (its C++ kernel cannot do
-            with symbolic ones) inside a graph that does not. On a GPU there are so many sorted
-            queries more that every chunk is a whole number of blocks.
+            with symbolic ones) inside a graph that does not. There are so many sorted queries more
+            that every chunk is a whole number of blocks.
         by_group: Whether the form is intervals of each group of keys alone: of text, sinks and
             other tokens of spans. No sequences are packed then.
+        num_threads: Of a CPU, to which attention is dealt out.
     """
     groups = groups_of_keys(span_id, is_sink, num_keys) if by_group else None
     base, first_span = _lifted_base(form, span_id, batch, num_queries, num_keys, groups)
@@ -183,11 +185,12 @@ def sorted_mask(
     )
     block_size = block_size_of(span_id.device)
     capacity = num_queries if query_capacity is None else query_capacity
-    num_chunks = num_chunks_of(span_id.device, capacity, block_size)
+    num_chunks = num_chunks_of(span_id.device, capacity, block_size, num_threads)
     if num_chunks > 1:
-        step = num_chunks * block_size
-        query_capacity = ceil_div(capacity, step) * step
+        query_capacity = num_rows_of(capacity, num_chunks, block_size)
     bounds, order = stretched(bounds, order, query_capacity, key_capacity)
+    if num_chunks > 1 and span_id.device.type == "cpu":
+        bounds, order = dealt(bounds, order, num_chunks, block_size)
     num_keys = order.key.shape[1]
     lower, upper = (realize(rows, span_id) for rows in bounds.rows())
     tables = tables_of_sorted(bounds, num_keys, block_size)

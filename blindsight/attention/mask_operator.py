@@ -20,6 +20,7 @@ from torch import SymInt, Tensor
 
 from blindsight.attention.base_mask import Form
 from blindsight.attention.block_tables import BlockTables, block_size_of, ceil_div
+from blindsight.attention.chunks import num_chunks_of, num_rows_of
 from blindsight.attention.interval_masks import BaseMask, Keep
 from blindsight.attention.intervals import NUM_PARTS, TokenOrder
 from blindsight.attention.mask_forms import OrderedMask, SortedMask, ordered_mask, sorted_mask
@@ -36,7 +37,10 @@ def sorted_mask_by_operator(
         return sorted_mask(form, span_id, is_sink, **sizes)
     made = _sorted_mask(*written, span_id, is_sink, **sizes)
     order, (lower, upper), tables = TokenOrder(*made[:3]), made[3:5], BlockTables(*made[5:])
-    return SortedMask(order, lower, upper, tables, block_size_of(span_id.device))
+    capacity = sizes.get("query_capacity") or sizes["num_queries"]
+    block_size = block_size_of(span_id.device)
+    num_chunks = num_chunks_of(span_id.device, capacity, block_size, sizes.get("num_threads", 1))
+    return SortedMask(order, lower, upper, tables, block_size, num_chunks)
 
 
 def ordered_mask_by_operator(
@@ -63,6 +67,7 @@ def _sorted_mask(
     query_capacity: int | None = None,
     key_capacity: int | None = None,
     by_group: bool = False,
+    num_threads: int = 1,
 ) -> list[Tensor]:
     mask = sorted_mask(
         _read(form, tensors, numbers),
@@ -74,6 +79,7 @@ def _sorted_mask(
         query_capacity=query_capacity,
         key_capacity=key_capacity,
         by_group=by_group,
+        num_threads=num_threads,
     )
     return _own(*mask.order, mask.lower, mask.upper, *mask.tables)
 
@@ -91,8 +97,12 @@ def _(
     query_capacity: int | None = None,
     key_capacity: int | None = None,
     by_group: bool = False,
+    num_threads: int = 1,
 ) -> list[Tensor]:
     queries = num_queries if query_capacity is None else query_capacity
+    block_size = block_size_of(span_id.device)
+    num_chunks = num_chunks_of(span_id.device, queries, block_size, num_threads)
+    queries = num_rows_of(queries, num_chunks, block_size)
     keys = num_keys if key_capacity is None else key_capacity
     positions = [(batch, size) for size in (queries, keys, num_queries)]
     return [

@@ -21,6 +21,7 @@ from blindsight.attention.block_tables import (
     runs_of_sorted,
     tables_of_prompt_order,
 )
+from blindsight.attention.chunks import num_chunks_on_cpu
 from blindsight.attention.interval_masks import BaseMask, Keep, causal_base, keep_intervals
 from blindsight.attention.intervals import sorted_bounds
 from blindsight.attention.mask_forms import MaskForm
@@ -204,7 +205,10 @@ def _ways(
     call: ChoosableCall, lowering: Lowering, device: Device
 ) -> tuple[tuple[Layout, ...], str]:
     """Return the layouts that a call may have, what was asked for first, and what is left out."""
-    parts = device.num_threads // gcd(device.num_threads, call.size.batch)
+    threads = device.num_threads
+    if call.form.is_sorted:  # each chunk of queries has so many threads
+        threads //= num_chunks_on_cpu(call.size.query_rows, threads)
+    parts = threads // gcd(threads, call.size.batch)
     split = _split_layout(call.categories, parts, is_causal=call.is_causal)
     if _table_bytes(split, call.size, device.block_size) > MAX_TABLE_BYTES:
         split = _split_layout(call.categories, is_causal=call.is_causal, per_category=True)

@@ -188,6 +188,7 @@ class Rewriter:
             capacities=rewriting.capacities,
             in_region=takes_regions and len(attention) > 1 and not is_composed,
             by_operator=takes_regions and self._plan.device.type == "cpu",
+            num_threads=self._device().num_threads,
         )
 
     def sizes_of_given(self, name: str) -> tuple[int | torch.SymInt, int | torch.SymInt]:
