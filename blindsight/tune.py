@@ -6,7 +6,6 @@ Shapes: B batch, H query heads, L tokens, D head dim.
 from __future__ import annotations
 
 import operator
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -19,12 +18,13 @@ from torch.utils._pytree import tree_leaves
 from blindsight.attention.attend import attend
 from blindsight.attention.base_mask import CAUSAL
 from blindsight.attention.block_tables import block_size_of, ceil_div
-from blindsight.attention.mask_forms import ordered_mask, sorted_mask
+from blindsight.attention.mask_forms import sorted_mask
 from blindsight.categories import HeadCategory
-from blindsight.runtime.cost_model import HEAD_DIM, Costs
+from blindsight.runtime.cost_model import HEAD_DIM, Costs, causal_skew
 from blindsight.timer import Timer
 
 _NUM_HEADS = 8
+_MOVES = 4  # of query, key, value and output
 
 
 def measure_costs(
@@ -35,7 +35,7 @@ def measure_costs(
     repeats: int = 5,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Costs:
-    """Return the times of attention's parts, medians of calls in turn (A B C A B C).
+    """Return the times of attention's parts, the shortest of calls in turn (A B C A B C).
 
     Args:
         device: Where to measure.
@@ -46,6 +46,7 @@ def measure_costs(
     """
     length = num_tokens or (4096 if device.type == "cpu" else 16384)
     block_size = block_size_of(device)
+    num_threads = torch.get_num_threads() if device.type == "cpu" else 1
     timer = Timer(device)
     runs: dict[str, Callable[[], object]] = {}
 
@@ -67,40 +68,34 @@ def measure_costs(
         is_sink = torch.arange(size, device=device)[None] == 0
         heads = torch.arange(_NUM_HEADS, device=device)
         codes = torch.full_like(heads, HeadCategory.DENSE, dtype=torch.int32)
-        inputs = [query, key, value, span_id, is_sink, heads, codes]
-        for form in ("ordered", "sorted") if name == "long" else ("ordered",):
-            add(f"{form} {name}", _flex(form, size), inputs)
-            if timer.on_gpu:
-                mask, read = _mask_alone(form, size), (span_id, is_sink)
-                add(f"{form} {name}, mask", mask, read, len(mask(*read)))
+        add(name, _flex(size, num_threads), [query, key, value, span_id, is_sink, heads, codes])
+        if timer.on_gpu:
+            mask, read = _mask_alone(size), (span_id, is_sink)
+            add(f"{name}, mask", mask, read, len(mask(*read)))
         if name == "long":
+            order = torch.arange(size, device=device).roll(size // 2)[None]  # runs, as sorted ones
+            add("moves", _moves, [query, key, value, torch.empty_like(query), order], _MOVES)
             allowed = torch.ones(size, size, dtype=torch.bool, device=device).tril()[None, None]
             runs["causal"] = partial(_causal, query, key, value)
             runs["masked"] = partial(_masked, query, key, value, allowed)
     times = _time(runs, timer, repeats, lambda: progress("timing"))
     # All layers of a prompt share a mask. On a CPU it stays part of a call: what surrounds the call
     # takes as long there, and small savings come to nothing.
-    ordered, is_sorted, call = (
-        times[name] - times.get(f"{name}, mask", 0.0)
-        for name in ("ordered long", "sorted long", "ordered short")
-    )
+    long, call = (times[name] - times.get(f"{name}, mask", 0.0) for name in ("long", "short"))
     blocks = ceil_div(length, block_size)
     listed = _NUM_HEADS * blocks * (blocks + 1) / 2 * block_size**2
     pairs = _NUM_HEADS * length**2
-    moved = 4 * _NUM_HEADS * length * HEAD_DIM
     call = max(call, 0.0)
     return Costs(
-        causal=times["causal"] / (pairs / 2),
+        causal=times["causal"] / (pairs / 2) / causal_skew(_NUM_HEADS, length, num_threads),
         masked=times["masked"] / pairs,
-        flex=max(ordered - call, 0.0) / listed,
-        move=max(is_sorted - ordered, 0.0) / moved,
+        flex=max(long - times["moves"] - call, 0.0) / listed,
+        move=times["moves"] / (_MOVES * _NUM_HEADS * length * HEAD_DIM),
         call=call,
     )
 
 
-def _flex(form: str, size: int) -> Callable[..., Tensor]:
-    make_mask: Any = sorted_mask if form == "sorted" else ordered_mask
-
+def _flex(size: int, num_threads: int) -> Callable[..., Tensor]:
     def run(
         query: Tensor,
         key: Tensor,
@@ -110,18 +105,24 @@ def _flex(form: str, size: int) -> Callable[..., Tensor]:
         heads: Tensor,
         codes: Tensor,
     ) -> Tensor:
-        mask = make_mask(CAUSAL, span_id, is_sink, batch=1, num_queries=size, num_keys=size)
+        sizes: dict[str, Any] = {"batch": 1, "num_queries": size, "num_keys": size}
+        mask = sorted_mask(CAUSAL, span_id, is_sink, num_threads=num_threads, **sizes)
         return attend(query, key, value, mask, heads, codes, (("all", _NUM_HEADS),))
 
     return run
 
 
-def _mask_alone(form: str, size: int) -> Callable[..., Any]:
-    """Return what computes all that a mask of this form is made of."""
-    make_mask: Any = sorted_mask if form == "sorted" else ordered_mask
+def _moves(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """Move the tokens of query, key, value and output ``[1, H, L, D]`` to an order ``[1, L]``."""
+    *moved, order = inputs
+    return tuple(x.gather(2, order[:, None, :, None].expand_as(x)) for x in moved)
+
+
+def _mask_alone(size: int) -> Callable[..., Any]:
+    """Return what computes all that a mask is made of."""
 
     def run(span_id: Tensor, is_sink: Tensor) -> Any:
-        mask = make_mask(CAUSAL, span_id, is_sink, batch=1, num_queries=size, num_keys=size)
+        mask = sorted_mask(CAUSAL, span_id, is_sink, batch=1, num_queries=size, num_keys=size)
         return tuple(x for x in tree_leaves(mask) if isinstance(x, Tensor))
 
     return run
@@ -161,7 +162,7 @@ def _time(
     repeats: int,
     begin: Callable[[], object],
 ) -> dict[str, float]:
-    """Return the median nanoseconds of each, called in turn."""
+    """Return the fewest nanoseconds of each, called in turn: what else runs only adds to them."""
     begin()
     prepared = {}
     for name, run in runs.items():
@@ -171,4 +172,4 @@ def _time(
     for _ in range(repeats):
         for name, milliseconds in prepared.items():
             times[name].append(1e6 * milliseconds())
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: min(values) for name, values in times.items()}

@@ -19,6 +19,7 @@ from blindsight.runtime.cost_model import (
     CallSize,
     Costs,
     cache_file,
+    causal_skew,
     costs_of,
     device_name,
     save_costs,
@@ -289,6 +290,33 @@ def test_estimates_follow_from_what_is_computed() -> None:
     )
     assert found == pytest.approx(moved * 3072 / 2000 + computed)
     assert time_of_own(COSTS, filled) == time_of_own(COSTS, size)
+
+
+@given(
+    num_rows=st.integers(1, 12), num_queries=st.integers(1, 5000), num_threads=st.integers(1, 70)
+)
+def test_the_skew_of_causal_attention_is_that_of_its_blocks(
+    num_rows: int, num_queries: int, num_threads: int
+) -> None:
+    block = 256 if num_queries >= 768 else 64 if num_queries >= 192 else 32
+    work = [at + 1 for at in range(-(-num_queries // block))] * num_rows
+    each = -(-len(work) // num_threads)
+    threads = [sum(work[at : at + each]) for at in range(0, len(work), each)]
+    expected = max(threads) * num_threads / sum(work)
+    assert causal_skew(num_rows, num_queries, num_threads) == pytest.approx(expected)
+
+
+def test_few_dense_heads_for_many_threads_are_faster_fused() -> None:
+    history, mixed = prompt(30, 256, 16), [0, 0, 1, 2, 3, 1, 2, 3]
+
+    def layout_on(num_threads: int) -> str:
+        costs = replace(COSTS, flex=1.3 * COSTS.causal)
+        device = Device(costs, block_size=64, num_threads=num_threads)
+        calls = [call_of(history, mixed)]
+        choice = choose_layouts(calls, history, lowering=Lowering.AUTO, device=device)
+        return choice.layouts[0].name
+
+    assert [layout_on(number) for number in (1, 2, 16)] == ["split", "split", "fused"]
 
 
 def test_the_report_says_that_dense_was_faster() -> None:

@@ -43,7 +43,7 @@ def _run_tune(arguments: argparse.Namespace) -> None:
     check_cache_file()  # before minutes of measuring
     for name in arguments.dtype:
         dtype = getattr(torch, name)
-        steps = 4 if device.type == "cpu" else 7
+        steps = 4 if device.type == "cpu" else 6
         with progress_bar(total=steps, desc=name, leave=False) as bar, torch.inference_mode():
 
             def progress(text: str, bar: Any = bar) -> None:

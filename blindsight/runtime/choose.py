@@ -232,7 +232,7 @@ def _estimate(
     history: History,
     device: Device,
 ) -> _Estimate:
-    costs = device.costs
+    costs, threads = device.costs, device.num_threads
     listed = _listed_pairs(history, call.size.num_queries, call.form, device.block_size)
     sparse = tuple(
         time_of_groups(
@@ -242,12 +242,13 @@ def _estimate(
             [call.categories[head] for head in layout.heads],
             listed,
             is_sorted=call.form.is_sorted,
+            num_threads=threads,
         )
         for layout in layouts
     )
-    unmasked = time_of_own(costs, replace(call.size, is_masked=False))
+    unmasked = time_of_own(costs, replace(call.size, is_masked=False), threads)
     causal = unmasked if call.is_causal else inf
-    return _Estimate(layouts, sparse, time_of_own(costs, call.size), causal, note)
+    return _Estimate(layouts, sparse, time_of_own(costs, call.size, threads), causal, note)
 
 
 def _fastest(estimates: Sequence[_Estimate], costs: Costs) -> Fastest:

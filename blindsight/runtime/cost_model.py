@@ -9,21 +9,25 @@ Shapes: B batch, H query heads, C categories, Q and K lengths in tokens, D head 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 
 from blindsight.attention.attend import Group
+from blindsight.attention.block_tables import ceil_div
 from blindsight.files import write_whole
 
 HEAD_DIM = 128  # that times are given for; attention takes time in proportion
+# Of scaled_dot_product_attention on a CPU: from so many queries on, blocks of so many.
+_CAUSAL_BLOCKS = ((768, 256), (192, 64), (0, 32))
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Costs:
     """Times in nanoseconds, all threads of a device together.
 
     Attributes:
-        causal: Of a pair of query and key in ``scaled_dot_product_attention`` with is_causal.
+        causal: Of a pair of query and key in ``scaled_dot_product_attention`` with is_causal, if
+            all threads of a CPU had as much to do, see :func:`causal_skew`.
         masked: Of a pair with a boolean mask; every pair counts, whether allowed or not.
         flex: Of a pair in a block that FlexAttention visits.
         move: Of an element that is moved to sort tokens or gather heads.
@@ -169,14 +174,40 @@ class CallSize:
     is_masked: bool
 
 
-def time_of_own(costs: Costs, size: CallSize) -> float:
-    """Return the nanoseconds of a call as the model makes it."""
+@lru_cache(maxsize=4096)
+def causal_skew(num_rows: int, num_queries: int, num_threads: int) -> float:
+    """Return how much longer than the mean of all threads the longest has to do under is_causal.
+
+    PyTorch's kernel for CPUs deals out runs of neighbours: blocks of queries, of one head after
+    another. Where heads are few for the threads, the last block of a head takes longest by far.
+
+    Args:
+        num_rows: B * H.
+        num_queries: Q.
+        num_threads: Of a CPU.
+    """
+    if num_threads == 1:
+        return 1.0
+    block = next(size for least, size in _CAUSAL_BLOCKS if num_queries >= least)
+    blocks = ceil_div(num_queries, block)
+    per_thread = ceil_div(num_rows * blocks, num_threads)
+
+    def work_until(at: int) -> int:
+        heads, rest = divmod(min(at, num_rows * blocks), blocks)
+        return heads * blocks * (blocks + 1) // 2 + rest * (rest + 1) // 2
+
+    until = [work_until(thread * per_thread) for thread in range(num_threads + 1)]
+    longest = max(end - begin for begin, end in itertools.pairwise(until))
+    return longest * num_threads / until[-1]
+
+
+def time_of_own(costs: Costs, size: CallSize, num_threads: int = 1) -> float:
+    """Return the nanoseconds of a call as the model makes it, on so many threads of a CPU."""
     rows = size.batch * size.num_heads * size.num_queries
     scale = size.head_dim / HEAD_DIM
     if size.is_masked:
         return scale * rows * size.num_keys * costs.masked
-    # Causal: keys beyond the queries (of a static cache) are cut off.
-    return scale * rows * min(size.num_queries, size.num_keys) / 2 * costs.causal
+    return _time_of_causal(costs, size, size.num_heads, num_threads)
 
 
 def time_of_groups(
@@ -187,6 +218,7 @@ def time_of_groups(
     listed_pairs: Sequence[int],
     *,
     is_sorted: bool,
+    num_threads: int = 1,
 ) -> float:
     """Return the nanoseconds of a call whose heads are computed in groups.
 
@@ -197,6 +229,7 @@ def time_of_groups(
         categories: Codes of the heads, group by group.
         listed_pairs: Pairs in the blocks that a head of each category visits, batch included.
         is_sorted: Whether tokens are sorted.
+        num_threads: Of a CPU.
     """
     scale = size.head_dim / HEAD_DIM
     tokens = size.batch * (size.query_rows + size.key_rows)
@@ -208,8 +241,15 @@ def time_of_groups(
         if kind != "all" or is_sorted:
             time += costs.move * size.head_dim * tokens * (num_heads + key_heads)
         if kind == "causal":
-            pairs = size.batch * num_heads * size.num_queries**2 / 2
-            time += scale * pairs * costs.causal
+            time += _time_of_causal(costs, size, num_heads, num_threads)
         else:
             time += costs.call + scale * sum(listed_pairs[code] for code in codes) * costs.flex
     return time
+
+
+def _time_of_causal(costs: Costs, size: CallSize, num_heads: int, num_threads: int) -> float:
+    rows = size.batch * num_heads
+    # Keys beyond the queries (of a static cache) are cut off.
+    pairs = rows * size.num_queries * min(size.num_queries, size.num_keys) / 2
+    skew = causal_skew(rows, size.num_queries, num_threads)
+    return size.head_dim / HEAD_DIM * pairs * skew * costs.causal
