@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from blindsight.calibrate import calibrate
-from blindsight.data.processors import load_processor, model_inputs
+from blindsight.data.processors import digest_of_processor, load_processor, model_inputs
 from blindsight.data.rows import Sample
 from blindsight.data.samples import Samples, load_samples
 from family_processors import HAS_TORCHVISION
@@ -278,6 +279,20 @@ def test_inputs_run(family: str) -> None:
 
 
 @pytest.mark.skipif(HAS_TORCHVISION, reason="torchvision resizes a bit differently")
+def test_a_processor_is_told_from_another() -> None:
+    processor = tiny_processor("qwen2_5_vl")
+    digest = digest_of_processor(processor)
+    assert digest == digest_of_processor(tiny_processor("qwen2_5_vl"))
+    frames = SimpleNamespace(to_json_string=lambda: '{"max_frames": 8}')
+    processor.video_processor = frames
+    few = digest_of_processor(processor)
+    frames.to_json_string = lambda: '{"max_frames": 9}'
+    assert len({digest, few, digest_of_processor(processor)}) == 3
+    processor = tiny_processor("qwen2_5_vl")
+    processor.chat_template = processor.chat_template.replace("assistant", "model")
+    assert digest_of_processor(processor) != digest
+
+
 def test_processors_come_back_without_torchvision(tmp_path: Path) -> None:
     processor = tiny_processor()
     tiny_model("qwen2_5_vl", num_layers=1).save_pretrained(tmp_path)

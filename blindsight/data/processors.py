@@ -91,8 +91,8 @@ def model_inputs(
 def digest_of_processor(processor: Any) -> str:
     """Return a digest of what a processor makes of a large and a small image, and some text.
 
-    It tells other limits of images from these, other chat templates, and other tokens; not how
-    many frames are taken of videos.
+    It tells other limits of images from these, other chat templates, and other tokens. Of videos
+    it takes the settings.
     """
     from PIL import Image
 
@@ -110,6 +110,8 @@ def digest_of_processor(processor: Any) -> str:
             digest.update(f"{list(value.shape)} {value.dtype}".encode())
             value = value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         digest.update(value if isinstance(value, bytes) else repr(value).encode())
+    if (videos := getattr(processor, "video_processor", None)) is not None:
+        digest.update(videos.to_json_string().encode())
     return digest.hexdigest()
 
 
