@@ -317,6 +317,16 @@ def test_inference_mode_around_it_is_no_matter() -> None:
         assert calibrate(model, processor, rows(1), progress=False) == expected
 
 
+def test_under_autocast_it_measures_to_half_precision() -> None:
+    model, processor = tiny_model("qwen2_5_vl"), tiny_processor("qwen2_5_vl")
+    expected = calibrate(model, processor, rows(2), progress=False).evidence
+    with torch.autocast("cpu", torch.bfloat16):
+        found = calibrate(model, processor, rows(2), progress=False).evidence
+    for name in ("error", "effect", "lost_mass"):
+        scale = expected[name].max()
+        assert 0 < (found[name] - expected[name]).abs().max() < 0.05 * scale
+
+
 def test_the_model_stays_in_training_mode() -> None:
     model, processor = tiny_model("gemma3", num_layers=1), tiny_processor("gemma3")
     model.train()
