@@ -330,6 +330,20 @@ def test_inference_mode_throughout() -> None:
     assert runs_of(backend) == {"sparse", "dense: no query in a second image"}
 
 
+@pytest.mark.parametrize("lowering", ["fused", "split"])
+def test_autocast(lowering: str) -> None:
+    model, inputs = model_of(), prompt()
+    args = profile_of(model).categories, *template_of(inputs), inputs
+    exact = run_reference(reference_copy(model), *args, use_cache=False).logits
+    backend = blindsight_backend(profile_of(model), inner="aot_eager", lowering=lowering)
+    with torch.autocast("cpu", torch.bfloat16):
+        same_dtype = run_reference(model, *args, use_cache=False).logits
+        found = torch.compile(model, backend=backend)(**inputs, use_cache=False).logits
+    assert found.dtype == torch.bfloat16
+    assert_close_to_reference(found, same_dtype, exact, valid_positions(inputs))
+    assert runs_of(backend) == {"sparse"}
+
+
 # Inductor's own
 
 
