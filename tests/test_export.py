@@ -149,8 +149,20 @@ def test_a_model_without_sdpa() -> None:
     model, profile, prompts = case("qwen2_5_vl", 1)
     inputs = decoder_inputs(model, profile, prompts[0])
     other = tiny_model("qwen2_5_vl", num_layers=1, attn_implementation="eager")
-    with pytest.raises(ValueError, match=r"layers \[0\] of the profile must be .*got layers \[\]"):
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn must be one call .*='sdpa'"):
         blindsight.export(other, profile, inputs)
+
+
+def test_a_layer_that_is_not_in_the_program() -> None:
+    model, profile, prompts = case("qwen2_5_vl", 2)
+    inputs = decoder_inputs(model, profile, prompts[0])
+    model.model.language_model.layers[1].self_attn.forward = lambda hidden_states, **_: (
+        hidden_states,
+        None,
+    )
+    message = r"layers \[0, 1\] of the profile must be .*got layers \[0\]"
+    with pytest.raises(ValueError, match=message):
+        blindsight.export(model, profile, inputs)
 
 
 def test_other_errors() -> None:
