@@ -69,7 +69,7 @@ def fused_layout(categories: Sequence[int], num_parts: int = 1) -> Layout:
 
     Args:
         categories: ``[H]`` codes of :class:`~blindsight.HeadCategory`.
-        num_parts: Threads that share the kernel's work, each a run of neighbouring heads: dense
+        num_parts: Threads that share the same queries, each a run of neighbouring heads: dense
             heads are spread evenly over them. 1 keeps the order, and key heads shared.
     """
     heads = tuple(range(len(categories)))
