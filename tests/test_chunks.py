@@ -75,12 +75,7 @@ CASES = {
 @pytest.mark.inductor
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(
-            name, marks=[pytest.mark.nightly] * (name in ("two calls", "one table, batch"))
-        )
-        for name in CASES
-    ],
+    [pytest.param(name, marks=[pytest.mark.nightly] * (name != "one table")) for name in CASES],
 )
 def test_chunks_change_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, length, past, number, codes, heads, groups = CASES[case]
@@ -102,11 +97,14 @@ OF_THREADS = {
 }
 
 
+OF_THREADS_IN_CI = ("one table", "heads that share their keys")
+
+
 @pytest.mark.inductor
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(name, marks=[pytest.mark.nightly] * (name in ("two calls", "after a cache")))
+        pytest.param(name, marks=[] if name in OF_THREADS_IN_CI else [pytest.mark.nightly])
         for name in OF_THREADS
     ],
 )

@@ -292,12 +292,21 @@ def test_layers_of_dense_heads_alone(family: str, monkeypatch: pytest.MonkeyPatc
     assert runs_of(backend) == {"sparse", "dense: all its heads are dense"}
 
 
+PADDED, LONG = ("left_padding", "ORDERED", "fused"), ("long", "SORTED", "split")
+
+
 @pytest.mark.inductor
 @pytest.mark.parametrize(
-    ("scenario", "form_name", "lowering"),
-    [("left_padding", "ORDERED", "fused"), ("long", "SORTED", "split")],
+    ("family", "scenario", "form_name", "lowering"),
+    [
+        ("qwen2_5_vl", *PADDED),
+        ("gemma3", *PADDED),
+        ("qwen3_vl", *LONG),
+        pytest.param("qwen2_5_vl", *LONG, marks=NIGHTLY),
+        pytest.param("gemma3", *LONG, marks=NIGHTLY),
+        pytest.param("qwen3_vl", *PADDED, marks=NIGHTLY),
+    ],
 )
-@pytest.mark.parametrize("family", [x for x in FAMILIES if x != "qwen2_vl"])  # a twin: nightly
 def test_prefill_on_inductor(
     family: str, scenario: str, form_name: str, lowering: str, form: Any
 ) -> None:
@@ -551,7 +560,7 @@ def embeddings_of(case: Case) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_generate_gives_the_tokens_of_the_reference(family: str, cache: str) -> None:
     case = case_of(family, torch.float32, "left_padding")
     options = generation_options(cache)
@@ -624,7 +633,9 @@ def test_decoding_after_prefill(family: str) -> None:
     assert "dense: no query in a second image" in runs_of(backend)
 
 
-@pytest.mark.parametrize("family", DISTINCT)
+@pytest.mark.parametrize(
+    "family", [x if x == "qwen2_5_vl" else pytest.param(x, marks=NIGHTLY) for x in FAMILIES]
+)
 def test_a_dense_profile_is_plain_torch_compile(family: str) -> None:
     case = case_of(family, torch.float32, "left_padding")
     torch._dynamo.reset()

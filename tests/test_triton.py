@@ -257,7 +257,7 @@ def _found(program: without_gpu.Program) -> dict[str, Any]:
     ("order", "head_dim", "any_length"),
     [
         ("sorted", 128, False),
-        ("sorted", 64, True),
+        pytest.param("sorted", 64, True, marks=pytest.mark.nightly),
         pytest.param("sorted", 64, False, marks=pytest.mark.nightly),
         pytest.param("ordered", 64, False, marks=pytest.mark.nightly),
         pytest.param("sorted", 128, True, marks=pytest.mark.nightly),
