@@ -7,7 +7,8 @@ the processor time of each thread is read from Linux. The longest is what the ca
 many cores; the mean is what it would take were all threads to work alike. That leaves out what
 cores share, caches and memory. Heads in the shape of a model, a share of them sparse as in
 attention.py. "Heads dealt out" gives threads whole heads, in runs that are as alike as can be;
-"rows dealt out" gives each a part of every head, which is how it is done. Appends a row for each
+"rows dealt out" gives each a part of every head, which is how it is done. Variables of the
+environment that tell glibc how to keep memory (MALLOC_...) are noted. Appends a row for each
 measurement to bench/results/threads.jsonl.
 """
 
@@ -135,6 +136,7 @@ def main() -> None:
         # A thread that waits must not look as if it worked.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **PASSIVE})
     told = conditions()
+    told["malloc"] = {name: os.environ[name] for name in os.environ if name.startswith("MALLOC_")}
     config = Config(round(options.tokens / 274), 256, 16)
     dtype = getattr(torch, options.dtype)
     RESULTS.parent.mkdir(exist_ok=True)
