@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -188,23 +188,22 @@ def _layer_of(path: str, module_class: str, layer_pattern: str) -> int | None:
     return int(matched.group(1)) if matched else None
 
 
-def find_eager_attention(
-    gm: fx.GraphModule, *, layer_pattern: str, module_classes: Container[str] = ()
-) -> list[str]:
-    """Return the paths of decoder modules that write their attention out, with a softmax.
+def problem_of_eager_attention(gm: fx.GraphModule, *, layer_pattern: str) -> str | None:
+    """Return what is wrong if a decoder module writes its attention out, with a softmax.
 
     Args:
-        gm: A graph as Dynamo traced it.
+        gm: A graph as Dynamo or ``torch.export`` traced it.
         layer_pattern: See :class:`~blindsight.TemplateRule`.
-        module_classes: Classes of decoder attention, for frames whose paths tell no layer.
     """
-    paths: dict[str, None] = {}
     for node in gm.graph.nodes:
         path, module_class = module_of(node)
-        is_ours = module_class in module_classes or re.search(layer_pattern, path)
+        is_ours = module_class in DECODER_ATTENTION_CLASSES or re.search(layer_pattern, path)
         if is_ours and "softmax" in name_of(node):
-            paths[path] = None
-    return list(paths)
+            return (
+                f"attention of {path} must be one call of scaled_dot_product_attention, got one "
+                "that is written out. Load the model with attn_implementation='sdpa'"
+            )
+    return None
 
 
 class _Repeats:

@@ -23,7 +23,11 @@ from blindsight.attention.base_mask import Tier, is_plain_causal
 from blindsight.attention.flex import constant_rows
 from blindsight.cache_keys import source_digest
 from blindsight.families import DECODER_ATTENTION_CLASSES
-from blindsight.passes.find_attention import Attention, find_attention, find_eager_attention
+from blindsight.passes.find_attention import (
+    Attention,
+    find_attention,
+    problem_of_eager_attention,
+)
 from blindsight.passes.find_inputs import find_input_ids
 from blindsight.passes.graph import add_placeholder, fake_tensor, input_name, placeholders
 from blindsight.passes.lift_mask import Lifted, lift_masks
@@ -119,7 +123,8 @@ def rewrite(
 ) -> list[int]:
     """Rewrite a graph in place, and return the layers whose attention was rewritten."""
     calls = find_attention(gm, layer_pattern=profile.rule.layer_pattern)
-    _check_is_called(gm, profile)
+    if problem := problem_of_eager_attention(gm, layer_pattern=profile.rule.layer_pattern):
+        raise ValueError(f"{problem}, and run the pass before operators are decomposed.")
     profile = _rows_of_rank(gm, calls, profile)
     ours = [(call, at) for call in calls if (at := _layer_of(call, profile)) is not None]
     if not ours:
@@ -157,21 +162,6 @@ def rewrite(
         inputs=(*template, *constants),
     )
     return layers
-
-
-def _check_is_called(gm: fx.GraphModule, profile: Profile) -> None:
-    """Check that no attention of the decoder is matrix products, which would be left dense."""
-    written_out = find_eager_attention(
-        gm,
-        layer_pattern=profile.rule.layer_pattern,
-        module_classes=DECODER_ATTENTION_CLASSES,
-    )
-    if written_out:
-        raise ValueError(
-            f"attention of {written_out[0]} must be one call of scaled_dot_product_attention, got "
-            "one that is written out. Load the model with attn_implementation='sdpa', and run the "
-            "pass before operators are decomposed."
-        )
 
 
 def _check_tells_layers(gm: fx.GraphModule, calls: Sequence[Attention], profile: Profile) -> None:

@@ -14,8 +14,8 @@ from blindsight.families import DECODER_ATTENTION_CLASSES
 from blindsight.passes.find_attention import (
     Attention,
     find_attention,
-    find_eager_attention,
     has_attention,
+    problem_of_eager_attention,
 )
 from blindsight.passes.find_inputs import (
     embeds_other_tokens,
@@ -70,14 +70,8 @@ class _Planner:
         calls = find_attention(copied, layer_pattern=pattern)
         for attention, lifted in zip(calls, lift_masks(copied, calls), strict=True):
             self._add(attention, lifted)
-        written_out = find_eager_attention(
-            copied, layer_pattern=pattern, module_classes=DECODER_ATTENTION_CLASSES
-        )
-        if written_out:
-            self._refuse(
-                f"attention of {written_out[0]} must be one call of scaled_dot_product_attention, "
-                "got one that is written out. Load the model with attn_implementation='sdpa'"
-            )
+        if problem := problem_of_eager_attention(copied, layer_pattern=pattern):
+            self._refuse(problem)
         if self.plan.calls:
             self.plan.caches = self._find_caches()
 
