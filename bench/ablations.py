@@ -14,14 +14,13 @@ on from there.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import conditions, print_table
+from common import append_rows, conditions, print_table
 from compare import compare
 
 from blindsight.calibrate import (
@@ -182,9 +181,7 @@ def row_of(key: str, profile: Profile, dense: Summary, found: Summary) -> dict[s
 
 def write_and_print(rows: list[dict[str, Any]], cuts: list[float]) -> None:
     under = {**conditions(), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    with RESULTS.open("a") as file:
-        for row in rows:
-            file.write(json.dumps({**row, **under}) + "\n")
+    append_rows(RESULTS, rows, under)
     if rows:
         print(f"\ndense: {rows[0]['dense_accuracy']:.1%} of {rows[0]['num_questions']} questions\n")
     for cut in cuts:

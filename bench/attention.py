@@ -29,7 +29,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import Config, alone_on_device, conditions, print_kernels, print_table
+from common import (
+    Config,
+    Spread,
+    alone_on_device,
+    append_rows,
+    conditions,
+    print_kernels,
+    print_table,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -43,11 +51,11 @@ from blindsight.attention.block_tables import block_size_of, runs_of_sorted
 from blindsight.attention.chunks import num_chunks_of
 from blindsight.attention.interval_masks import causal_base
 from blindsight.attention.intervals import sorted_bounds
+from blindsight.attention.lowering import Layout, fused_layout, split_layout
 from blindsight.attention.mask_forms import SortedMask, sorted_mask
 from blindsight.categories import HeadCategory
 from blindsight.ranks import local_device
 from blindsight.runtime.choose import MAX_TABLE_BYTES
-from blindsight.runtime.lowering import Layout, fused_layout, split_layout
 from blindsight.timer import Timer
 from blindsight.tune import compile_alone
 
@@ -382,7 +390,6 @@ def measure(bench: Bench, forms: Forms, *, repeats: int, bar: Any) -> list[Resul
     results = []
     for (mix, name), values in times.items():
         form = forms[mix, name]
-        ordered = sorted(values)
         limit = bench.limit(mix, statistics.median(dense)) if mix and dense else None
         results.append(
             Result(
@@ -393,9 +400,7 @@ def measure(bench: Bench, forms: Forms, *, repeats: int, bar: Any) -> list[Resul
                 mix,
                 name,
                 len(values),
-                statistics.median(values) if values else None,
-                ordered[int(0.2 * len(values))] if values else None,
-                ordered[int(0.8 * len(values))] if values else None,
+                *Spread.of(values),
                 form.seconds,
                 form.peak_mib,
                 limit,
@@ -455,7 +460,6 @@ def main() -> None:
     arguments.device = local_device(arguments.device)
     told = conditions(arguments.device)
     timer = Timer(arguments.device)
-    RESULTS.parent.mkdir(exist_ok=True)
     cases: list[tuple[Bench, Forms]] = []
     with tqdm([(n, m) for n in arguments.tokens for m in arguments.image_tokens]) as bar:
         for size, image in bar:
@@ -475,9 +479,7 @@ def main() -> None:
     with alone_on_device(), tqdm(cases) as bar:
         for bench, forms in bar:
             results = measure(bench, forms, repeats=arguments.repeats, bar=bar)
-            with RESULTS.open("a") as file:
-                for result in results:
-                    file.write(json.dumps({**told, **asdict(result)}) + "\n")
+            append_rows(RESULTS, map(asdict, results), told)
             table += rows_of_table(results)
             if arguments.kernels:
                 for (mix, name), form in forms.items():

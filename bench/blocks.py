@@ -11,7 +11,6 @@ them, all in turn. Appends a row for each measurement to bench/results/blocks.js
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from common import Config, conditions, print_table
+from common import Config, append_rows, conditions, print_table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
@@ -133,9 +132,7 @@ def main() -> None:
         for num_images in arguments.images:
             config = Config(num_images, 256, 16)
             results = measure(config, getattr(torch, name), block_sizes, arguments.repeats)
-            with RESULTS.open("a") as file:
-                for result in results:
-                    file.write(json.dumps({**told, **asdict(result)}) + "\n")
+            append_rows(RESULTS, map(asdict, results), told)
             table += [
                 [
                     f"{result.tokens:,}",

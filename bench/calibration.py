@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Config, conditions, print_table
+from common import Config, Spread, append_rows, conditions, print_table
 from prefill import SHAPES
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,8 +89,7 @@ def times(function: Callable[[], object], repeats: int) -> dict[str, float]:
         begin = time.perf_counter()
         function()
         found.append(1e3 * (time.perf_counter() - begin))
-    ranks = statistics.quantiles(found, n=5, method="inclusive")
-    return {"median_ms": statistics.median(found), "p20_ms": ranks[0], "p80_ms": ranks[-1]}
+    return {f"{name}_ms": value or 0.0 for name, value in Spread.of(found)._asdict().items()}
 
 
 def measure_length(length: int, repeats: int) -> list[dict[str, Any]]:
@@ -253,10 +251,7 @@ def measure_command(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    under = conditions()
-    with RESULTS.open("a") as file:
-        for row in rows:
-            file.write(json.dumps({**row, **under}) + "\n")
+    append_rows(RESULTS, rows, conditions())
 
 
 def in_process(*options: object) -> list[dict[str, Any]]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,6 +119,28 @@ def print_kernels(name: str, run: Callable[[], object], number: int = 12) -> Non
         for each in kernels[:number]
     ]
     print_table(["kernel", "calls", "ms"], rows)
+
+
+class Spread(NamedTuple):
+    """The median of some times, and the 20th and 80th percentile; None if there are none."""
+
+    median: float | None
+    p20: float | None
+    p80: float | None
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Spread:
+        if len(times) < 2:
+            return cls(*[times[0] if times else None] * 3)
+        ranks = statistics.quantiles(times, n=5, method="inclusive")
+        return cls(statistics.median(times), ranks[0], ranks[-1])
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]], told: Mapping[str, Any]) -> None:
+    """Append measurements to a file of results, each with what :func:`conditions` told."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps({**told, **row}) + "\n" for row in rows)
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

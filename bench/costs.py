@@ -9,13 +9,12 @@ row for each dtype to bench/results/costs.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from common import alone_on_device, conditions, print_table
+from common import alone_on_device, append_rows, conditions, print_table
 
 from blindsight.ranks import local_device
 from blindsight.runtime.cost_model import device_name
@@ -45,9 +44,7 @@ def main() -> None:
             dtype = getattr(torch, name)
             costs = measure_costs(device, dtype, repeats=arguments.repeats, progress=progress)
             rows.append({"name": device_name(device), "dtype": name, **asdict(costs)})
-    with RESULTS.open("a") as file:
-        for row in rows:
-            file.write(json.dumps({**told, **row}) + "\n")
+    append_rows(RESULTS, rows, told)
     header = list(rows[0])
     print_table(header, [[str(row[name]) for name in header] for row in rows])
 

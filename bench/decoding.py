@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import conditions, print_table
+from common import Spread, append_rows, conditions, print_table
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -225,11 +224,12 @@ def measure(family: str, kind: str, arguments: argparse.Namespace) -> list[dict[
             "cache": kind,
             "form": name,
             "n": len(values),
-            "median_ms": statistics.median(values),
-            "p80_ms": sorted(values)[int(0.8 * len(values))],
+            "median_ms": spread.median,
+            "p80_ms": spread.p80,
             "added_us": statistics.median(added) if name == "blindsight" else 0.0,
         }
         for name, values in times.items()
+        for spread in [Spread.of(values)]
     ]
 
 
@@ -251,10 +251,7 @@ def main() -> None:
     for family in arguments.families:
         for kind in tqdm(arguments.caches, desc=family):
             rows += measure(family, kind, arguments)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        for row in rows:
-            file.write(json.dumps({**told, **row}) + "\n")
+    append_rows(RESULTS, rows, told)
     table = [
         [
             row["family"],

@@ -13,7 +13,6 @@ allows. Time: from a template to the tables of all four categories, on this mach
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Config, conditions, print_table
+from common import Config, Spread, append_rows, conditions, print_table
 from torch.nn.attention.flex_attention import create_block_mask
 
 from blindsight.attention.block_tables import (
@@ -108,9 +107,7 @@ def timed(what: str, run: Callable[[], object], *, n: int, warmup: int) -> Time:
         begin = time.perf_counter()
         run()
         times.append((time.perf_counter() - begin) * 1e3)
-    levels = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
-    quantiles = torch.quantile(torch.tensor(times, dtype=torch.float64), levels).tolist()
-    return Time(what, n, warmup, *(round(quantile, 3) for quantile in quantiles))
+    return Time(what, n, warmup, *(round(x or 0.0, 3) for x in Spread.of(times)))
 
 
 def measure_time(config: Config, *, quick: bool) -> Iterator[Time]:
@@ -249,10 +246,7 @@ def main() -> None:
         print(f"Time for all four categories, ms, block 128, CPU, {options.threads} thread(s)\n")
         print_table(["tokens", "what", "median", "p20 - p80", "n"], rows)
 
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        for record in records:
-            file.write(json.dumps({**record, **given}) + "\n")
+    append_rows(RESULTS, records, given)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ measurement to bench/results/order.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Config, conditions, print_table
+from common import Config, Spread, append_rows, conditions, print_table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -122,9 +120,7 @@ def measure(
             heads,
             form,
             repeats,
-            statistics.median(values),
-            sorted(values)[int(0.2 * len(values))],
-            sorted(values)[int(0.8 * len(values))],
+            *Spread.of(values),
             runs[heads, form][2],
         )
         for (heads, form), values in times.items()
@@ -144,15 +140,12 @@ def main() -> None:
     dtypes = [getattr(torch, name) for name in names]
     told = conditions()
     table = []
-    RESULTS.parent.mkdir(exist_ok=True)
     for dtype in dtypes:
         for num_images in images:
             usual = 5 if num_images < 60 else 3 if num_images < 119 else 2
             repeats = arguments.repeats or usual
             results = measure(Config(num_images, 256, 16), dtype, arguments.heads, repeats=repeats)
-            with RESULTS.open("a") as file:
-                for result in results:
-                    file.write(json.dumps({**told, **asdict(result)}) + "\n")
+            append_rows(RESULTS, map(asdict, results), told)
             causal = results[0].median_ms
             for result in results:
                 table.append(

@@ -18,7 +18,6 @@ to bench/results/overhead.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 from attention import head_mix
-from common import Config, alone_on_device, conditions, print_table
+from common import Config, alone_on_device, append_rows, conditions, print_table
 from prefill import SHAPES, decoder, forward, inputs_of, prompt_of
 from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
@@ -38,13 +37,13 @@ from transformers import DynamicCache
 from blindsight import Profile, TemplateRule, blindsight_backend, use_template
 from blindsight.attention.attend import _take_tokens
 from blindsight.attention.base_mask import CAUSAL
+from blindsight.attention.lowering import Lowering
 from blindsight.attention.mask_forms import sorted_mask
 from blindsight.ranks import local_device
-from blindsight.runtime.choose import ChoosableCall, Device, best_form, choose_layouts
+from blindsight.runtime.choose import ChoosableCall, Device, best_mask_form, choose_layouts
 from blindsight.runtime.cost_model import CallSize
-from blindsight.runtime.history import GivenHistory
+from blindsight.runtime.history import ExplicitHistory
 from blindsight.runtime.inner import Inner
-from blindsight.runtime.lowering import Lowering
 from blindsight.template import Template
 from blindsight.timer import Timer
 
@@ -141,9 +140,9 @@ def measure_work(bench: Bench, sizes: Sequence[int]) -> list[dict[str, Any]]:
 def choose_alone(bench: Bench, config: Config) -> None:
     """What is found out of a prompt on the host, before it runs."""
     length, (span_id, is_sink) = config.num_tokens, config.template()
-    history = GivenHistory(bench.profile.rule, Template(span_id, is_sink))
+    history = ExplicitHistory(bench.profile.rule, Template(span_id, is_sink))
     device = Device.of(torch.device(bench.device), bench.dtype)
-    form = best_form(history, length, bench.profile.categories, device)
+    form = best_mask_form(history, length, bench.profile.categories, device)
     heads, key_heads = SHAPES[bench.shape][2:4]
     size = CallSize(heads, key_heads, HEAD_DIM, 1, length, length, length, length, is_masked=True)
     codes = tuple(bench.profile.categories[0].tolist())
@@ -263,11 +262,8 @@ def main() -> None:
     for part in ("recompile", "turns"):
         if part in arguments.parts:
             rows += measure_recompiles(bench, part, arguments.prompts, arguments.longest)
-    RESULTS.parent.mkdir(exist_ok=True)
     shape = {"shape": arguments.shape, "dtype": arguments.dtype}
-    with RESULTS.open("a") as file:
-        for row in rows:
-            file.write(json.dumps({**told, **shape, **row}) + "\n")
+    append_rows(RESULTS, rows, {**told, **shape})
     for part in arguments.parts:
         of_part = [row for row in rows if row["part"] == part]
         header = [name for name in of_part[0] if name != "part"]

@@ -16,8 +16,6 @@ bench/results/prefill.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -27,7 +25,15 @@ from typing import Any
 
 import torch
 from attention import head_mix
-from common import Config, alone_on_device, conditions, print_kernels, print_table
+from common import (
+    Config,
+    Spread,
+    alone_on_device,
+    append_rows,
+    conditions,
+    print_kernels,
+    print_table,
+)
 from torch import nn
 from tqdm import tqdm
 from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
@@ -171,7 +177,6 @@ def main() -> None:
         1 if arguments.device == "cpu" else SHAPES[arguments.shape][4]
     )
     told = conditions(arguments.device)
-    RESULTS.parent.mkdir(exist_ok=True)
 
     model = decoder(arguments.shape, num_layers, dtype, arguments.device)
     rule = TemplateRule(image_token_ids=(1,))
@@ -226,9 +231,7 @@ def main() -> None:
                     arguments.sparse,
                     name,
                     len(values),
-                    statistics.median(values) if values else None,
-                    sorted(values)[int(0.2 * len(values))] if values else None,
-                    sorted(values)[int(0.8 * len(values))] if values else None,
+                    *Spread.of(values),
                     case.first_s[name],
                     case.ran.get(name, ""),
                     arguments.any_length,
@@ -237,9 +240,7 @@ def main() -> None:
                 )
                 for name, values in times.items()
             ]
-            with RESULTS.open("a") as file:
-                for result in results:
-                    file.write(json.dumps({**told, **asdict(result)}) + "\n")
+            append_rows(RESULTS, map(asdict, results), told)
             table += rows_of_table(results)
             if arguments.kernels:
                 for name in (IS_CAUSAL, *backends):

@@ -15,7 +15,6 @@ measurement to bench/results/threads.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -25,15 +24,15 @@ from pathlib import Path
 
 import torch
 from attention import SHAPES, head_mix
-from common import Config, conditions, print_table
+from common import Config, append_rows, conditions, print_table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from blindsight.attention.attend import attend
 from blindsight.attention.base_mask import CAUSAL
+from blindsight.attention.lowering import fused_layout, split_layout
 from blindsight.attention.mask_forms import sorted_mask
-from blindsight.runtime.lowering import fused_layout, split_layout
 from blindsight.tune import compile_alone
 
 RESULTS = Path(__file__).parent / "results" / "threads.jsonl"
@@ -139,7 +138,6 @@ def main() -> None:
     told["malloc"] = {name: os.environ[name] for name in os.environ if name.startswith("MALLOC_")}
     config = Config(round(options.tokens / 274), 256, 16)
     dtype = getattr(torch, options.dtype)
-    RESULTS.parent.mkdir(exist_ok=True)
     rows = []
     with torch.inference_mode(), tqdm(options.threads) as bar:
         for number in bar:
@@ -161,8 +159,7 @@ def main() -> None:
                     longest,
                     mean,
                 )
-                with RESULTS.open("a") as lines:
-                    lines.write(json.dumps({**told, **asdict(result)}) + "\n")
+                append_rows(RESULTS, [asdict(result)], told)
                 rows.append(
                     [str(number), name, f"{longest:.4g}", f"{mean:.4g}", f"{longest / mean:.2f}"]
                 )

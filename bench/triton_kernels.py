@@ -10,12 +10,11 @@ bench/results/triton_kernels.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
-from common import conditions, print_table
+from common import append_rows, conditions, print_table
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -41,8 +40,7 @@ def main() -> None:
             (kernel,) = found["kernels"]
             length = "any" if any_length else "fixed"
             row = {"head_dim": head_dim, "mask": order, "length": length, **kernel}
-            with RESULTS.open("a") as file:
-                file.write(json.dumps({**told, **row}) + "\n")
+            append_rows(RESULTS, [row], told)
             table.append(
                 [
                     str(head_dim),

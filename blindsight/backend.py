@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from blindsight.attention.lowering import Lowering
 from blindsight.passes.contract import PassList
 from blindsight.profile import Profile
 from blindsight.report import Report, Verdict
@@ -20,7 +21,6 @@ from blindsight.runtime.attached import AttachedModels
 from blindsight.runtime.compiled_graph import CompiledGraph
 from blindsight.runtime.forwards import Forwards
 from blindsight.runtime.inner import OPTIONS_OF_INDUCTOR, Inner
-from blindsight.runtime.lowering import Lowering
 from blindsight.runtime.state import BackendState
 from blindsight.runtime.warmup import warm_up
 
@@ -66,7 +66,7 @@ class BlindsightBackend:
         with self._lock:
             number = self._num_graphs
             self._num_graphs += 1
-        self.state.models.find()
+        self.state.models.attach_to_called()
         graph = CompiledGraph(
             self.state, gm, example_inputs, number, self.inner.with_options(options)
         )
@@ -151,7 +151,7 @@ def blindsight_backend(
             FlexAttention, ``"split"`` with dense heads apart on ``scaled_dot_product_attention``
             where the model's own mask is plain causal, or ``"auto"``: whichever is estimated to be
             the fastest for a prompt (see ``blindsight tune``), and dense where that is.
-        passes: Functions of a ``GraphModule`` that run on every form of a graph right before it
+        passes: Functions of a ``GraphModule`` that run on every variant of a graph right before it
             is compiled, in this order; or :class:`blindsight.passes.GraphPass`, which may also run
             before attention is found, and say what they require of each other.
         **inner_options: Passed on to ``inner``, for example ``mode="max-autotune-no-cudagraphs"``.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -30,15 +29,17 @@ from blindsight.data.samples import Samples, load_samples
 from blindsight.error_text import check_choice
 from blindsight.evaluation.answering import Point, answer_samples
 from blindsight.evaluation.bootstrap import LEVEL
+from blindsight.evaluation.compiled_decoder import CompiledDecoder
 from blindsight.evaluation.masked_model import Masking, ProfileMasking
 from blindsight.evaluation.outcomes import OutcomeFile
-from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
+from blindsight.evaluation.prefill import Batch, Decoder
 from blindsight.evaluation.summary import Summary, by_task, percent, summarize, table
 from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill_once
 from blindsight.files import write_text
-from blindsight.modules import digest_of_model, in_eval_mode
+from blindsight.modules import digest_of_model, in_eval_mode, unwrapped
+from blindsight.passes.find_shard import check_is_whole
 from blindsight.profile import Profile
-from blindsight.runtime.shards import check_is_whole
+from blindsight.runtime.cost_model import cpu_model
 
 ENGINES = ("reference", "compiled")
 
@@ -271,7 +272,7 @@ def decoder_of(model: nn.Module, profile: Profile) -> Decoder:
     Raises:
         ValueError: The model has no vision part, or the profile is for another model.
     """
-    check_has_vision(getattr(model, "_orig_mod", model))
+    check_has_vision(unwrapped(model))
     profile.validate(model)
     check_is_whole(model, "evaluation")
     return Decoder(model, profile)
@@ -312,9 +313,8 @@ def conditions(model: nn.Module, samples: Samples, seed: int) -> dict[str, str]:
     parameter = next(model.parameters())
     config: Any = getattr(model, "config", None)
     device = parameter.device
-    hardware = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
+    on_gpu = device.type == "cuda"
+    hardware = torch.cuda.get_device_name(device) if on_gpu else cpu_model()
     import transformers
 
     return {

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from blindsight.attention.lowering import Lowering
 from blindsight.data.processors import inputs_on
 from blindsight.error_text import first_line
-from blindsight.modules import find_decoder, record_call
+from blindsight.modules import find_decoder, record_call, unwrapped
 from blindsight.passes.sparse_attention import rewrite
 from blindsight.profile import Profile
 from blindsight.runtime.context import disabled
-from blindsight.runtime.lowering import Lowering
 
 _TEMPLATE = ("span_id", "is_sink")
 
@@ -113,7 +113,7 @@ def decoder_inputs(model: nn.Module, profile: Profile, inputs: Mapping[str, Any]
     Raises:
         ValueError: The decoder takes more than tensors.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     decoder = find_decoder(model, profile.rule.layer_pattern)
     inputs = inputs_on(model, inputs)
     with disabled():

@@ -19,6 +19,11 @@ def plain_name(name: str) -> str:
     return name.replace("._orig_mod", "").removeprefix("_orig_mod.")
 
 
+def unwrapped(model: Any) -> Any:
+    """Return a model without what ``torch.compile`` wrapped around it."""
+    return getattr(model, "_orig_mod", model)
+
+
 def find_decoder(model: nn.Module, layer_pattern: str) -> nn.Module:
     """Return the module that holds the list of decoder layers.
 
@@ -32,7 +37,7 @@ def find_decoder(model: nn.Module, layer_pattern: str) -> nn.Module:
             return model.get_submodule(layers.rpartition(".")[0])
     raise ValueError(
         f"model must have decoder layers at {layer_pattern!r}, got {type(model).__name__}, which "
-        "has none."
+        "has none. Give a rule whose layer_pattern matches the names of its layers."
     )
 
 

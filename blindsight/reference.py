@@ -28,7 +28,7 @@ from blindsight.configs import (
     shares_keys,
     text_config,
 )
-from blindsight.modules import plain_name
+from blindsight.modules import plain_name, unwrapped
 from blindsight.profile import Profile
 from blindsight.runtime.context import disabled
 from blindsight.template import Template
@@ -76,7 +76,7 @@ def reference_logits(
         ValueError: The profile is another model's, the template does not fit the prompt, or
             the inputs are not a prefill's.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     profile = Profile.of(profile)
     profile.validate(model)
     for name in CACHE_ARGUMENTS:
@@ -214,7 +214,8 @@ def _attention(
     categories = run.profile.categories[run.layers[module]].tolist()
     bias = None
     if attention_mask.dtype != torch.bool:
-        bias, attention_mask = attention_mask, attention_mask > torch.finfo(query.dtype).min
+        bias = attention_mask
+        attention_mask = bias > torch.finfo(bias.dtype).min
     first_spans = _first_spans(template, attention_mask, run.restarts)
     dtype = torch.promote_types(query.dtype, torch.float32)
     # Every query head gets its own copy of the key/value head that it reads.

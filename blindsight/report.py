@@ -47,7 +47,7 @@ class Verdict:
         """How often it ran: sparse, by form and lowering (``"sparse, sorted, fused"``), or dense.
 
         See :mod:`blindsight.attention.mask_forms` and
-        :class:`~blindsight.runtime.lowering.Lowering`. A dense run says why.
+        :class:`~blindsight.attention.lowering.Lowering`. A dense run says why.
         """
         return self.own_runs + self.runs_of_graph
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
@@ -34,7 +34,7 @@ class GraphPass:
             number and order of the graph's inputs and outputs must stay, and so must the shapes.
         when: ``"before"`` the attention is found and rewritten, or ``"after"``. A pass of either
             kind sees every graph of the model. One that runs before sees it once. One that runs
-            after sees each form of it that is compiled: the model's own and the rewritten ones,
+            after sees each variant that is compiled: the model's own and the rewritten ones,
             whose last inputs are ours: four, and three for each mask that is an input of the graph.
         requires: Properties that must hold of the graph that the pass is given.
         ensures: Properties that hold of the graph that it leaves.
@@ -50,7 +50,7 @@ class GraphPass:
     """
 
     function: Callable[[fx.GraphModule], Any]
-    when: str = field(default="after", kw_only=True)
+    when: Literal["before", "after"] = field(default="after", kw_only=True)
     requires: frozenset[str] = field(default=frozenset(), kw_only=True)
     ensures: frozenset[str] = field(default=frozenset(), kw_only=True)
     breaks: frozenset[str] = field(default=frozenset(), kw_only=True)
@@ -162,7 +162,7 @@ class PassList:
         return gm
 
     def run_after(self, gm: fx.GraphModule) -> fx.GraphModule:
-        """Run the passes that come after the rewriting, on any form of a graph."""
+        """Run the passes that come after the rewriting, on any variant of a graph."""
         for item in self._after:
             gm = item(gm)
         return gm

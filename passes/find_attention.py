@@ -67,6 +67,11 @@ class Attention:
     parameters: tuple[int, ...]
 
     @property
+    def where(self) -> str:
+        """Where the call is, for messages."""
+        return self.path or "a frame of its own"
+
+    @property
     def num_heads(self) -> int | None:
         query = fake_tensor(self.query)
         return None if query is None else int(query.shape[1])
@@ -191,6 +196,8 @@ def _layer_of(path: str, module_class: str, layer_pattern: str) -> int | None:
 def problem_of_eager_attention(gm: fx.GraphModule, *, layer_pattern: str) -> str | None:
     """Return what is wrong if a decoder module writes its attention out, with a softmax.
 
+    The text has no full stop, so that a caller can go on.
+
     Args:
         gm: A graph as Dynamo or ``torch.export`` traced it.
         layer_pattern: See :class:`~blindsight.TemplateRule`.
@@ -224,7 +231,8 @@ class _Repeats:
         before = before_repeat(key), before_repeat(value)
         shapes = [fake.shape for x in before if (fake := fake_tensor(x)) is not None]
         are_alike = all(same_size(shape[1], shapes[0][1]) for shape in shapes)
-        if not are_alike or any(map(self._is_written, before, repeated, (call, call))):
+        pairs = zip(before, repeated, strict=True)
+        if not are_alike or any(self._is_written(*pair, call) for pair in pairs):
             return repeated
         return before
 

@@ -72,7 +72,7 @@ def _goes_to(key: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     written = []
     while waiting:
         for user in waiting.pop().users:
-            found = [user] if _is_view(user) else []
+            found = [user] if _hands_on_keys(user) else []
             if user.target in _WRITES and isinstance(user.args[0], fx.Node):
                 # A static cache: what holds the keys is what they are written to.
                 written.append(user.args[0])
@@ -132,7 +132,8 @@ def _same_heads(node: fx.Node, key: fx.Node) -> bool:
     return all(same_size(ours.shape[dim], theirs.shape[dim]) for dim in (1, 3))
 
 
-def _is_view(node: fx.Node) -> bool:
+def _hands_on_keys(node: fx.Node) -> bool:
+    """Whether a node holds its argument's keys, or some of them: a view or a copy."""
     return node.target is operator.getitem or node.target in ("contiguous", "clone", "narrow")
 
 

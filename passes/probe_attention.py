@@ -71,7 +71,7 @@ def probe_attention_pass(
                 ),
                 {"scale": call.scale},
             )
-        node.meta["blindsight"] = f"losses of {call.path or 'the frame'}"
+        node.meta["blindsight"] = f"losses of {call.where}"
         losses.append(node)
     output = gm.graph.output_node()
     output.args = ((*output.args[0], *losses),)  # type: ignore[misc]

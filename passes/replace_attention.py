@@ -218,7 +218,7 @@ def _call(
     for name in ("nn_module_stack", "stack_trace", "source_fn_stack"):
         if name in origin.node.meta:
             node.meta[name] = origin.node.meta[name]
-    node.meta["blindsight"] = f"{function.__name__} of {origin.path or 'the frame'}"
+    node.meta["blindsight"] = f"{function.__name__} of {origin.where}"
     return node
 
 

@@ -250,9 +250,8 @@ def _name(node: fx.Node) -> str:
     if isinstance(node.target, str):
         return f"method {node.target}"
     target: Any = node.target
-    return (
-        str(getattr(target, "__module__", "")) + "." + str(getattr(target, "__qualname__", target))
-    )
+    module, name = getattr(target, "__module__", ""), getattr(target, "__qualname__", target)
+    return f"{module}.{name}"
 
 
 def _text(value: Any, numbers: dict[fx.Node, str]) -> str:

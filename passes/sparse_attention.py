@@ -1,8 +1,8 @@
 """The whole rewriting as one pass, for graphs that do not go through the backend.
 
-The backend decides for each call which form of a graph runs, and whether the facts that its masks
-rest on hold for the data at hand. A pass alone decides once. So a mask whose intervals rest on the
-data is evaluated element by element here, and the rewritten attention runs for every prompt.
+The backend decides for each call which variant of a graph runs, and whether the facts that its
+masks rest on hold for the data at hand. A pass alone decides once. So a mask whose intervals rest
+on the data is evaluated element by element here, and the rewritten attention runs for every prompt.
 
 Shapes: B batch, H query heads, Q and K lengths in tokens, T tokens of the whole sequence.
 """
@@ -19,8 +19,9 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from blindsight.attention.base_mask import Tier, is_plain_causal
+from blindsight.attention.base_mask import CAUSAL, Tier
 from blindsight.attention.flex import constant_rows
+from blindsight.attention.lowering import Layout, Lowering, fused_layout, split_layout
 from blindsight.cache_keys import source_digest
 from blindsight.families import DECODER_ATTENTION_CLASSES
 from blindsight.passes.find_attention import (
@@ -29,13 +30,12 @@ from blindsight.passes.find_attention import (
     problem_of_eager_attention,
 )
 from blindsight.passes.find_inputs import find_input_ids
+from blindsight.passes.find_shard import shard_of_call
 from blindsight.passes.graph import add_placeholder, fake_tensor, input_name, placeholders
 from blindsight.passes.lift_mask import Lifted, lift_masks
 from blindsight.passes.names import name_of
 from blindsight.passes.replace_attention import TOKEN_INPUTS, replace_attention_pass
 from blindsight.profile import Profile
-from blindsight.runtime.lowering import Layout, Lowering, fused_layout, split_layout
-from blindsight.runtime.shards import shard_of_call
 from blindsight.template import template_of_ids
 from blindsight.text_tables import compact
 
@@ -192,7 +192,8 @@ def _rows_of_rank(gm: fx.GraphModule, calls: Sequence[Attention], profile: Profi
         raise ValueError(f"{error}.") from None
     if len(shards) > 1:
         raise ValueError(
-            f"the layers of a graph must be sharded alike, got heads of {shards} (rank, ranks)."
+            f"the layers of a graph must be sharded alike, got heads of {shards} (rank, ranks). "
+            "Shard all of them, or none."
         )
     shard = shards.pop() if shards else None
     return profile if shard is None else profile.shard(*shard)
@@ -200,7 +201,7 @@ def _rows_of_rank(gm: fx.GraphModule, calls: Sequence[Attention], profile: Profi
 
 def _layer_of(call: Attention, profile: Profile) -> int | None:
     """Return the layer of a call, or None if it is not the decoder's."""
-    where = call.path or "a frame of its own"
+    where = call.where
     layer = call.layer
     if layer is None:
         if call.module_class in DECODER_ATTENTION_CLASSES:
@@ -246,7 +247,7 @@ def _layout(categories: list[int], proof: Lifted, lowering: Lowering) -> Layout:
     if lowering is Lowering.FUSED:
         return fused_layout(categories)
     is_proven = proof.tier is Tier.INTERVALS and not proof.facts
-    return split_layout(categories, is_causal=is_proven and is_plain_causal(proof.form or ()))
+    return split_layout(categories, is_causal=is_proven and proof.form == CAUSAL)
 
 
 def _template(

@@ -456,7 +456,7 @@ def test_an_aborted_call_leaves_nothing_behind(qwen: Any, inputs: Any) -> None:
 # Bad input: one clear error that names both values
 
 
-def test_profile_of_another_model(qwen: Any) -> None:
+def test_a_profile_of_another_model_is_an_error(qwen: Any) -> None:
     other = tiny_model("qwen2_5_vl", num_layers=3)
     with pytest.raises(ValueError, match=r"num_layers=2.*num_layers=3"):
         blindsight_backend(profile_of(qwen), inner="eager", lowering="fused", model=other)
@@ -547,7 +547,7 @@ def test_strict_is_a_flag(qwen: Any) -> None:
         blindsight_backend(profile_of(qwen), strict="no")  # type: ignore[arg-type]
 
 
-def test_profile_with_other_heads(qwen: Any, inputs: Any) -> None:
+def test_a_profile_with_other_heads_is_an_error(qwen: Any, inputs: Any) -> None:
     config = type(qwen.config)(**qwen.config.to_dict())
     config.get_text_config().num_attention_heads = 8
     config.get_text_config().hidden_size = 128
@@ -559,17 +559,17 @@ def test_profile_with_other_heads(qwen: Any, inputs: Any) -> None:
         model(**inputs, use_cache=False)
 
 
-def test_inner_backend_that_does_not_exist(qwen: Any) -> None:
+def test_an_inner_backend_that_does_not_exist_is_an_error(qwen: Any) -> None:
     with pytest.raises(ValueError, match=r"inner must be .*inductor.* got 'indoctor'"):
         blindsight_backend(profile_of(qwen), inner="indoctor")
 
 
-def test_something_that_is_no_profile() -> None:
+def test_what_is_no_profile_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"profile must be a Profile or the path of one, got int"):
         blindsight_backend(3)  # type: ignore[arg-type]
 
 
-def test_template_of_the_wrong_length(qwen: Any, inputs: Any) -> None:
+def test_a_template_of_the_wrong_length_is_an_error(qwen: Any, inputs: Any) -> None:
     model = torch.compile(
         qwen, backend=blindsight_backend(profile_of(qwen), inner="eager", lowering="fused")
     )
@@ -604,7 +604,7 @@ def test_template_that_describes_no_spans(span_id: Any, is_sink: Any, message: s
         pass
 
 
-def test_gradients(qwen: Any, inputs: Any) -> None:
+def test_gradients_are_an_error(qwen: Any, inputs: Any) -> None:
     model = torch.compile(
         qwen, backend=blindsight_backend(profile_of(qwen), inner="eager", lowering="fused")
     )
@@ -626,7 +626,7 @@ def test_gradients(qwen: Any, inputs: Any) -> None:
     assert weight is qwen.lm_head.weight
 
 
-def test_dropout(inputs: Any) -> None:
+def test_dropout_is_an_error(inputs: Any) -> None:
     model = without_vision(tiny_model("qwen2_5_vl"))
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
@@ -640,7 +640,7 @@ def test_dropout(inputs: Any) -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_model_without_sdpa(inputs: Any, strict: bool) -> None:
+def test_a_model_without_sdpa_is_told(inputs: Any, strict: bool) -> None:
     model = without_vision(tiny_model("qwen2_5_vl", attn_implementation="eager"))
     backend = blindsight_backend(profile_of(model), inner="eager", lowering="fused", strict=strict)
     compiled = torch.compile(model, backend=backend)

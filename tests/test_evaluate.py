@@ -22,6 +22,7 @@ from blindsight.data.samples import load_samples
 from blindsight.evaluate import Evaluation, evaluate
 from blindsight.evaluation.answering import divergence
 from blindsight.evaluation.bootstrap import Estimate, mean_over_tasks, paired_differences, share
+from blindsight.evaluation.compiled_decoder import CompiledDecoder, check_distance
 from blindsight.evaluation.masked_model import (
     EVERYTHING,
     HeadMask,
@@ -30,7 +31,7 @@ from blindsight.evaluation.masked_model import (
     masked,
 )
 from blindsight.evaluation.outcomes import Outcome
-from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder, check_distance
+from blindsight.evaluation.prefill import Batch, Decoder
 from blindsight.evaluation.summary import summarize
 from blindsight.evaluation.timing import time_prefill
 from blindsight.profile import Profile

@@ -172,7 +172,7 @@ def form(monkeypatch: pytest.MonkeyPatch) -> Callable[[MaskForm], None]:
     """Sort the tokens of all prompts: left to itself, the choice for short ones is not to."""
 
     def force(form: MaskForm) -> None:
-        monkeypatch.setattr("blindsight.runtime.rewriting.best_form", lambda *_, **__: form)
+        monkeypatch.setattr("blindsight.runtime.rewriting.best_mask_form", lambda *_, **__: form)
 
     force(MaskForm.SORTED)
     return force
@@ -583,13 +583,17 @@ def test_generate_gives_the_tokens_of_the_reference(family: str, cache: str) -> 
 
 def test_a_decoded_token_waits_for_no_algebra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes are functions of the symbols' values: substituting takes longer than a layer."""
+
+    def substitute(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a decoded token must not substitute a size.")
+
     case = case_of("qwen2_5_vl", torch.float32, "one_row")
     model, _ = case.compile()
     with torch.no_grad():
         past = model(**case.inputs, use_cache=True).past_key_values
         for step in range(5):
             if step == 4:
-                monkeypatch.setattr("sympy.Basic.subs", None)
+                monkeypatch.setattr("sympy.Basic.subs", substitute)
             token = {"input_ids": torch.tensor([[5]]), "past_key_values": past}
             num_tokens = case.num_tokens + step
             token["position_ids"] = torch.full((3, 1, 1), num_tokens)

@@ -33,12 +33,8 @@ from transformers.models.gemma3.modeling_gemma3 import (
 )
 
 from blindsight import Profile, TemplateRule, blindsight_backend, use_template
-from blindsight.attention.base_mask import (
-    base_mask_of,
-    evaluate_expression,
-    facts_hold,
-    is_plain_causal,
-)
+from blindsight.attention.base_mask import CAUSAL, evaluate_expression
+from blindsight.attention.form_intervals import base_mask_of, facts_hold
 from blindsight.configs import cache_argument
 from blindsight.passes.find_attention import find_attention
 from blindsight.passes.graph import copy_graph_module
@@ -447,7 +443,7 @@ def test_lifts_flags(num_queries: int) -> None:
         (run,) = Compiled(function)(hidden(num_queries), is_causal)
         check(run)
         assert run.lifted.form == (("upper", ("index", "q")) if is_causal else ("nothing",))
-        assert is_plain_causal(run.lifted.form) == is_causal
+        assert (run.lifted.form == CAUSAL) == is_causal
 
 
 def test_tells_plain_causal_masks() -> None:
@@ -460,7 +456,7 @@ def test_tells_plain_causal_masks() -> None:
         return [attend(mask, LENGTH, LENGTH) for mask in masks]
 
     runs = Compiled(function)(hidden(), paddings()[1])
-    assert [is_plain_causal(run.lifted.form or ()) for run in runs] == [True, False, False]
+    assert [run.lifted.form == CAUSAL for run in runs] == [True, False, False]
 
 
 # Other spellings of the same masks.

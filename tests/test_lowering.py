@@ -13,6 +13,13 @@ from hypothesis import strategies as st
 from blindsight import Profile, TemplateRule, blindsight_backend, tune
 from blindsight.attention.attend import attend
 from blindsight.attention.interval_masks import BaseMask, causal_base
+from blindsight.attention.lowering import (
+    Layout,
+    Lowering,
+    causal_layout,
+    fused_layout,
+    split_layout,
+)
 from blindsight.attention.mask_forms import MaskForm, sorted_mask
 from blindsight.runtime.choose import Choice, ChoosableCall, Device, Fastest, choose_layouts
 from blindsight.runtime.cost_model import (
@@ -26,9 +33,8 @@ from blindsight.runtime.cost_model import (
     time_of_groups,
     time_of_own,
 )
-from blindsight.runtime.data_check import _is_plain_causal
-from blindsight.runtime.history import GivenHistory, History
-from blindsight.runtime.lowering import Layout, Lowering, causal_layout, fused_layout, split_layout
+from blindsight.runtime.data_check import means_is_causal
+from blindsight.runtime.history import ExplicitHistory, History
 from blindsight.template import Template
 from blindsight.timer import Timer
 from blindsight.tune import measure_costs
@@ -48,7 +54,7 @@ def prompt(num_images: int, image: int, text: int) -> History:
     rule = TemplateRule(
         image_token_ids=(1,),
     )
-    return GivenHistory(rule, Template(span_id, is_sink))
+    return ExplicitHistory(rule, Template(span_id, is_sink))
 
 
 def call_of(
@@ -66,9 +72,9 @@ def call_of(
 # Layouts
 
 
-@given(codes=codes, num_parts=st.integers(1, 4))
-def test_a_fused_layout_has_every_head_once(codes: list[int], num_parts: int) -> None:
-    layout = fused_layout(codes, num_parts)
+@given(codes=codes, num_threads=st.integers(1, 4))
+def test_a_fused_layout_has_every_head_once(codes: list[int], num_threads: int) -> None:
+    layout = fused_layout(codes, num_threads)
     assert sorted(layout.heads) == list(range(len(codes)))
     ((kind, size),) = layout.groups
     assert size == len(codes)
@@ -76,11 +82,11 @@ def test_a_fused_layout_has_every_head_once(codes: list[int], num_parts: int) ->
         assert layout.heads == tuple(range(len(codes)))
 
 
-@given(num_dense=st.integers(0, 8), num_parts=st.sampled_from([2, 4, 8]))
-def test_each_thread_gets_as_many_dense_heads(num_dense: int, num_parts: int) -> None:
+@given(num_dense=st.integers(0, 8), num_threads=st.sampled_from([2, 4, 8]))
+def test_each_thread_gets_as_many_dense_heads(num_dense: int, num_threads: int) -> None:
     categories = [0] * num_dense + [3] * (16 - num_dense)
-    heads = fused_layout(categories, num_parts).heads
-    each = 16 // num_parts
+    heads = fused_layout(categories, num_threads).heads
+    each = 16 // num_threads
     dense = [
         sum(categories[head] == 0 for head in heads[at : at + each]) for at in range(0, 16, each)
     ]
@@ -95,14 +101,14 @@ def categories_of_groups(codes: list[int], layout: Layout) -> list[tuple[str, se
     return [(kind, {codes[head] for head in islice(heads, size)}) for kind, size in layout.groups]
 
 
-@given(codes=codes, num_parts=st.integers(1, 4), is_causal=st.booleans())
+@given(codes=codes, num_threads=st.integers(1, 4), is_causal=st.booleans())
 def test_a_split_layout_has_its_dense_heads_apart(
-    codes: list[int], num_parts: int, is_causal: bool
+    codes: list[int], num_threads: int, is_causal: bool
 ) -> None:
-    layout = split_layout(codes, num_parts, is_causal=is_causal)
+    layout = split_layout(codes, num_threads, is_causal=is_causal)
     groups = categories_of_groups(codes, layout)
     if not is_causal or 0 not in codes:
-        assert layout == fused_layout(codes, num_parts)
+        assert layout == fused_layout(codes, num_threads)
         return
     assert groups[0] == ("causal", {0}) and layout.groups[0][1] == codes.count(0)
     for kind, categories in groups[1:]:
@@ -166,15 +172,15 @@ def test_any_grouping_gives_each_head_its_own_attention(data: st.DataObject) -> 
 
 def test_plain_causal_is_only_that() -> None:
     base = causal_base(2, 9, 9, 9)
-    assert _is_plain_causal(base)
-    assert _is_plain_causal(BaseMask(*base[:2], torch.ones(2, 12, dtype=torch.bool)))
+    assert means_is_causal(base)
+    assert means_is_causal(BaseMask(*base[:2], torch.ones(2, 12, dtype=torch.bool)))
     window, ahead, padded = base.lower.clone(), base.upper.clone(), base.valid.clone()
     window[1, 8], ahead[0, 3], padded[1, 0] = 1, 4, False
-    assert not _is_plain_causal(base._replace(lower=window))
-    assert not _is_plain_causal(base._replace(upper=ahead))
-    assert not _is_plain_causal(base._replace(valid=padded))
-    assert not _is_plain_causal(BaseMask(base.lower, base.upper + 2, base.valid))  # past tokens
-    assert not _is_plain_causal(BaseMask(*base[:2], torch.ones(2, 8, dtype=torch.bool)))
+    assert not means_is_causal(base._replace(lower=window))
+    assert not means_is_causal(base._replace(upper=ahead))
+    assert not means_is_causal(base._replace(valid=padded))
+    assert not means_is_causal(BaseMask(base.lower, base.upper + 2, base.valid))  # past tokens
+    assert not means_is_causal(BaseMask(*base[:2], torch.ones(2, 8, dtype=torch.bool)))
 
 
 # Choices

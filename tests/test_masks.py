@@ -237,15 +237,6 @@ def test_causal_base(num_queries, num_keys):
     assert torch.equal(mask, expected.expand(2, -1, -1))
 
 
-def test_intersection_of_base_masks():
-    causal = causal_base(1, 6, 6, 6)
-    window = BaseMask(causal.upper - 2, causal.upper + 2, torch.arange(6)[None] != 3)
-    both = causal.intersect(window)
-    assert both.lower.tolist() == [[0, 0, 0, 1, 2, 3]]
-    assert both.upper.tolist() == [[0, 1, 2, 3, 4, 5]]
-    assert both.valid.tolist() == [[True, True, True, False, True, True]]
-
-
 @settings(max_examples=5)
 @given(base_masks())
 def test_bounds_trace_without_data_dependence(case):

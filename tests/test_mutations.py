@@ -14,7 +14,7 @@ from blindsight.attention.block_tables import (
     tables_of_sorted,
 )
 from blindsight.attention.intervals import (
-    NUM_PARTS,
+    NUM_KEY_GROUPS,
     SortedBounds,
     TokenOrder,
     allowed_sorted,
@@ -31,7 +31,7 @@ from test_block_tables import (
 )
 from test_masks import check_bounds, check_mask_mod, check_order
 
-TEXT_PART, SINK_PART, SPAN_PART = range(NUM_PARTS)
+TEXT_PART, SINK_PART, SPAN_PART = range(NUM_KEY_GROUPS)
 
 
 def is_caught(check: Callable[..., None]) -> bool:

@@ -34,7 +34,7 @@ def as_on_gpu(form: str) -> Iterator[Any]:
     with (
         torch.no_grad(),
         torch._dynamo.config.patch(recompile_limit=64),  # Qwen3-VL's layers are compiled one by one
-        mock.patch.object(rewriting, "best_form", return_value=MaskForm[form]),
+        mock.patch.object(rewriting, "best_mask_form", return_value=MaskForm[form]),
         without_gpu.inductor_for_gpu(),
         without_gpu.written() as programs,
     ):

@@ -422,7 +422,7 @@ def test_threads_that_call_a_model_first_attach_to_it_once(
         attach(found)
 
     monkeypatch.setattr(models, "attach", slowly)
-    model.forward = lambda **_: models.find()
+    model.forward = lambda **_: models.attach_to_called()
     threads = [threading.Thread(target=model) for _ in range(2)]
     for thread in threads:
         thread.start()

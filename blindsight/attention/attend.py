@@ -98,18 +98,18 @@ def _masked(
     for_tables: Tensor,
     scale: float | None,
 ) -> Tensor:
-    tables, rule = mask.tables_of(heads, for_tables), mask.rule_of(heads, categories)
+    tables, mods = mask.tables_of(heads, for_tables), mask.mods_of(heads, categories)
     order = mask.order
     if order is None:
-        return flex_attention(query, key, value, tables, mask.block_size, rule, scale)
+        return flex_attention(query, key, value, tables, mask.block_size, mods, scale)
     key, value = _take_tokens(key, order.key), _take_tokens(value, order.key)
     # One table for several rows of a batch cannot be folded: it would have to be written for each.
     if mask.num_chunks > 1 and (len(for_tables) == query.shape[1] or query.shape[0] == 1):
         return flex_attention_by_chunks(
-            query, key, value, order, tables, mask.block_size, rule, scale, mask.num_chunks
+            query, key, value, order, tables, mask.block_size, mods, scale, mask.num_chunks
         )
     query = _take_tokens(query, order.query)
-    output = flex_attention(query, key, value, tables, mask.block_size, rule, scale)
+    output = flex_attention(query, key, value, tables, mask.block_size, mods, scale)
     return _take_tokens(output, order.inverse_query)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from blindsight.attention.interval_masks import BaseMask, Keep
-from blindsight.attention.intervals import NUM_PARTS, SortedBounds
+from blindsight.attention.intervals import NUM_KEY_GROUPS, SortedBounds
 
 BlockSize = int | tuple[int, int]  # queries, keys
 Number = TypeVar("Number", int, Tensor)
@@ -104,7 +104,7 @@ def runs_of_sorted(bounds: SortedBounds, block_size: BlockSize) -> BlockRuns:
     # Parts in increasing order of keys: a block on the edge of two groups belongs to the first.
     begins, ends = [], []
     previous = torch.zeros_like(hull_begin[:, :, 0])
-    for part in range(NUM_PARTS):
+    for part in range(NUM_KEY_GROUPS):
         end = torch.maximum(ceil_div(hull_end[:, :, part], key_size), previous)
         begins.append((hull_begin[:, :, part] // key_size).clamp(previous, end))
         ends.append(end)
@@ -114,10 +114,10 @@ def runs_of_sorted(bounds: SortedBounds, block_size: BlockSize) -> BlockRuns:
     # Where all rows see the end of one group and the start of the next, a block across the edge
     # may be full: join what they see in common.
     run_begin, run_end = list(core_begin.unbind(2)), list(core_end.unbind(2))
-    for part in range(1, NUM_PARTS):
+    for part in range(1, NUM_KEY_GROUPS):
         joins = core_end[:, :, part - 1] == core_begin[:, :, part]
         run_begin[part] = torch.where(joins, run_begin[part - 1], run_begin[part])
-    for part in reversed(range(1, NUM_PARTS)):
+    for part in reversed(range(1, NUM_KEY_GROUPS)):
         joins = core_end[:, :, part - 1] == core_begin[:, :, part]
         run_end[part - 1] = torch.where(joins, run_end[part], run_end[part - 1])
     full_begin = ceil_div(torch.stack(run_begin, -1), key_size).clamp(*listed)

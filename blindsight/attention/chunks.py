@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from blindsight.attention.block_tables import BlockTables, ceil_div
-from blindsight.attention.flex import Rule, flex_attention, realize
+from blindsight.attention.flex import Mods, flex_attention, realize
 from blindsight.attention.intervals import TokenOrder
 
 _MAX_CHUNKS = 8  # more gain nothing: text is a tenth of a prompt of images, or less
@@ -74,7 +74,7 @@ def flex_attention_by_chunks(
     order: TokenOrder,
     tables: BlockTables,
     block_size: int,
-    rule: Rule,
+    mods: Mods,
     scale: float | None,
     num_chunks: int,
 ) -> Tensor:
@@ -87,7 +87,7 @@ def flex_attention_by_chunks(
             on a CPU dealt out to the chunks.
         tables: ``[B, H, ...]``, or ``[1, 1, ...]`` where every head has keys of its own.
         block_size: Of those, in tokens.
-        rule: Of sorted tokens, without a ``score_mod``.
+        mods: Of sorted tokens, without a ``score_mod``.
         scale: See :func:`blindsight.attention.flex.flex_attention`.
         num_chunks: N.
 
@@ -95,7 +95,7 @@ def flex_attention_by_chunks(
         ``[B, H, Q, D]``, tokens in the order of ``query``.
     """
     call = _chunks_as_batch if query.device.type == "cpu" else _chunks_as_heads
-    return call(query, key, value, order, tables, block_size, rule, scale, num_chunks)
+    return call(query, key, value, order, tables, block_size, mods, scale, num_chunks)
 
 
 def _chunks_as_heads(
@@ -105,7 +105,7 @@ def _chunks_as_heads(
     order: TokenOrder,
     tables: BlockTables,
     block_size: int,
-    rule: Rule,
+    mods: Mods,
     scale: float | None,
     num_chunks: int,
 ) -> Tensor:
@@ -120,7 +120,7 @@ def _chunks_as_heads(
         b: Tensor, h: Tensor, q: Tensor, k: Tensor, begin: Tensor, *captures: Tensor
     ) -> Tensor:
         head = b % num_key_heads * per_key_head + h % per_key_head
-        return rule.mask_mod(b // num_key_heads, head, begin[h // per_key_head] + q, k, *captures)
+        return mods.mask_mod(b // num_key_heads, head, begin[h // per_key_head] + q, k, *captures)
 
     tokens = order.query[:, None, positions, None].expand(-1, num_heads, -1, -1, head_dim)
     query = query[:, :, None].expand(-1, -1, num_chunks, -1, -1).gather(3, tokens)
@@ -132,7 +132,7 @@ def _chunks_as_heads(
         value.flatten(0, 1)[:, None],
         BlockTables(*(_fold(table[:, :, blocks], table_heads) for table in tables)),
         block_size,
-        Rule(allowed, (begin, *rule.captures)),
+        Mods(allowed, (begin, *mods.captures)),
         scale,
     )
 
@@ -152,7 +152,7 @@ def _chunks_as_batch(
     order: TokenOrder,
     tables: BlockTables,
     block_size: int,
-    rule: Rule,
+    mods: Mods,
     scale: float | None,
     num_chunks: int,
 ) -> Tensor:
@@ -169,7 +169,7 @@ def _chunks_as_batch(
         b: Tensor, h: Tensor, q: Tensor, k: Tensor, begin: Tensor, *captures: Tensor
     ) -> Tensor:
         row, head = (torch.zeros_like(h), h) if batch == 1 else (h // num_heads, h % num_heads)
-        return rule.mask_mod(row, head, begin[b, h] + q, k, *captures)
+        return mods.mask_mod(row, head, begin[b, h] + q, k, *captures)
 
     # Indices are realized: else they are computed for every few elements of what they move.
     tokens = torch.unflatten(order.query, 1, (num_chunks, length))
@@ -188,7 +188,7 @@ def _chunks_as_batch(
         value.flatten(0, 1)[None],
         BlockTables(*map(fold, tables)),
         block_size,
-        Rule(allowed, (begin, *rule.captures)),
+        Mods(allowed, (begin, *mods.captures)),
         scale,
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blindsight.attention.base_mask import Expression, evaluate_expression, map_tensors
 from blindsight.attention.block_tables import BlockTables, block_size_of, tables_of_mask
-from blindsight.attention.flex import Rule, realize
+from blindsight.attention.flex import Mods, realize
 from blindsight.attention.interval_masks import Keep, is_kept, keep_elements, keep_intervals
 
 
@@ -39,7 +39,7 @@ class ExpressedMask(NamedTuple):
     def tables_of(self, heads: Tensor, categories: Tensor) -> BlockTables:
         return self.tables.of_heads(categories)
 
-    def rule_of(self, heads: Tensor, categories: Tensor) -> Rule:
+    def mods_of(self, heads: Tensor, categories: Tensor) -> Mods:
         tensors: dict[int, Tensor] = {}
         map_tensors(self.base, lambda x: tensors.setdefault(id(x), x))
 
@@ -60,7 +60,7 @@ class ExpressedMask(NamedTuple):
             allowed: Tensor = kept & evaluate_expression(base, b, q, k)
             return allowed
 
-        return Rule(allowed_by_expression, (categories, *self.keep, *tensors.values()))
+        return Mods(allowed_by_expression, (categories, *self.keep, *tensors.values()))
 
 
 class MaterialisedMask(NamedTuple):
@@ -88,7 +88,7 @@ class MaterialisedMask(NamedTuple):
         kept = keep_elements(self.keep, self.base.shape[3]).index_select(1, categories)
         return tables_of_mask(self.base.index_select(1, heads) & kept, self.block_size)
 
-    def rule_of(self, heads: Tensor, categories: Tensor) -> Rule:
+    def mods_of(self, heads: Tensor, categories: Tensor) -> Mods:
         # Which row of the base mask a head reads: all the same one, or each its own.
         row = realize((heads % self.base.shape[1]).to(torch.int32))
 
@@ -104,8 +104,8 @@ class MaterialisedMask(NamedTuple):
 
         captures = (row, self.base, categories, *self.keep)
         if self.bias is None:
-            return Rule(allowed_by_elements, captures)
-        return Rule(allowed_by_elements, captures, add_bias, (row, self.bias))
+            return Mods(allowed_by_elements, captures)
+        return Mods(allowed_by_elements, captures, add_bias, (row, self.bias))
 
 
 def expressed_mask(

@@ -36,7 +36,7 @@ _HOPPER_TILES = {
 _MIN_TILED_QUERIES = 128
 
 
-class Rule(NamedTuple):
+class Mods(NamedTuple):
     """What decides of an element.
 
     Attributes:
@@ -58,7 +58,7 @@ def flex_attention(
     value: Tensor,
     tables: BlockTables,
     block_size: int,
-    rule: Rule,
+    mods: Mods,
     scale: float | None,
 ) -> Tensor:
     """Call the operator itself: its public function would start a compilation of its own.
@@ -68,7 +68,7 @@ def flex_attention(
         key, value: ``[B, G, K, D]``, H a multiple of G.
         tables: ``[B, 1 or H, ...]``, the blocks to visit.
         block_size: Of those, in tokens.
-        rule: For the elements of partial blocks.
+        mods: For the elements of partial blocks.
         scale: Factor on the scores; None: ``D ** -0.5``.
     """
     # The kernel takes the rows of a batch for as far apart as its heads are in all: Inductor, which
@@ -77,7 +77,7 @@ def flex_attention(
     block_mask = BlockMask.from_kv_blocks(
         *tables,
         BLOCK_SIZE=block_size,
-        mask_mod=cast(Any, _unannotated(rule.mask_mod)),
+        mask_mod=cast(Any, _unannotated(mods.mask_mod)),
         seq_lengths=(query.shape[2], key.shape[2]),
         compute_q_blocks=False,
     )
@@ -85,12 +85,12 @@ def flex_attention(
         query,
         key,
         value,
-        _unannotated(rule.score_mod or _unchanged),
+        _unannotated(mods.score_mod or _unchanged),
         block_mask.as_tuple(),
         query.shape[-1] ** -0.5 if scale is None else scale,
         kernel_options_of(query),
-        rule.score_captures,
-        rule.captures,
+        mods.score_captures,
+        mods.captures,
     )[0]
     return output
 

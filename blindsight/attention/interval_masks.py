@@ -57,14 +57,6 @@ class BaseMask(NamedTuple):
         bounds = zip(self.lower.unbind(1), self.upper.unbind(1), strict=True)
         return [BaseMask(lower, upper, self.valid) for lower, upper in bounds]
 
-    def intersect(self, other: BaseMask) -> BaseMask:
-        """Return what both masks allow."""
-        return BaseMask(
-            torch.maximum(self.lower, other.lower),
-            torch.minimum(self.upper, other.upper),
-            self.valid & other.valid,
-        )
-
 
 class Keep(NamedTuple):
     """What each category keeps, in key columns.
@@ -174,8 +166,8 @@ def is_unrestricted(query_span: Tensor, first_span: Tensor | None = None) -> Ten
     return (query_span == 0) | (query_span == 1 if first_span is None else first_span)
 
 
-def to_columns(flags: Tensor, offset: int, num_keys: int, *, fill: bool = False) -> Tensor:
-    """Map flags of tokens ``[B, T]`` to key columns ``[B, K]``; unfilled slots get ``fill``."""
-    flags = flags[:, offset:]
-    missing = num_keys - flags.shape[1]
-    return torch.nn.functional.pad(flags, (0, missing), value=fill) if missing > 0 else flags
+def to_columns(values: Tensor, offset: int, num_keys: int, *, fill: bool = False) -> Tensor:
+    """Map values of tokens ``[B, T]`` to key columns ``[B, K]``; unfilled slots get ``fill``."""
+    values = values[:, offset:]
+    missing = num_keys - values.shape[1]
+    return torch.nn.functional.pad(values, (0, missing), value=fill) if missing > 0 else values

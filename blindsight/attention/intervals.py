@@ -16,7 +16,7 @@ from blindsight.attention.interval_masks import BaseMask, is_unrestricted, key_o
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.template import span_edges
 
-NUM_PARTS = 3  # of a row: text, sinks, other tokens of spans
+NUM_KEY_GROUPS = 3  # of a row: text, sinks, other tokens of spans
 
 
 class TokenOrder(NamedTuple):
@@ -106,9 +106,13 @@ def sorted_bounds(
         for each in base.of_groups()
     ]
     ranges = [part.gather(2, query_order[:, None].expand_as(part)) for part in ranges]
+    if len(ranges) == 1:  # the same columns of every group
+        ranges = ranges * NUM_KEY_GROUPS
+    # Of text only what the model's mask allows is asked for, of sinks a span's own as well, of
+    # other tokens also the query's: pairs of first and last.
     text, sink, span = (
-        ranks[:, at, None].expand(-1, number, -1).gather(2, ranges[at % len(ranges)][:, :number])
-        for at, number in enumerate((2, 4, 6))
+        ranks[:, at, None].expand(-1, number, -1).gather(2, columns[:, :number])
+        for at, (columns, number) in enumerate(zip(ranges, (2, 4, 6), strict=True))
     )
 
     def of_categories(side: int) -> Tensor:
@@ -122,7 +126,7 @@ def sorted_bounds(
             HeadCategory.DOCUMENT_SINK: (every_text, every_sink, own_token),
         }
         rows = [row for category in HeadCategory for row in parts[category]]
-        return torch.stack(rows, dim=1).reshape(-1, NUM_CATEGORIES, NUM_PARTS, num_queries)
+        return torch.stack(rows, dim=1).reshape(-1, NUM_CATEGORIES, NUM_KEY_GROUPS, num_queries)
 
     return SortedBounds(of_categories(0), of_categories(1)), TokenOrder(
         query_order, key_order, inverse_query
@@ -148,22 +152,22 @@ def stretched(
 
 
 def dealt(
-    bounds: SortedBounds, order: TokenOrder, num_parts: int, block_size: int
+    bounds: SortedBounds, order: TokenOrder, num_chunks: int, block_size: int
 ) -> tuple[SortedBounds, TokenOrder]:
     """Deal the blocks of sorted queries out to equal parts, in snake order, and join the parts.
 
     Text, early and late images are then in each part alike.
 
     Args:
-        bounds, order: Of sorted queries, a multiple of ``num_parts * block_size``.
-        num_parts: How many.
+        bounds, order: Of sorted queries, a multiple of ``num_chunks * block_size``.
+        num_chunks: How many.
         block_size: In tokens.
     """
     query, key, inverse_query = order
     device = query.device
-    part = torch.arange(num_parts, device=device)[:, None]
-    lap = torch.arange(query.shape[1] // (num_parts * block_size), device=device)
-    block = lap * num_parts + torch.where(lap % 2 == 0, part, num_parts - 1 - part)
+    part = torch.arange(num_chunks, device=device)[:, None]
+    lap = torch.arange(query.shape[1] // (num_chunks * block_size), device=device)
+    block = lap * num_chunks + torch.where(lap % 2 == 0, part, num_chunks - 1 - part)
     source = block[:, :, None] * block_size + torch.arange(block_size, device=device)
     source = source.flatten()
     place = _inverse(source[None])[0]
@@ -189,7 +193,7 @@ def allowed_sorted(
         categories: ``[H]`` int32 codes.
         lower, upper: ``[B, 3 * C, Q]``, from :meth:`SortedBounds.rows`.
     """
-    text = NUM_PARTS * categories[h]
+    text = NUM_KEY_GROUPS * categories[h]
     sink, span = text + 1, text + 2
     # Integers among the indices would be a view of the captured tensor, which export refuses.
     return (

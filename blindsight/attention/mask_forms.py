@@ -22,11 +22,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from blindsight.attention.base_mask import (
-    Form,
-    Tier,
-    base_mask_of,
-)
+from blindsight.attention.base_mask import Form, Tier
 from blindsight.attention.block_tables import (
     BlockTables,
     block_size_of,
@@ -34,7 +30,8 @@ from blindsight.attention.block_tables import (
     tables_of_sorted,
 )
 from blindsight.attention.chunks import num_chunks_of, num_rows_of
-from blindsight.attention.flex import Rule, realize
+from blindsight.attention.flex import Mods, realize
+from blindsight.attention.form_intervals import base_mask_of
 from blindsight.attention.interval_masks import BaseMask, Keep, is_kept, keep_intervals
 from blindsight.attention.intervals import (
     TokenOrder,
@@ -91,7 +88,7 @@ class Mask(Protocol):
             categories: ``[H]`` int32, theirs; or ``[1]``, the one of them all.
         """
 
-    def rule_of(self, heads: Tensor, categories: Tensor) -> Rule:
+    def mods_of(self, heads: Tensor, categories: Tensor) -> Mods:
         """Return what decides of an element; heads and categories ``[H]``."""
 
 
@@ -116,8 +113,8 @@ class SortedMask(NamedTuple):
     def tables_of(self, heads: Tensor, categories: Tensor) -> BlockTables:
         return self.tables.of_heads(categories)
 
-    def rule_of(self, heads: Tensor, categories: Tensor) -> Rule:
-        return Rule(allowed_sorted, (categories, self.lower, self.upper))
+    def mods_of(self, heads: Tensor, categories: Tensor) -> Mods:
+        return Mods(allowed_sorted, (categories, self.lower, self.upper))
 
 
 class OrderedMask(NamedTuple):
@@ -133,7 +130,7 @@ class OrderedMask(NamedTuple):
     def tables_of(self, heads: Tensor, categories: Tensor) -> BlockTables:
         return self.tables.of_heads(categories)
 
-    def rule_of(self, heads: Tensor, categories: Tensor) -> Rule:
+    def mods_of(self, heads: Tensor, categories: Tensor) -> Mods:
         def allowed_in_prompt_order(
             b: Tensor,
             h: Tensor,
@@ -147,7 +144,7 @@ class OrderedMask(NamedTuple):
             allowed = valid[b, k] & (base_lower[b, q] <= k) & (k <= base_upper[b, q])
             return allowed & is_kept(b, h, q, k, *kept)
 
-        return Rule(allowed_in_prompt_order, (*self.base, categories, *self.keep))
+        return Mods(allowed_in_prompt_order, (*self.base, categories, *self.keep))
 
 
 def sorted_mask(

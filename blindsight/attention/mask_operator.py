@@ -22,7 +22,7 @@ from blindsight.attention.base_mask import Form
 from blindsight.attention.block_tables import BlockTables, block_size_of, ceil_div
 from blindsight.attention.chunks import num_chunks_of, num_rows_of
 from blindsight.attention.interval_masks import BaseMask, Keep
-from blindsight.attention.intervals import NUM_PARTS, TokenOrder
+from blindsight.attention.intervals import NUM_KEY_GROUPS, TokenOrder
 from blindsight.attention.mask_forms import OrderedMask, SortedMask, ordered_mask, sorted_mask
 from blindsight.categories import NUM_CATEGORIES
 
@@ -37,7 +37,8 @@ def sorted_mask_by_operator(
         return sorted_mask(form, span_id, is_sink, **sizes)
     made = _sorted_mask(*written, span_id, is_sink, **sizes)
     order, (lower, upper), tables = TokenOrder(*made[:3]), made[3:5], BlockTables(*made[5:])
-    capacity = sizes.get("query_capacity") or sizes["num_queries"]
+    capacity = sizes.get("query_capacity")
+    capacity = sizes["num_queries"] if capacity is None else capacity
     block_size = block_size_of(span_id.device)
     num_chunks = num_chunks_of(span_id.device, capacity, block_size, sizes.get("num_threads", 1))
     return SortedMask(order, lower, upper, tables, block_size, num_chunks)
@@ -107,7 +108,7 @@ def _(
     positions = [(batch, size) for size in (queries, keys, num_queries)]
     return [
         *_empty(span_id, torch.int64, *positions),
-        *_empty(span_id, torch.int32, *[(batch, NUM_CATEGORIES * NUM_PARTS, queries)] * 2),
+        *_empty(span_id, torch.int32, *[(batch, NUM_CATEGORIES * NUM_KEY_GROUPS, queries)] * 2),
         *_empty_tables(span_id, batch, queries, keys),
     ]
 

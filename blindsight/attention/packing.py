@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from blindsight.attention.base_mask import Expression, Form, base_mask_of, conjuncts
+from blindsight.attention.base_mask import Expression, Form, conjuncts
+from blindsight.attention.form_intervals import base_mask_of
 from blindsight.template import span_edges
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blindsight.calibration.probe_layout import NUM_OFFSETS, Layout, Run, layout_of
+from blindsight.calibration.probe_layout import NUM_OFFSETS, Run, SortedPrompt, layout_of
 from blindsight.calibration.visibility import Visibility
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.cost import count_visible
@@ -210,7 +210,7 @@ class _Row:
         self,
         call: ProbedCall,
         b: int,
-        layout: Layout,
+        layout: SortedPrompt,
         gradients: Sequence[Tensor],
         key_block: int,
     ) -> None:

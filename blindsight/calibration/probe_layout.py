@@ -27,7 +27,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class SortedPrompt:
     """The tokens of one prompt, sorted as ``[text | sinks | other tokens of spans]``.
 
     Attributes:
@@ -48,7 +48,7 @@ class Layout:
     is_sink: Tensor
 
 
-def layout_of(span_id: Tensor, is_sink: Tensor, first_span: Tensor | None) -> Layout:
+def layout_of(span_id: Tensor, is_sink: Tensor, first_span: Tensor | None) -> SortedPrompt:
     """Sort the tokens of a prompt; ``first_span [T]`` flags those that are in a first span."""
     in_span = span_id > 0
     kind = torch.where(in_span, torch.where(is_sink, 1, 2), 0)
@@ -81,7 +81,7 @@ def layout_of(span_id: Tensor, is_sink: Tensor, first_span: Tensor | None) -> La
     is_last = in_span & (last == position)
     flags = [(offset == at) & ~is_last for at in range(NUM_OFFSETS)] + [is_last]
     offsets = torch.stack(flags, dim=1)[order].float()
-    return Layout(order, tokens, starts, runs, offsets, is_sink & in_span)
+    return SortedPrompt(order, tokens, starts, runs, offsets, is_sink & in_span)
 
 
 def _cut(tokens: list[int], begin: int, end: int, first: int, stop: int) -> tuple[int, int]:

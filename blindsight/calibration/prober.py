@@ -27,14 +27,14 @@ from blindsight.compile_apart import (
 from blindsight.configs import config_of, shares_keys, text_config, with_attention
 from blindsight.data.processors import inputs_on
 from blindsight.fingerprints import fingerprint, layer_types_of
-from blindsight.modules import as_they_are, plain_name
+from blindsight.modules import as_they_are, plain_name, unwrapped
 from blindsight.passes.find_attention import Attention, find_attention, has_attention
+from blindsight.passes.find_shard import check_is_whole
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.lift_mask import lift_masks
 from blindsight.passes.probe_attention import probe_attention_pass
 from blindsight.passes.recompute_layers import recompute_layers_pass
 from blindsight.runtime.layers import LayerMap
-from blindsight.runtime.shards import check_is_whole
 from blindsight.template import Template, TemplateRule
 from blindsight.text_tables import compact
 
@@ -43,7 +43,7 @@ class Prober:
     """Runs a model and measures its attention; one instance serves many prompts, until closed."""
 
     def __init__(self, model: nn.Module, rule: TemplateRule, *, next_token: bool = False) -> None:
-        model = getattr(model, "_orig_mod", model)
+        model = unwrapped(model)
         implementation = getattr(text_config(config_of(model)), "_attn_implementation", "sdpa")
         if implementation != "sdpa":
             raise ValueError(

@@ -14,15 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from blindsight.attention.base_mask import (
-    Expression,
-    Fact,
-    Form,
-    base_mask_of,
-    evaluate_expression,
-    facts_hold,
-    map_tensors,
-)
+from blindsight.attention.base_mask import Expression, Fact, Form, evaluate_expression, map_tensors
+from blindsight.attention.form_intervals import base_mask_of, facts_hold
 from blindsight.attention.interval_masks import BaseMask
 from blindsight.attention.intervals import groups_of_keys
 from blindsight.attention.packing import first_span_of, is_packed
@@ -82,8 +75,7 @@ class IntervalVisibility:
 
     def extent(self, b: int, begin: int, end: int) -> tuple[int, int]:
         bounds = [(lower[b, begin:end], upper[b, begin:end]) for lower, upper in self._bounds]
-        first, last = (min(int(x.min()) for x, _ in bounds), max(int(y.max()) for _, y in bounds))
-        return first, last
+        return min(int(x.min()) for x, _ in bounds), max(int(y.max()) for _, y in bounds)
 
     def first_span(self, b: int) -> Tensor | None:
         return None if self._first_span is None else self._first_span[b]

@@ -165,6 +165,5 @@ def _sink_offsets(words: list[str]) -> tuple[int, ...] | str:
     try:
         return tuple(int(word) for word in words)
     except ValueError:
-        raise ValueError(f"sink offsets must be ints or 'measure', got {' '.join(words)}.") from (
-            None
-        )
+        message = f"sink offsets must be ints or 'measure', got {' '.join(words)}."
+        raise ValueError(message) from None

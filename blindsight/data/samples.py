@@ -54,9 +54,8 @@ class Samples(Sequence[Sample]):
         try:
             row = self._rows[index]
         except Exception as error:  # datasets decode images right here
-            raise ValueError(f"{where} must be readable, got {error}. Remove or replace it.") from (
-                error
-            )
+            message = f"{where} must be readable, got {error}. Remove or replace it."
+            raise ValueError(message) from error
         return sample_of_row(row, index, where, self._folder)
 
     def check(self, *, answers: bool = False) -> None:
@@ -91,9 +90,7 @@ class Samples(Sequence[Sample]):
 
         Files are told apart by name and size.
         """
-        known = getattr(
-            self._rows, "_fingerprint", None
-        )  # a dataset of datasets has a hash of its own
+        known = getattr(self._rows, "_fingerprint", None)  # datasets hash what they hold
         digest = hashlib.sha256(json.dumps([known, list(self._indices)]).encode())
         if known is None:
             for index in self._indices:

@@ -20,7 +20,7 @@ from blindsight.categories import NUM_CATEGORIES, summarize_categories
 from blindsight.configs import cache_argument, cache_of, text_config
 from blindsight.cost import AttentionFlops, attention_flops
 from blindsight.demo.prompt import DemoOptions, load
-from blindsight.modules import find_decoder
+from blindsight.modules import find_decoder, unwrapped
 from blindsight.profile import Profile
 from blindsight.progress import Progress
 from blindsight.reference import reference_logits
@@ -201,7 +201,7 @@ def _decode(
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if isinstance(tensor, Tensor):
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
-    forward = getattr(model, "_orig_mod", model).forward
+    forward = unwrapped(model).forward
     its_cache = {cache_argument(forward): cache}
     for _ in range(options.new_tokens - 1):
         token = tokens[-1]

@@ -88,6 +88,15 @@ def category_plans(
     num_seeds: int,
     baselines: bool,
 ) -> list[PlannedPoint]:
+    """Return the points that a profile's evidence chooses, and those they are compared with.
+
+    Args:
+        profile: With evidence.
+        budgets: One point each.
+        select: The categories that a budget chooses, from evidence.
+        num_seeds: How often the categories of each point are dealt to other heads at random.
+        baselines: Whether to add choices by layer, and by each head's own error.
+    """
     check_evidence(profile.evidence)
     alike = {
         name: tensor.mean(1, keepdim=True).expand_as(tensor) if name in _LOSSES else tensor

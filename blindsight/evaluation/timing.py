@@ -10,8 +10,9 @@ from typing import Any
 
 from blindsight.data.processors import model_inputs
 from blindsight.data.samples import Samples
+from blindsight.evaluation.compiled_decoder import CompiledDecoder
 from blindsight.evaluation.outcomes import Outcome, OutcomeFile
-from blindsight.evaluation.prefill import Batch, CompiledDecoder, Decoder
+from blindsight.evaluation.prefill import Batch, Decoder
 from blindsight.profile import Profile
 from blindsight.ranks import current_ranks
 from blindsight.runtime.inner import name_for_files

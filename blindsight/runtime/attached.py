@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from blindsight.configs import text_config
+from blindsight.modules import unwrapped
 from blindsight.profile import Profile
 from blindsight.runtime.calls import eager_calls, inner_calls, module_calls
 from blindsight.runtime.forwards import Forwards
@@ -56,7 +57,7 @@ class AttachedModels:
         Raises:
             ValueError: The profile is not of this model.
         """
-        model = getattr(model, "_orig_mod", model)
+        model = unwrapped(model)
         profile = self._profile
         profile.validate(model, part_is_fine=True)
         layers = self._layers_in(model)
@@ -78,7 +79,7 @@ class AttachedModels:
         self._watched.add(model)
         self._hooks += watch_forward(model, self._forwards, self._is_backend)
 
-    def find(self) -> None:
+    def attach_to_called(self) -> None:
         """Attach to the model of the profile that is being called, if any is.
 
         Where modules around it run uncompiled they may give it other tokens than they are given,
@@ -86,7 +87,7 @@ class AttachedModels:
         """
         calls = eager_calls()
         for at, (call, module) in enumerate(calls):
-            model = getattr(module, "_orig_mod", module)
+            model = unwrapped(module)
             if model in self._watched:
                 return
             tokens = tokens_of(call)
@@ -97,7 +98,7 @@ class AttachedModels:
                         self._forwards.expect_same_images(given, tokens)
                 return
         for call, module in module_calls():
-            model = getattr(module, "_orig_mod", module)
+            model = unwrapped(module)
             if model in self._parts or self._attach_found(model, call):
                 return
         self._attach_within()
@@ -174,7 +175,7 @@ class AttachedModels:
         """Take note of what the model is given whose decoder runs, if no hook has told it."""
         if self._forwards.is_watched:
             return  # not to walk through all calls for each layer
-        self.find()
+        self.attach_to_called()
         if self._forwards.pending is not None:
             return
         for call, module in inner_calls():
@@ -186,7 +187,7 @@ class AttachedModels:
         """Return the one layer that tensors belong to, if any; a copy of a model may be new."""
         layer = self.layer_map.layer_of(parameters)
         if layer is None:
-            self.find()
+            self.attach_to_called()
             layer = self.layer_map.layer_of(parameters)
         return layer
 

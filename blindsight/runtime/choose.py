@@ -24,6 +24,7 @@ from blindsight.attention.block_tables import (
 from blindsight.attention.chunks import num_chunks_on_cpu
 from blindsight.attention.interval_masks import BaseMask, Keep, causal_base, keep_intervals
 from blindsight.attention.intervals import sorted_bounds
+from blindsight.attention.lowering import Layout, Lowering, fused_layout, split_layout
 from blindsight.attention.mask_forms import MaskForm
 from blindsight.categories import NUM_CATEGORIES
 from blindsight.runtime.cost_model import (
@@ -34,7 +35,6 @@ from blindsight.runtime.cost_model import (
     time_of_own,
 )
 from blindsight.runtime.history import History
-from blindsight.runtime.lowering import Layout, Lowering, fused_layout, split_layout
 
 # Estimates are rough: sparse attention must promise at least this to be worth its compile time.
 _MIN_GAIN = 1.03
@@ -145,7 +145,9 @@ class _Estimate:
         return told
 
 
-def best_form(history: History, num_queries: int, categories: Tensor, device: Device) -> MaskForm:
+def best_mask_form(
+    history: History, num_queries: int, categories: Tensor, device: Device
+) -> MaskForm:
     """Return the token order that lists fewer blocks for heads of these categories.
 
     Judged for a causal base mask, once per prompt.

@@ -1,4 +1,4 @@
-"""One graph of a compiled model: its own form and the rewritten ones, each compiled when needed.
+"""One graph of a compiled model: its own variant and rewritten ones, each compiled when needed.
 
 Shapes: B batch, H query heads, Q and K lengths in tokens, T tokens of the whole sequence.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from blindsight.attention.lowering import Layout
 from blindsight.passes.graph import copy_graph_module
 from blindsight.passes.replace_attention import TOKEN_INPUTS
 from blindsight.passes.share_layers import share_layers_pass
@@ -21,7 +22,6 @@ from blindsight.runtime.context import is_disabled
 from blindsight.runtime.given_mask import given_inputs
 from blindsight.runtime.history import History
 from blindsight.runtime.inner import Inner
-from blindsight.runtime.lowering import Layout
 from blindsight.runtime.plan import DENSE_HEADS
 from blindsight.runtime.planner import plan_graph
 from blindsight.runtime.rewriting import Rewriter, Rewriting, tier_of
@@ -29,13 +29,13 @@ from blindsight.runtime.sequences import Sequences
 from blindsight.runtime.state import BackendState
 from blindsight.template import Template
 
-_MAX_VARIANTS = 64  # compiled forms of one graph; the least recently used are dropped
+_MAX_VARIANTS = 64  # of one graph; the least recently used are dropped
 
 _FASTER_DENSE = "estimated to be faster than sparse"
 
 
 class _Variants:
-    """Compiled forms of a graph by what tells them apart; several threads may ask."""
+    """Compiled variants of a graph by what tells them apart; several threads may ask."""
 
     def __init__(self) -> None:
         self._by_key: dict[object, CompiledForLengths] = {}  # the latest used last
@@ -81,19 +81,17 @@ class CompiledGraph:
         self._rows: dict[object, tuple[Tensor, Tensor]] = {}
         known = tuple(call.layer for call in self._calls if call.layer is not None)
         self._layers = known if len(known) == len(self._calls) else None  # None: told per call
+        self._own: Callable[..., Any] | None = None
         # What a compiler assumes of symbolic sizes must become a guard of Dynamo's, which is only
         # possible now. A graph of fixed sizes is compiled when first needed.
-        now = not self._calls or bool(self._plan.symbols or self._plan.numbers)
-        own = copy_graph_module(gm) if self._calls else gm
-        self._own = None
-        if not now:
-            return
-        try:
-            self._own = inner(self._passes.run_after(own), example_inputs)
-        except Exception:
-            # Inductor asks Dynamo to trace a graph again where it wants a number to be fixed.
-            state.forget(number)
-            raise
+        if not self._calls or self._plan.symbols or self._plan.numbers:
+            own = copy_graph_module(gm) if self._calls else gm
+            try:
+                self._own = inner(self._passes.run_after(own), example_inputs)
+            except Exception:
+                # Inductor asks Dynamo to trace a graph again where it wants a number to be fixed.
+                state.forget(number)
+                raise
 
     def as_callable(self) -> Callable[..., Any]:
         """Return the function that Dynamo shall call for this graph."""
@@ -135,12 +133,12 @@ class CompiledGraph:
         return outputs
 
     def _observe(self, args: Sequence[Any]) -> None:
-        if self._plan.input_ids is not None:
-            self._forwards.observe(args[self._plan.input_ids])
-        if self._plan.video_grid is not None:
-            self._forwards.observe_videos(args[self._plan.video_grid])
-        if self._plan.positions is not None:
-            self._forwards.observe_positions(args[self._plan.positions])
+        if self._plan.input_ids_at is not None:
+            self._forwards.observe(args[self._plan.input_ids_at])
+        if self._plan.video_grid_at is not None:
+            self._forwards.observe_videos(args[self._plan.video_grid_at])
+        if self._plan.position_ids_at is not None:
+            self._forwards.observe_positions(args[self._plan.position_ids_at])
 
     def _layers_of(self, args: Sequence[Any]) -> tuple[int, ...]:
         if self._layers is not None:
@@ -152,7 +150,7 @@ class CompiledGraph:
                 layer = self._state.models.layer_of([args[at] for at in call.attention.parameters])
             if layer is None:
                 raise ValueError(
-                    f"the parameters of attention at {call.attention.path or 'the frame'} must "
+                    f"the parameters of attention at {call.attention.where} must "
                     "belong to one layer of the model that is compiled, and belong to none. If its "
                     "weights were replaced, make a new backend for it: "
                     "blindsight_backend(profile, model=model)."
@@ -168,7 +166,7 @@ class CompiledGraph:
     def _run_rewritten(
         self, args: Sequence[Any], layers: tuple[int, ...], history: History, rewriting: Rewriting
     ) -> tuple[Any, list[str]]:
-        """Return the outputs, and in which form each call ran."""
+        """Return the outputs, and how each call ran."""
         if torch.is_grad_enabled() and any(
             isinstance(arg, Tensor) and arg.requires_grad for arg in args
         ):
@@ -191,14 +189,14 @@ class CompiledGraph:
         runs = [f"dense: {DENSE_HEADS}"] * len(self._calls)
         for at, layout in zip(rewriting.calls, rewriting.layouts, strict=True):
             if self._profile.categories[layers[at]].any():
-                form = rewriting.form.for_tier(tier_of(self._calls[at], rewriting.given))
+                form = rewriting.mask_form.for_tier(tier_of(self._calls[at], rewriting.given))
                 runs[at] = f"sparse, {form.value}, {layout.name}"
         return runs
 
     def _variant_for(
         self, inputs: Sequence[Any], template: Template, rewriting: Rewriting
     ) -> CompiledForLengths:
-        """Return the compiled form of the graph for these inputs.
+        """Return the compiled variant of the graph for these inputs.
 
         One for longer prompts that is there and fits; else one for many lengths; else one for
         these sizes alone.
@@ -206,7 +204,7 @@ class CompiledGraph:
         groups = tuple(layout.groups for layout in rewriting.layouts)
         given = tuple((name, mask.is_by_group) for name, mask in rewriting.given.items())
         numbers = {name: inputs[at].item() for name, at in self._plan.numbers.items()}
-        key = (rewriting.form, rewriting.calls, groups, given, tuple(numbers.values()))
+        key = (rewriting.mask_form, rewriting.calls, groups, given, tuple(numbers.values()))
         sizes = tuple(inputs[at] for at in self._plan.symbols.values())
         num_tokens = template.num_tokens
         if rewriting.capacities is not None:

@@ -43,7 +43,7 @@ class ExplicitTemplate:
     forwards: dict[HasForwards, ForwardUnder] = field(default_factory=dict)
 
 
-_given: ContextVar[ExplicitTemplate | None] = ContextVar("blindsight_template", default=None)
+_explicit: ContextVar[ExplicitTemplate | None] = ContextVar("blindsight_template", default=None)
 _disabled: ContextVar[bool] = ContextVar("blindsight_disabled", default=False)
 
 
@@ -65,19 +65,19 @@ def use_template(span_id: Tensor | Template, is_sink: Tensor | None = None) -> I
         if is_sink is not None:
             raise ValueError("is_sink must be left out with a template, which has one, got both.")
         span_id, is_sink = span_id.tensors()
-    given = ExplicitTemplate(_checked(span_id, is_sink))
-    token = _given.set(given)
+    explicit = ExplicitTemplate(_checked(span_id, is_sink))
+    token = _explicit.set(explicit)
     try:
         yield
     finally:
-        _given.reset(token)
-    for forwards, forward in given.forwards.items():
+        _explicit.reset(token)
+    for forwards, forward in explicit.forwards.items():
         forwards.check_explicit(forward)
 
 
 def explicit_template() -> ExplicitTemplate | None:
     """Return the template given by hand that holds here, if any does."""
-    return _given.get()
+    return _explicit.get()
 
 
 @contextmanager
@@ -112,5 +112,8 @@ def _checked(span_id: Tensor, is_sink: Tensor | None) -> Template:
     span_id = span_id.detach().to("cpu", torch.int32).contiguous()
     problem = find_order_problem(span_id)
     if problem:
-        raise ValueError(f"span_id must number spans 1..n in prompt order, {problem}.")
+        raise ValueError(
+            f"span_id must number spans 1..n in prompt order, {problem}. Take both tensors from a "
+            "rule: use_template(profile.rule.template(input_ids))."
+        )
     return Template(span_id, is_sink.detach().cpu().contiguous())

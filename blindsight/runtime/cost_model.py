@@ -88,8 +88,8 @@ def save_costs(device: torch.device, dtype: torch.dtype, costs: Costs) -> Path:
     """Keep what was measured of a device for later processes; return where."""
     path = check_cache_file()
     known = {
-        device: {dtype: asdict(costs) for dtype, costs in by_dtype.items()}
-        for device, by_dtype in _load(str(path)).items()
+        name: {kind: asdict(each) for kind, each in by_dtype.items()}
+        for name, by_dtype in _load(str(path)).items()
     }
     name = str(dtype).removeprefix("torch.")
     known.setdefault(device_name(device), {})[name] = asdict(costs)

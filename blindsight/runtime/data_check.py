@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from blindsight.attention.base_mask import Tier, base_mask_of, facts_hold, is_plain_causal
+from blindsight.attention.base_mask import CAUSAL, Tier
+from blindsight.attention.form_intervals import base_mask_of, facts_hold
 from blindsight.attention.interval_masks import BaseMask
 from blindsight.attention.intervals import groups_of_keys
 from blindsight.attention.packing import is_packed
@@ -88,19 +89,19 @@ class DataCheck:
         answers: dict[object, bool] = {}
         for (key, call), form in zip(self._calls.items(), values, strict=True):
             sizes = call.attention.sizes(size_of)
-            if is_plain_causal(form) and sizes["num_keys"] >= sizes["num_queries"]:
+            if form == CAUSAL and sizes["num_keys"] >= sizes["num_queries"]:
                 answers[key] = True  # without looking at data
                 continue
             base = base_mask_of(form, device=self._plan.device, groups=None, **sizes)
-            answers[key] = _is_plain_causal(base)
+            answers[key] = means_is_causal(base)
         for key, call in zip(self._keys, self._plan.calls, strict=True):
             node = call.lifted.given
             if node is not None and node.name in given:
-                answers[key] = _is_plain_causal(given[node.name])
+                answers[key] = means_is_causal(given[node.name])
         return [answers.get(key, False) for key in self._keys]
 
 
-def _is_plain_causal(base: BaseMask) -> bool:
+def means_is_causal(base: BaseMask) -> bool:
     """Whether query row i sees key columns 0..i, all of them."""
     num_queries = base.lower.shape[1]
     if base.valid.shape[1] < num_queries:

@@ -33,7 +33,7 @@ from blindsight.runtime.context import (
     explicit_template,
     is_disabled,
 )
-from blindsight.runtime.history import GivenHistory, History, Pending, SeenHistory
+from blindsight.runtime.history import ExplicitHistory, History, Pending, SeenHistory
 from blindsight.runtime.tensor_notes import TensorNotes, version_of
 
 
@@ -255,17 +255,17 @@ class Forwards:
 
     def explicit_history(self) -> History | None:
         """Return the history of the template given by hand, one for all graphs; None: none is."""
-        given = explicit_template()
-        if given is None:
+        explicit = explicit_template()
+        if explicit is None:
             return None
-        if self not in given.forwards:
-            given.forwards[self] = ForwardUnder(GivenHistory(self.rule, given.template))
-        return given.forwards[self].history
+        if self not in explicit.forwards:
+            explicit.forwards[self] = ForwardUnder(ExplicitHistory(self.rule, explicit.template))
+        return explicit.forwards[self].history
 
     def expect_all_layers(self) -> None:
         """Take note that the forward under a template given by hand is to be sparse."""
-        if (given := explicit_template()) is not None and self in given.forwards:
-            given.forwards[self].is_sparse = True
+        if (explicit := explicit_template()) is not None and self in explicit.forwards:
+            explicit.forwards[self].is_sparse = True
 
     def check_explicit(self, forward: ForwardUnder) -> None:
         """Complain of sparse layers that did not run here under a template given by hand."""
@@ -276,10 +276,10 @@ class Forwards:
 
     def serve(self, layers: Sequence[int]) -> None:
         """Take note that these layers of the forward under way have run."""
-        pending, given = self._thread.pending, explicit_template()
+        pending, explicit = self._thread.pending, explicit_template()
         self._thread.decoder_ran = True
-        if given is not None and self in given.forwards:
-            given.forwards[self].served.update(layers)
+        if explicit is not None and self in explicit.forwards:
+            explicit.forwards[self].served.update(layers)
         if pending is not None:
             pending.served.update(layers)
             if pending.served >= self.layers:

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from blindsight.attention.base_mask import Form, Tier
 from blindsight.attention.interval_masks import BaseMask
-from blindsight.attention.intervals import NUM_PARTS, groups_of_keys
+from blindsight.attention.intervals import NUM_KEY_GROUPS, groups_of_keys
 from blindsight.passes.find_attention import Attention
 from blindsight.passes.graph import add_placeholder, placeholders
 from blindsight.passes.lift_mask import Lifted
@@ -212,7 +212,7 @@ def lifted_of_given(
     if by_group:
         each = [
             ("and", ("lower", ("load", lower, (b, at, q))), ("upper", ("load", upper, (b, at, q))))
-            for at in range(NUM_PARTS)
+            for at in range(NUM_KEY_GROUPS)
         ]
         # As an expression only the groups would tell it.
         form: Form = ("and", ("by group", *each), ("valid", is_valid))

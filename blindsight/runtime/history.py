@@ -47,8 +47,6 @@ class History:
         self._rule = rule
         self.batch = batch
         self.num_tokens = num_tokens
-        self._on_device: dict[torch.device, Template] = {}
-        self._restricts: dict[int, bool] = {}
         self._found: dict[object, Any] = {}  # what others found out of this sequence
 
     @cached_property
@@ -87,15 +85,12 @@ class History:
 
     def restricts_queries_from(self, past: int) -> bool:
         """As the template's, computed once: every layer asks."""
-        if past not in self._restricts:
-            self._restricts[past] = self.template.restricts_queries_from(past)
-        return self._restricts[past]
+        return self.once(("restricts", past), lambda: self.template.restricts_queries_from(past))
 
     def on(self, device: torch.device) -> Template:
         """Return the template as tensors on a device, copied once."""
-        if device not in self._on_device:
-            self._on_device[device] = Template(*(x.to(device) for x in self.template.tensors()))
-        return self._on_device[device]
+        tensors = self.template.tensors()
+        return self.once(("on", device), lambda: Template(*(x.to(device) for x in tensors)))
 
     def is_like(self, other: History) -> bool:
         """Whether the images of two sequences are at the same places."""
@@ -176,7 +171,7 @@ class SeenHistory(History):
         return is_cut & (unknown | ~begins_frame(self._corner, corner)), unknown
 
 
-class GivenHistory(History):
+class ExplicitHistory(History):
     """A sequence whose template was given by hand, and the tokens that were seen after it.
 
     Args:
@@ -211,7 +206,7 @@ class GivenHistory(History):
         joins = (self._given.span_id[:, -1] > 0) & (after[:, 0] > 0)
         if self._rule.leading_tile_ids or self._rule.trailing_tile_ids:
             joins |= (after & IMAGE).bool().any(1)
-        return None if bool(joins.any()) else GivenHistory(self._rule, self._given, after)
+        return None if bool(joins.any()) else ExplicitHistory(self._rule, self._given, after)
 
     def _last_kinds(self) -> Tensor | None:
         return None if self._kinds_after is None else self._kinds_after[:, -1]

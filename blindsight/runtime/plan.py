@@ -92,13 +92,14 @@ class Plan:
     """What is known of a graph before it runs.
 
     Attributes:
-        gm: A copy of the graph, to be copied again for each form that is compiled.
+        gm: A copy of the graph, to be copied again for each variant that is compiled.
         profile: The user's; of a tensor-parallel rank, the rows of its heads.
         calls: The decoder's attention that may be rewritten.
         problem: Why the profile cannot be applied (strict), or None.
-        input_ids: Position of the input that shows the prompt's tokens, or None.
+        input_ids_at: Position of the input that shows the prompt's tokens, or None.
         embeds_other_tokens: Whether the graph makes other tokens of these, and runs on them.
-        video_grid, positions: Positions of inputs that show the frames of its videos, or None.
+        video_grid_at, position_ids_at: Positions of inputs that show the frames of its videos, or
+            None.
         runs_head: Whether the graph computes logits: when it runs, the decoder has run.
         caches: Those of its layers. The first tells the sequence's history.
         symbols: Positions of the inputs that are symbolic sizes, by symbol.
@@ -111,10 +112,10 @@ class Plan:
     profile: Profile
     calls: list[PlannedCall] = field(default_factory=list)
     problem: str | None = None
-    input_ids: int | None = None
+    input_ids_at: int | None = None
     embeds_other_tokens: bool = False
-    video_grid: int | None = None
-    positions: int | None = None
+    video_grid_at: int | None = None
+    position_ids_at: int | None = None
     runs_head: bool = False
     caches: tuple[CacheInputs, ...] = ()
     symbols: dict[object, int] = field(default_factory=dict)
@@ -125,7 +126,8 @@ class Plan:
     @property
     def shows_prompt(self) -> bool:
         """Whether an input says something of the prompt's images."""
-        return any(at is not None for at in (self.input_ids, self.video_grid, self.positions))
+        shown = (self.input_ids_at, self.video_grid_at, self.position_ids_at)
+        return any(at is not None for at in shown)
 
     @property
     def cache(self) -> CacheInputs:

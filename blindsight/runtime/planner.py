@@ -24,6 +24,7 @@ from blindsight.passes.find_inputs import (
     find_video_grid,
 )
 from blindsight.passes.find_key_cache import find_key_cache
+from blindsight.passes.find_shard import is_distributed_tensor, shard_of_call, sharded_weights
 from blindsight.passes.graph import (
     copy_graph_module,
     fake_tensor,
@@ -35,7 +36,6 @@ from blindsight.passes.inline_regions import has_regions, inline_regions
 from blindsight.passes.lift_mask import Lifted, lift_masks
 from blindsight.report import Verdict
 from blindsight.runtime.plan import DENSE_HEADS, CacheInputs, Plan, PlannedCall
-from blindsight.runtime.shards import is_distributed_tensor, shard_of_call, sharded_weights
 from blindsight.runtime.state import BackendState
 from blindsight.text_tables import compact
 
@@ -58,12 +58,12 @@ class _Planner:
         if copied is not gm and has_regions(copied):
             copied = inline_regions(copied)
         symbols = {size: self._inputs.index(node) for size, node in size_symbols(gm).items()}
-        self.plan = Plan(copied, state.profile, input_ids=find_input_ids(gm), symbols=symbols)
-        if self.plan.input_ids is not None:
-            self.plan.embeds_other_tokens = embeds_other_tokens(copied, self.plan.input_ids)
+        self.plan = Plan(copied, state.profile, input_ids_at=find_input_ids(gm), symbols=symbols)
+        if (at := self.plan.input_ids_at) is not None:
+            self.plan.embeds_other_tokens = embeds_other_tokens(copied, at)
         if self._profile.rule.video_token_ids:
-            self.plan.video_grid = find_video_grid(gm)
-            self.plan.positions = find_axis_positions(gm)
+            self.plan.video_grid_at = find_video_grid(gm)
+            self.plan.position_ids_at = find_axis_positions(gm)
         self.plan.numbers = _numbers(gm)
         self.plan.runs_head = any(source_name(x).endswith("lm_head.weight") for x in self._inputs)
         pattern = self._profile.rule.layer_pattern
@@ -102,8 +102,14 @@ class _Planner:
         self.plan.calls.append(PlannedCall(attention, layer, lifted, verdict))
 
     def _place(self, attention: Attention) -> tuple[int | None, str | None]:
+        """Return the layer of a call, if it is the graph that tells it, or why it stays dense."""
+        layer, reason = self._layer_of(attention)
+        if reason is None and (problem := self._problem_of(attention, layer)):
+            reason = self._refuse(problem)
+        return (layer, None) if reason is None else (None, reason)
+
+    def _layer_of(self, attention: Attention) -> tuple[int | None, str | None]:
         """Return the layer of a call, if it is the graph that tells it, or why it is not ours."""
-        where = attention.path or "a frame of its own"
         layer = attention.layer
         layer_map = self._state.models.layer_map
         known_class = attention.module_class in DECODER_ATTENTION_CLASSES
@@ -121,53 +127,58 @@ class _Planner:
                 if not self._resembles_decoder(attention) or layer_map.has_any(examples):
                     return None, "not the decoder's"
                 return None, self._refuse(
-                    f"the weights of attention at {where} must be parameters of the model, whose "
-                    "layers they tell, and are other tensors. Call it without output_attentions; "
-                    "where accelerate offloads weights to a CPU or disk, give the model less "
-                    "memory to be spread over, or more GPUs"
+                    f"the weights of attention at {attention.where} must be parameters of the "
+                    "model, whose layers they tell, and are other tensors. Call it without "
+                    "output_attentions; where accelerate offloads weights to a CPU or disk, give "
+                    "the model less memory to be spread over, or more GPUs"
                 )
         elif layer is None:
             if not known_class and not self._resembles_decoder(attention):
                 return None, "not the decoder's"
             return None, self._refuse(
-                f"the layer of attention at {where} must be known, but its compiled frame "
-                "begins inside the decoder and may serve several layers. Give the model: "
+                f"the layer of attention at {attention.where} must be known, but its compiled "
+                "frame begins inside the decoder and may serve several layers. Give the model: "
                 "blindsight_backend(profile, model=model)"
             )
+        return layer, None
+
+    def _problem_of(self, attention: Attention, layer: int | None) -> str | None:
+        """Return why a call of the decoder cannot be rewritten, if it cannot."""
+        where = attention.where
         if layer is not None and layer not in self._profile.layers:
-            return None, self._refuse(
+            return (
                 f"attention at {where} is layer {layer}, but the profile is of layers "
                 f"{compact(self._profile.layers)}. Use the profile of this model, or of this stage "
                 "of a pipeline: profile.stage(first, stop, keeps_numbers=...)"
             )
         head_dims = self._head_dims if layer is None else {self._profile.head_dim(layer)}
         if attention.head_dim is not None and attention.head_dim not in head_dims:
-            return None, self._refuse(
+            return (
                 f"head dim of attention at {where} must be "
                 f"{' or '.join(map(str, sorted(head_dims)))} as in the profile, got "
                 f"{attention.head_dim}. Use the profile of this model"
             )
         query = fake_tensor(attention.query)
         if self.plan.calls and query is not None and query.device != self.plan.device:
-            return None, self._refuse(
+            return (
                 f"attention at {where} must be on one device with the others of its graph, "
                 f"{self.plan.device}, got {query.device}. Compile the layers one by one, or load "
                 "the model with device_map, whose hooks end a graph at each layer"
             )
         if problem := self._take_shard(attention):
-            return None, self._refuse(problem)
+            return problem
         if attention.dropout_p:
-            return None, self._refuse(
+            return (
                 f"dropout of attention at {where} must be 0, got {attention.dropout_p}. "
                 "FlexAttention has none: call model.eval()"
             )
-        return layer, None
+        return None
 
     def _take_shard(self, attention: Attention) -> str | None:
         """Take the rows of the heads that this process computes; return what is wrong, if any."""
         if is_distributed_tensor(fake_tensor(attention.query)):
             return (
-                f"attention at {attention.path or 'a frame of its own'} must be of local tensors, "
+                f"attention at {attention.where} must be of local tensors, "
                 "got DTensors. Give each process whole sequences (context parallelism is not "
                 "supported), and the modules around attention local outputs (to_local)"
             )

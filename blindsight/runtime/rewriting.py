@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from blindsight.attention.base_mask import Tier
 from blindsight.attention.interval_masks import BaseMask
+from blindsight.attention.lowering import Layout, causal_layout
 from blindsight.attention.mask_forms import MaskForm
 from blindsight.passes.find_attention import find_attention
 from blindsight.passes.graph import copy_graph_module
@@ -26,14 +27,13 @@ from blindsight.runtime.choose import (
     ChoosableCall,
     Device,
     Fastest,
-    best_form,
+    best_mask_form,
     choose_layouts,
 )
 from blindsight.runtime.cost_model import CallSize
 from blindsight.runtime.data_check import DataCheck
 from blindsight.runtime.given_mask import GivenMasks, add_given_inputs, lifted_of_given
 from blindsight.runtime.history import History
-from blindsight.runtime.lowering import Layout, causal_layout
 from blindsight.runtime.plan import Plan, PlannedCall
 from blindsight.runtime.state import BackendState
 
@@ -45,7 +45,7 @@ class Rewriting:
     Attributes:
         calls: Which attention calls are replaced.
         layouts: Of each of them.
-        form: Of the masks that are known as intervals.
+        mask_form: Of the masks that are known as intervals.
         given: Intervals of the masks that are inputs of the graph, by their names.
         capacities: Of the calls that are replaced, if other lengths than those at hand shall do.
         longer: Capacities of longer prompts, whose compiled graph is taken if it is there.
@@ -54,7 +54,7 @@ class Rewriting:
 
     calls: tuple[int, ...]
     layouts: tuple[Layout, ...]
-    form: MaskForm
+    mask_form: MaskForm
     given: Mapping[str, BaseMask]
     capacities: tuple[Capacity, ...] | None
     longer: tuple[Capacity, ...] | None = None
@@ -92,7 +92,7 @@ class Rewriter:
         any_length = self._fits_any_length(history.num_tokens, given, replaced)
         of_whole = self._replaced(whole, layers, given)
         categories = whole.categories[[layers[at] for at in of_whole]]
-        form = self._form(args, history, categories, given, any_length)
+        form = self._mask_form(args, history, categories, given, any_length)
         capacities = longer = None
         if replaced and any_length and form.is_sorted:
             capacities = tuple(self._capacity(at, args) for at in replaced)
@@ -105,7 +105,7 @@ class Rewriter:
         # Work is that of the kernel that will run, which may be one for longer prompts.
         rows = {} if longer is None else dict(zip(replaced, longer, strict=True))
 
-        def choose(profile: Profile, replaced: Sequence[int]) -> Choice:
+        def choice_for(profile: Profile, replaced: Sequence[int]) -> Choice:
             calls = [
                 ChoosableCall(
                     categories=tuple(profile.categories[layers[at]].tolist()),
@@ -119,10 +119,10 @@ class Rewriter:
                 calls, history, lowering=self._state.lowering, device=self._device()
             )
 
-        choice = choose(own, replaced)
+        choice = choice_for(own, replaced)
         # The ranks of a tensor-parallel model decide alike, as one process with all heads would:
         # dense on one and sparse on another would be neither.
-        decided = choice if own is whole else choose(whole, of_whole)
+        decided = choice if own is whole else choice_for(whole, of_whole)
         for at, reason in zip(of_whole, decided.reasons, strict=True):
             self._calls[at].verdict.estimate = reason
         if decided.fastest is Fastest.OWN_GRAPH:
@@ -131,7 +131,7 @@ class Rewriter:
         return Rewriting(
             calls=replaced,
             layouts=(causal_layout(own.num_heads),) * len(replaced) if is_dense else choice.layouts,
-            form=form,
+            mask_form=form,
             given=given,
             capacities=capacities,
             longer=longer,
@@ -182,7 +182,7 @@ class Rewriter:
             gm,
             attention=attention,
             lifted=lifted,
-            form=rewriting.form,
+            form=rewriting.mask_form,
             groups=[layout.groups for layout in rewriting.layouts],
             size_of=size_of,
             capacities=rewriting.capacities,
@@ -235,7 +235,7 @@ class Rewriter:
         varies = len(fixed) < len(sizes) or num_tokens not in fixed
         return varies and all(tier_of(call, given) is Tier.INTERVALS for call in calls)
 
-    def _form(
+    def _mask_form(
         self,
         args: Sequence[Any],
         history: History,
@@ -266,7 +266,8 @@ class Rewriter:
             return MaskForm.EXPRESSED
         if any_length:
             return MaskForm.SORTED
-        return best_form(history, self._plan.sizes(args).num_queries, categories, self._device())
+        num_queries = self._plan.sizes(args).num_queries
+        return best_mask_form(history, num_queries, categories, self._device())
 
     def _capacity(self, at: int, args: Sequence[Any]) -> Capacity:
         size_of, device = self._plan.size_of(args), self._plan.device

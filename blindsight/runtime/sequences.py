@@ -105,10 +105,10 @@ class Sequences:
             self._state.models.look_for_prompt()
             pending = self._forwards.pending
         call = _Call(args, layers, self._plan.sizes(args), pending)
-        past = None if explicit is None else self._past_beyond(explicit, call)
-        if past is not None:
-            explicit = None
-        else:
+        past = None
+        if explicit is not None and (past := self._past_beyond(explicit, call)) is not None:
+            explicit = None  # it was of the prompt alone, which this token comes after
+        if past is None:
             past = self._past(call, explicit)
         if explicit is None:
             history, unknown = self._whole(call, past)
@@ -178,7 +178,8 @@ class Sequences:
             # An earlier layer, whose keys this one shares, may have left it in this very forward.
             if note.history is explicit:
                 return _UNKNOWN
-            for past, whole in () if call.pending is None else call.pending.joined.values():
+            joined = {} if call.pending is None else call.pending.joined
+            for past, whole in joined.values():
                 if note.history is whole:
                     return Past(past, True, call.decodes)
         if note is None and not call.decodes:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from blindsight.attention.lowering import Lowering
 from blindsight.passes.contract import PassList
 from blindsight.profile import Profile
 from blindsight.report import Verdict
 from blindsight.runtime.attached import AttachedModels
 from blindsight.runtime.forwards import Forwards
-from blindsight.runtime.lowering import Lowering
 
 
 @dataclass

@@ -34,14 +34,15 @@ def shard_of_call(
         model_weights: Query projections of the model, for a graph that shows none.
 
     Raises:
-        ValueError: It cannot be told which heads the call has, or they are not the profile's.
+        ValueError: It cannot be told which heads the call has, or they are not the profile's. The
+            message has no full stop, so that a caller can go on.
     """
     found = call.num_heads
     shard = shard_of(profile.fingerprint)
     if found is None or (found == profile.num_heads and shard is None):
         return None
     weights = list(query_weights(call, inputs)) or list(model_weights)
-    where = call.path or "a frame of its own"
+    where = call.where
     if shard is not None and found == profile.num_heads:
         # The user said which: what the weights tell must not contradict it.
         rank, size = shard

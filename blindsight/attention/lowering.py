@@ -64,23 +64,23 @@ def causal_layout(num_heads: int) -> Layout:
     return Layout(tuple(range(num_heads)), (("causal", num_heads),))
 
 
-def fused_layout(categories: Sequence[int], num_parts: int = 1) -> Layout:
+def fused_layout(categories: Sequence[int], num_threads: int = 1) -> Layout:
     """Return the layout of one call.
 
     Args:
         categories: ``[H]`` codes of :class:`~blindsight.HeadCategory`.
-        num_parts: Threads that share the same queries, each a run of neighbouring heads: dense
+        num_threads: Threads that share the same queries, each a run of neighbouring heads: dense
             heads are spread evenly over them. 1 keeps the order, and key heads shared.
     """
     heads = tuple(range(len(categories)))
-    if num_parts == 1 or len(set(categories)) == 1:
+    if num_threads == 1 or len(set(categories)) == 1:
         return Layout(heads, (("all", len(heads)),))
-    return Layout(_deal(heads, categories, num_parts), (("mixed", len(heads)),))
+    return Layout(_deal(heads, categories, num_threads), (("mixed", len(heads)),))
 
 
 def split_layout(
     categories: Sequence[int],
-    num_parts: int = 1,
+    num_threads: int = 1,
     *,
     is_causal: bool,
     per_category: bool = False,
@@ -89,7 +89,7 @@ def split_layout(
 
     Args:
         categories: ``[H]`` codes of :class:`~blindsight.HeadCategory`.
-        num_parts: As for :func:`fused_layout`.
+        num_threads: As for :func:`fused_layout`.
         is_causal: Whether the model's own mask is plain causal, for this prompt.
         per_category: A call per category, so that there is no table per head.
     """
@@ -107,20 +107,20 @@ def split_layout(
         heads = tuple(head for members in by_category.values() for head in members)
         return Layout(heads, tuple(groups))
     if not (dense and is_causal):
-        return fused_layout(categories, num_parts)
+        return fused_layout(categories, num_threads)
     groups = [("causal", len(dense))]
     sparse = [head for head in range(len(categories)) if categories[head] != HeadCategory.DENSE]
     if sparse:
         is_one = len({categories[head] for head in sparse}) == 1
         groups.append(("alike" if is_one else "mixed", len(sparse)))
-    return Layout((*dense, *_deal(sparse, categories, num_parts)), tuple(groups))
+    return Layout((*dense, *_deal(sparse, categories, num_threads)), tuple(groups))
 
 
-def _deal(heads: Sequence[int], categories: Sequence[int], num_parts: int) -> tuple[int, ...]:
-    """Deal heads into ``num_parts`` runs of similar cost, in snake order, dense heads first."""
+def _deal(heads: Sequence[int], categories: Sequence[int], num_threads: int) -> tuple[int, ...]:
+    """Deal heads into ``num_threads`` runs of similar cost, in snake order, dense heads first."""
     by_cost = sorted(heads, key=lambda head: categories[head])
-    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    parts: list[list[int]] = [[] for _ in range(num_threads)]
     for turn, head in enumerate(by_cost):
-        lap, at = divmod(turn, num_parts)
-        parts[at if lap % 2 == 0 else num_parts - 1 - at].append(head)
+        lap, at = divmod(turn, num_threads)
+        parts[at if lap % 2 == 0 else num_threads - 1 - at].append(head)
     return tuple(head for part in parts for head in part)
