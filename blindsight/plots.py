@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from blindsight.attention.interval_masks import keep_intervals
+from blindsight.attention.interval_masks import keep_elements, keep_intervals
 from blindsight.categories import HeadCategory
 from blindsight.files import write_whole
 
@@ -138,6 +138,7 @@ def plot_masks(template: Template, path: str | os.PathLike[str]) -> None:
     span_id, is_sink = (part[:1] for part in template.tensors())
     num_tokens = template.num_tokens
     keep = keep_intervals(span_id, is_sink, num_tokens, num_tokens)
+    kept = keep_elements(keep, num_tokens)[0]
     spans, tokens = span_id[0], torch.arange(num_tokens)
     causal = tokens <= tokens[:, None]
     own = spans == spans[:, None]
@@ -156,9 +157,7 @@ def plot_masks(template: Template, path: str | os.PathLike[str]) -> None:
     side, gap, width, height = 1.82, 0.16, 8.0, 2.72
     figure = _figure(width, height)
     for at, category in enumerate(CATEGORY_COLORS):
-        lower, upper = (x[0, category, :, None] for x in (keep.lower, keep.upper))
-        kept = ((lower <= tokens) & (tokens <= upper)) | keep.visible[0, category]
-        drawn = torch.where(causal, torch.where(kept, kind, 1), 0)
+        drawn = torch.where(causal, torch.where(kept[category], kind, 1), 0)
         left = 0.14 + at * (side + gap)
         axes = figure.add_axes((left / width, 0.42 / height, side / width, side / height))
         axes.imshow(
@@ -167,7 +166,7 @@ def plot_masks(template: Template, path: str | os.PathLike[str]) -> None:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
-        share = float((causal & kept).sum() / causal.sum())
+        share = float((causal & kept[category]).sum() / causal.sum())
         title = f"{category.name}  {share:.0%}"
         if at == 0:
             hint = {"color": GREY, "size": 6.5, "ha": "right", "transform": axes.transAxes}

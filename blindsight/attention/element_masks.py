@@ -191,6 +191,11 @@ def _split_mask(
     while attn_mask.dim() < 4:
         attn_mask = attn_mask[None]
     attn_mask = attn_mask.expand(shape)
+    return allowed_and_bias(attn_mask)
+
+
+def allowed_and_bias(attn_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return what a mask allows, and what it adds to the scores, if anything."""
     if attn_mask.dtype == torch.bool:
         return attn_mask, None
     # Models write "not allowed" as -inf or as the smallest finite number.

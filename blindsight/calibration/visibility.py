@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from blindsight.attention.base_mask import Expression, Fact, Form, evaluate_expression, map_tensors
+from blindsight.attention.element_masks import allowed_and_bias
 from blindsight.attention.form_intervals import base_mask_of, facts_hold
 from blindsight.attention.interval_masks import BaseMask
 from blindsight.attention.intervals import groups_of_keys
@@ -111,11 +112,10 @@ class ElementVisibility:
 
 
 def _split(elements: Tensor) -> tuple[Tensor, Tensor | None]:
-    if elements.dtype == torch.bool:
-        return elements, None
-    # Models write "not allowed" as -inf or as the smallest finite number.
-    bias = elements.to(torch.promote_types(elements.dtype, torch.float32))
-    return elements > torch.finfo(elements.dtype).min, bias
+    allowed, bias = allowed_and_bias(elements)
+    if bias is not None:
+        bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    return allowed, bias
 
 
 def visibility_of_form(
