@@ -1,6 +1,7 @@
 """What a model shows of its forwards: nothing that Dynamo drops, or that failed, goes unseen."""
 
 import contextlib
+import contextvars
 import copy
 import gc
 import io
@@ -22,6 +23,7 @@ import blindsight
 from blindsight import BlindsightWarning, Profile, blindsight_backend, use_template
 from blindsight.reference import reference_logits
 from blindsight.runtime.cache_notes import Witness
+from blindsight.runtime.context import is_disabled
 from blindsight.runtime.history import SeenHistory
 from blindsight.runtime.tensor_notes import TensorNotes
 from models import Image, full_position_ids, make_inputs, split_turns, tiny_model, without_vision
@@ -560,3 +562,111 @@ def test_a_prefill_that_generate_leaves_uncompiled_is_heard_of(model: Any) -> No
     model.generate(**inputs, **options)
     with pytest.raises(ValueError, match=r"so it was dense\..* compiles decoding alone: compile"):
         model.generate(**inputs, **options)
+
+
+# The first call: it is under way as the model is found
+
+
+def forget_the_first_layer(model: Any, backend: Any) -> None:
+    for layer in model.model.language_model.layers[1:]:
+        layer.compile(backend=backend)
+
+
+def hide_all_attention(model: Any, backend: Any) -> None:
+    for layer in model.model.language_model.layers:
+        layer.self_attn.forward = torch.compiler.disable(layer.self_attn.forward)
+    model.model.language_model.compile(backend=backend)
+
+
+def hide_the_first_attention(model: Any, backend: Any) -> None:
+    attention = model.model.language_model.layers[0].self_attn
+    attention.forward = torch.compiler.disable(attention.forward)
+    model.model.language_model.compile(backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "how"),
+    [
+        (forget_the_first_layer, "forward"),
+        (hide_all_attention, "forward"),
+        (hide_all_attention, "generate"),
+        (hide_the_first_attention, "forward"),
+    ],
+)
+def test_what_the_first_call_leaves_out_is_an_error_at_once(
+    model: Any, leave_out: Any, how: str
+) -> None:
+    leave_out(model, backend_of(model))
+    call, options = (model, {}) if how == "forward" else (model.generate, {"max_new_tokens": 2})
+    with pytest.raises(ValueError, match=r"the attention of layers 0.* did not run through"):
+        call(**inputs_of(*PROMPT), **options)
+
+
+def test_a_first_call_that_leaves_nothing_out_is_no_error(model: Any) -> None:
+    expected = reference_logits(model, inputs_of(*PROMPT), profile_of(model))
+    model.model.language_model.compile(backend=backend_of(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BlindsightWarning)
+        for _ in range(2):
+            found = model(**inputs_of(*PROMPT)).logits
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_ids_that_another_graph_saw_first_were_no_forward(model: Any) -> None:
+    inputs = inputs_of(*PROMPT)
+    ids = inputs.pop("input_ids")
+    expected = reference_logits(model, {"input_ids": ids, **inputs}, profile_of(model))
+
+    @torch.compile(backend=backend_of(model))
+    def answer(ids: torch.Tensor) -> Any:
+        ids = ids.clamp(min=0)
+        torch._dynamo.graph_break()
+        return model(input_ids=ids, **inputs).logits
+
+    for _ in range(2):
+        torch.testing.assert_close(answer(ids), expected, atol=1e-4, rtol=0)
+
+
+def test_many_numbers_of_images_are_one_decoder(model: Any) -> None:
+    """A whole model reaches Dynamo's recompile limit: frames around the vision tower count them."""
+    run = tiny_model("qwen2_5_vl")
+    reference = copy.deepcopy(run)
+    run.get_decoder().compile(backend=backend_of(run))
+    for number in range(2, 12):
+        inputs = inputs_of(5, *[Image(2, 2), 3] * number)
+        assert_right(run, inputs, reference)
+
+
+# Warnings and contexts
+
+
+def test_a_warning_that_is_an_error_is_one_at_each_call(model: Any) -> None:
+    backend = backend_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BlindsightWarning)
+        for _ in range(2):
+            with pytest.raises(BlindsightWarning, match="so it is"):
+                backend.state.forwards.warn_once("so it is")
+    with pytest.warns(BlindsightWarning, match="so it is"):
+        backend.state.forwards.warn_once("so it is")
+
+
+def test_backends_show_the_same_warning_each(model: Any) -> None:
+    backends = [backend_of(model) for _ in range(2)]
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default", BlindsightWarning)
+        for backend in backends * 2:
+            backend.state.forwards.warn_once("so it is")
+    assert len(shown) == 2
+
+
+def test_a_generator_goes_on_in_another_context() -> None:
+    def stream() -> Iterator[bool]:
+        with blindsight.disabled():
+            yield is_disabled()
+            yield is_disabled()
+
+    steps = stream()
+    found = [contextvars.copy_context().run(next, steps, None) for _ in range(3)]
+    assert found == [True, False, None] and not is_disabled()

@@ -17,7 +17,7 @@ from blindsight.profile import Profile
 from blindsight.runtime.calls import eager_calls, inner_calls, module_calls
 from blindsight.runtime.forwards import Forwards
 from blindsight.runtime.layers import LayerMap
-from blindsight.runtime.watch import observe_call, tokens_of, watch_forward
+from blindsight.runtime.watch import observe_call, tokens_of, watch_forward, watch_head
 from blindsight.text_tables import compact
 
 
@@ -92,6 +92,9 @@ class AttachedModels:
                 return
             tokens = tokens_of(call)
             if tokens is not None and self._attach_found(model, call):
+                callers = [unwrapped(each) for _, each in calls[at:]]
+                head = watch_head(callers, self._forwards, self._is_backend)
+                self._hooks += [] if head is None else [head]
                 for around, _ in calls[at + 1 :]:
                     given = tokens_of(around)
                     if given is not None and given is not tokens:
@@ -128,7 +131,7 @@ class AttachedModels:
         """Attach to a model that is being called, if it is the profile's."""
         if not self._attach_if_fits(model):
             return False
-        observe_call(self._forwards, call)
+        observe_call(self._forwards, call, is_first=True)
         return True
 
     def _attach_if_fits(self, model: nn.Module) -> bool:

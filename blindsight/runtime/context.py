@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from blindsight.runtime.history import History
 from blindsight.template import Template, find_order_problem
+
+_T = TypeVar("_T")
 
 
 class BlindsightWarning(UserWarning):
@@ -48,6 +50,20 @@ _disabled: ContextVar[bool] = ContextVar("blindsight_disabled", default=False)
 
 
 @contextmanager
+def _set(variable: ContextVar[_T], value: _T) -> Iterator[None]:
+    """Give a variable a value inside this context."""
+    before = variable.get()
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        try:
+            variable.reset(token)
+        except ValueError:  # a generator that goes on in another context, which had none of this
+            variable.set(before)
+
+
+@contextmanager
 def use_template(span_id: Tensor | Template, is_sink: Tensor | None = None) -> Iterator[None]:
     """Say where the images are, for models that never show ``input_ids`` to a compiled graph.
 
@@ -66,11 +82,8 @@ def use_template(span_id: Tensor | Template, is_sink: Tensor | None = None) -> I
             raise ValueError("is_sink must be left out with a template, which has one, got both.")
         span_id, is_sink = span_id.tensors()
     explicit = ExplicitTemplate(_checked(span_id, is_sink))
-    token = _explicit.set(explicit)
-    try:
+    with _set(_explicit, explicit):
         yield
-    finally:
-        _explicit.reset(token)
     for forwards, forward in explicit.forwards.items():
         forwards.check_explicit(forward)
 
@@ -83,11 +96,8 @@ def explicit_template() -> ExplicitTemplate | None:
 @contextmanager
 def disabled() -> Iterator[None]:
     """Run the model's own graphs inside this context, for comparison."""
-    token = _disabled.set(True)
-    try:
+    with _set(_disabled, True):
         yield
-    finally:
-        _disabled.reset(token)
 
 
 def is_disabled() -> bool:

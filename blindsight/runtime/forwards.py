@@ -115,10 +115,20 @@ class Forwards:
         elif input_ids is None:
             return  # within a call that is watched
         self._thread.watched = _Watched(is_compiled, call, outer)
+        if outer is None and pending is not None and pending.call is not None:
+            # A call that hooks told of has ended: this one began before there were any.
+            self._check_ended(pending, input_ids)
         if input_ids is None:
             self._thread.pending = None
         elif outer is None or pending is None or not self._are_those_of(pending, input_ids):
             self._thread.pending = Pending.of(input_ids, self.rule, call)
+
+    def _check_ended(self, pending: Pending, input_ids: Tensor | None) -> None:
+        """Complain of what a forward left out of which the end was not told, as another begins."""
+        same = input_ids is not None and self._are_those_of(pending, input_ids)
+        is_repeated = same and not pending.served  # a call that failed
+        if not (is_repeated or pending.is_gone):
+            self._check_served(pending, certain=False)
 
     def _are_those_of(self, pending: Pending, input_ids: Tensor) -> bool:
         """Whether tokens are what a tensor holds now."""
@@ -128,18 +138,24 @@ class Forwards:
         # Nothing counts what is written to a tensor made in inference mode: look again.
         return version is not None or torch.equal(pending.tokens, self.rule.classify(input_ids))
 
-    def observe(self, input_ids: Tensor) -> None:
-        """Take note of the tokens that a graph of a forward shows."""
+    def observe(self, input_ids: Tensor, *, is_first: bool = False) -> None:
+        """Take note of the tokens that a graph of a forward shows.
+
+        Args:
+            input_ids: ``[B, Q]``.
+            is_first: Whether they are those of the first call of a model that is known: what a
+                graph outside of it showed before was no forward of its.
+        """
         pending, watched = self._thread.pending, self._watched is not None
         if pending is not None:
             is_over = pending.is_over  # and so what its call held may be gone
             same = self._are_those_of(pending, input_ids)
             if same and not is_over and (pending.call is not None or not pending.served):
                 return
-            is_repeated = same and not pending.served  # a call that failed
             goes_on = pending.call is not None and not is_over  # what it gives the model is new
-            if not (watched or is_repeated or goes_on or pending.is_gone):
-                self._check_served(pending, certain=False)
+            was_outside = is_first and pending.call is None and not pending.served
+            if not (watched or goes_on or was_outside):
+                self._check_ended(pending, input_ids)
         self._thread.pending = Pending.of(input_ids, self.rule, self._call_of_model())
 
     def expect_same_images(self, given: Tensor, inner: Tensor) -> None:
@@ -282,15 +298,24 @@ class Forwards:
             explicit.forwards[self].served.update(layers)
         if pending is not None:
             pending.served.update(layers)
+            if self.layers - pending.served:
+                self._check_order(pending, min(layers))
             if pending.served >= self.layers:
                 self._thread.pending = None
                 if (watched := self._thread.watched) is not None:
                     watched.is_served = True
 
+    def _check_order(self, pending: Pending, first: int) -> None:
+        """Complain of earlier layers than these that did not run in the backend's graphs."""
+        if any(layer < first for layer in self.layers - pending.served) and not is_disabled():
+            self._check_served(pending, certain=True, before=first)
+
     def warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, BlindsightWarning, stacklevel=2)
+        if message in self._warned:
+            return
+        # Python shows a text once for all backends, unless a registry is given.
+        warnings.warn_explicit(message, BlindsightWarning, __file__, 0, __name__, registry={})
+        self._warned.add(message)  # not where warnings are errors: each call is one then
 
     def _complain(self, message: str, *, is_error: bool) -> None:
         """Raise, if that is an error to a strict backend; warn if not."""
@@ -311,18 +336,21 @@ class Forwards:
         elif not ran and left_dense.recompile_limit_was_hit():
             self.warn_once(left_dense.DECODER_NOT_SEEN)
 
-    def _check_served(self, pending: Pending, *, certain: bool) -> None:
+    def _check_served(self, pending: Pending, *, certain: bool, before: int | None = None) -> None:
         """Complain of layers that a forward ran outside of the backend's graphs.
 
         Args:
             pending: What is known of the forward.
             certain: Whether the decoder has run; a forward may also have ended with an error.
+            before: The layer that it has come to; None: all have run.
         """
         missing = self.layers - pending.served
+        if before is not None:
+            missing = frozenset(layer for layer in missing if layer < before)
         if not missing or not self._restricts(pending):
             return
         self._thread.pending = None
-        never = self.layers - self.met
+        never = missing - self.met
         gave_up = bool(pending.served) and left_dense.recompile_limit_was_hit()
         message = left_dense.layers_of_forward(missing, never, certain=certain)
         self._complain(message, is_error=certain or bool(never) or gave_up)

@@ -9,15 +9,19 @@ import torch
 
 from blindsight.text_tables import compact
 
-_RAISE_LIMIT = (
-    "Raise the limit: torch.compile(model, backend=backend, recompile_limit=64)."
-    if "recompile_limit" in inspect.signature(torch.compile).parameters
-    else "Raise the limit: torch._dynamo.config.recompile_limit = 64, in every thread that runs it."
+_COMPILE_DECODER = (
+    "Compile the decoder alone, in models of transformers "
+    "model.get_decoder().compile(backend=backend)."
 )
-
+_RAISE_LIMIT = (
+    "model.compile(backend=backend, recompile_limit=64)"
+    if "recompile_limit" in inspect.signature(torch.compile).parameters
+    else "torch._dynamo.config.recompile_limit = 64, in every thread that runs it"
+)
+# What Dynamo has given up stays given up.
 _AGAINST_LIMIT = (
-    f"{_RAISE_LIMIT} Or compile the decoder alone, in models of transformers "
-    "model.model.language_model.compile(backend=backend)."
+    f"{_COMPILE_DECODER} Or raise the limit, in a new process or after torch._dynamo.reset(): "
+    f"{_RAISE_LIMIT}."
 )
 DECODER_NOT_SEEN = (
     "a forward ran its decoder outside of this backend's graphs, so dense, as Dynamo gave up "
@@ -38,7 +42,7 @@ def layers_of_forward(missing: Iterable[int], never: Iterable[int], *, certain: 
         "Load the model with attn_implementation='sdpa', call it without output_attentions "
         "and without gradient checkpointing (model.eval()), and set no stance of torch.compiler "
         "that compiles nothing new. generate(compile_config=...) compiles decoding alone: compile "
-        "the model in place, model.compile(backend=backend)."
+        "in place, model.get_decoder().compile(backend=backend)."
     )
     if recompile_limit_was_hit():
         causes = (
@@ -46,7 +50,7 @@ def layers_of_forward(missing: Iterable[int], never: Iterable[int], *, certain: 
             f"{_AGAINST_LIMIT} If that is not why: {other_causes}"
         )
     else:
-        causes = f"{other_causes} If torch._dynamo warned of its recompile_limit: {_RAISE_LIMIT}"
+        causes = f"{other_causes} If torch._dynamo warned of its recompile_limit: {_AGAINST_LIMIT}"
     return (
         f"the attention of layers {compact(sorted(missing))} of the profile did not run through "
         "this backend, so it was dense"
@@ -67,7 +71,7 @@ def layers_under_template(missing: Iterable[int], served: Iterable[int]) -> str:
         f"the attention of layers {compact(sorted(missing))} of the profile did not run through "
         f"this backend under the template, layers {compact(sorted(served))} did. If this is a "
         "stage of a pipeline, give its backend the stage's profile: profile.stage(first, stop, "
-        f"keeps_numbers=...). If torch._dynamo warned of its recompile_limit: {_RAISE_LIMIT}"
+        f"keeps_numbers=...). If torch._dynamo warned of its recompile_limit: {_AGAINST_LIMIT}"
     )
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -80,16 +81,39 @@ class _After(_Hook):
             forwards.end(_call_of(model), failed=failed, may_be_compiled=compiles)
 
 
-def observe_call(forwards: Forwards, call: FrameType) -> None:
+class _BeforeHead(_Hook):
+    """Tells once, in the thread that made it, that the decoder has run."""
+
+    handle: RemovableHandle
+
+    def __init__(self, forwards: Forwards, is_backend: Callable[[object], bool]) -> None:
+        super().__init__(forwards, is_backend)
+        self._thread = threading.get_ident()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+            return
+        self._finish()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _finish(self) -> None:
+        if threading.get_ident() == self._thread:
+            self.handle.remove()
+            if (forwards := self._forwards()) is not None:
+                forwards.finish()
+
+
+def observe_call(forwards: Forwards, call: FrameType, *, is_first: bool = False) -> None:
     """Take note of what a model is given, of which a call is already under way.
 
     Args:
         forwards: What takes note.
         call: As :func:`~blindsight.runtime.calls.module_calls` returns it.
+        is_first: Whether nothing was known of the model before.
     """
     args, kwargs = call.f_locals["args"], call.f_locals["kwargs"]
     if (input_ids := _input_ids(args, kwargs)) is not None:
-        forwards.observe(input_ids)
+        forwards.observe(input_ids, is_first=is_first)
     _observe_images(forwards, kwargs)
 
 
@@ -118,6 +142,30 @@ def watch_forward(
         model.register_forward_pre_hook(before, with_kwargs=True),
         model.register_forward_hook(after, with_kwargs=True, always_call=True),
     ]
+
+
+def watch_head(
+    modules: Iterable[nn.Module], forwards: Forwards, is_backend: Callable[[object], bool]
+) -> RemovableHandle | None:
+    """Let the output embedding of a model tell that the decoder has run, once.
+
+    For a call that is under way as the model is found: hooks on the model itself come too late.
+
+    Args:
+        modules: The model, and what calls it: one of them has the embedding.
+        forwards, is_backend: As for :func:`watch_forward`.
+    """
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(_BeforeHead.__call__.__code__)
+    for module in modules:
+        find = getattr(module, "get_output_embeddings", None)
+        head = find() if callable(find) else None
+        if isinstance(head, nn.Module):
+            hook = _BeforeHead(forwards, is_backend)
+            hook.handle = head.register_forward_pre_hook(hook)
+            return hook.handle
+    return None
 
 
 def _call_of(module: nn.Module) -> FrameType | None:
