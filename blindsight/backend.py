@@ -75,8 +75,12 @@ class BlindsightBackend:
     def report(self) -> Report:
         """Return what became of every attention call that was compiled so far."""
         state = self.state
-        missing = sorted(state.forwards.layers - state.forwards.met)
-        return Report(tuple(map(Verdict.copy, state.verdicts)), tuple(missing))
+        layers = state.forwards.layers
+        return Report(
+            tuple(map(Verdict.copy, state.verdicts)),
+            missing_layers=tuple(sorted(layers - state.forwards.met)),
+            layers=tuple(sorted(layers)),
+        )
 
     def warmup(
         self,
