@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import fx, nn
 
@@ -23,6 +24,13 @@ from blindsight.runtime.forwards import Forwards
 from blindsight.runtime.inner import OPTIONS_OF_INDUCTOR, Inner
 from blindsight.runtime.state import BackendState
 from blindsight.runtime.warmup import warm_up
+
+# Arguments of torch.compile itself, which say nothing to a backend.
+_OF_TORCH_COMPILE = ("backend", "dynamic", "fullgraph", "isolate_recompiles", "recompile_limit")
+_OF_COMPILE_FX = ("decompositions", "inner_compile")
+
+_Parameters = ParamSpec("_Parameters")
+_Returned = TypeVar("_Returned")
 
 
 class BlindsightBackend:
@@ -125,6 +133,24 @@ class BlindsightBackend:
         self.state.models.detach()
 
 
+def _with_a_profile(
+    function: Callable[_Parameters, _Returned],
+) -> Callable[_Parameters, _Returned]:
+    """Tell a user who gave torch.compile the function itself, which Dynamo calls with a graph."""
+
+    @functools.wraps(function)
+    def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Returned:
+        if args and isinstance(args[0], fx.GraphModule):
+            raise ValueError(
+                "blindsight_backend must be called with a profile, got a graph of Dynamo's. Say "
+                f"torch.compile(model, backend={function.__name__}(profile))."
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@_with_a_profile
 def blindsight_backend(
     profile: Profile | str | os.PathLike[str],
     *,
@@ -162,11 +188,12 @@ def blindsight_backend(
 
     Raises:
         ValueError: The profile is damaged or does not fit the model, the inner backend or the
-            lowering does not exist, an option for a backend by name looks like a misspelt one of
-            these, or a pass requires what no pass before it ensures.
+            lowering does not exist, an option is torch.compile's own or none of Inductor's, or
+            looks like a misspelt one of these for another backend by name, or a pass requires
+            what no pass before it ensures.
     """
     if isinstance(inner, str):
-        _check_options(inner_options)
+        _check_options(inner, inner_options)
     if not isinstance(strict, bool):
         raise ValueError(f"strict must be True or False, got {strict!r}.")
     return BlindsightBackend(
@@ -180,17 +207,30 @@ def blindsight_backend(
     )
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Check that options for an inner backend are not ours, misspelt: few of torch's would say so.
+def _check_options(inner: str, options: Mapping[str, Any]) -> None:
+    """Check the options for an inner backend by name: few of torch's would complain themselves.
 
     Raises:
-        ValueError: One looks like it.
+        ValueError: One is for torch.compile, looks like one of ours, misspelt, or is unknown to
+            Inductor.
     """
     ours = [*inspect.signature(blindsight_backend).parameters][:-1]
+    known = [*ours, *OPTIONS_OF_INDUCTOR] if inner == "inductor" else ours
     for name in options:
-        meant = difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
-        if meant and name not in OPTIONS_OF_INDUCTOR:
+        if name in (*OPTIONS_OF_INDUCTOR, *_OF_COMPILE_FX):
+            continue
+        if name in _OF_TORCH_COMPILE:
+            raise ValueError(
+                f"options must be the backend's, got {name!r}. Give it to torch.compile, not to "
+                f"the backend: torch.compile(model, backend=backend, {name}=...)."
+            )
+        if meant := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
             raise ValueError(f"options must be spelt as documented, got {name!r} for {meant[0]!r}.")
+        if inner == "inductor":
+            raise ValueError(
+                f"options must be among {', '.join(known[1:])}, got {name!r}. What is of "
+                f"Inductor's config goes into options={{{name!r}: ...}}."
+            )
 
 
 def _backend_of(compiler: object) -> object:

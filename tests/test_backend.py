@@ -132,7 +132,38 @@ def test_options_that_are_edited_are_an_error(qwen: Any, inputs: Any) -> None:
 def test_a_misspelt_option_is_an_error(qwen: Any) -> None:
     with pytest.raises(ValueError, match="got 'lowring' for 'lowering'"):
         blindsight_backend(profile_of(qwen), inner="eager", lowring="fused")
-    blindsight_backend(profile_of(qwen), mode="default")
+    blindsight_backend(profile_of(qwen), mode="default", options={"max_autotune": True})
+    blindsight_backend(profile_of(qwen), config_patches={}, decompositions={})
+
+
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+@pytest.mark.parametrize("name", ["dynamic", "fullgraph", "recompile_limit"])
+def test_an_option_of_torch_compile_is_an_error(qwen: Any, inner: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"got '{name}'. Give it to torch.compile, not to the b"):
+        blindsight_backend(profile_of(qwen), inner=inner, **{name: True})
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("lower", "got 'lower' for 'lowering'"),
+        ("fused", r"among inner, .*, got 'fused'\. What is of Inductor's config"),
+        ("max_autotune", r"got 'max_autotune'\. .*options=\{'max_autotune': \.\.\.\}"),
+        ("modes", "got 'modes' for 'mode'"),
+    ],
+)
+def test_an_option_that_inductor_does_not_take_is_an_error(
+    qwen: Any, name: str, advice: str
+) -> None:
+    with pytest.raises(ValueError, match=advice):
+        blindsight_backend(profile_of(qwen), **{name: True})
+
+
+def test_a_backend_that_was_not_called_says_so(qwen: Any, inputs: Any) -> None:
+    torch._dynamo.reset()
+    model: Any = torch.compile(qwen, backend=blindsight_backend)  # type: ignore[arg-type]
+    with pytest.raises(Exception, match=r"must be called with a profile.*blindsight_backend\(prof"):
+        model(**inputs, use_cache=False)
 
 
 def test_a_profile_that_is_written_to_is_not_the_backends(inputs: Any) -> None:
