@@ -27,6 +27,7 @@ from blindsight.calibration.measure import measure
 from blindsight.calibration.measurements import Measurements
 from blindsight.calibration.probe_layout import NUM_OFFSETS
 from blindsight.calibration.selection import ALLOCATIONS, CRITERIA, select_categories
+from blindsight.callable_modules import make_callable
 from blindsight.categories import HeadCategory
 from blindsight.configs import check_has_vision, config_of
 from blindsight.data.samples import load_samples
@@ -288,3 +289,6 @@ def _check_options(
         raise ValueError(f"quantile must be in 0..1, got {quantile}.")
     if isinstance(sink_offsets, str) and sink_offsets != "measure":
         raise ValueError(f"sink_offsets must be ints or 'measure', got {sink_offsets!r}.")
+
+
+make_callable(__name__)

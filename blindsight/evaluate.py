@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 import blindsight
+from blindsight.callable_modules import make_callable
 from blindsight.configs import check_has_vision
 from blindsight.data.processors import digest_of_processor
 from blindsight.data.samples import Samples, load_samples
@@ -327,3 +328,6 @@ def conditions(model: nn.Module, samples: Samples, seed: int) -> dict[str, str]:
         "transformers": transformers.__version__,
         "bootstrap seed": str(seed),
     }
+
+
+make_callable(__name__)
