@@ -17,7 +17,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from blindsight.calibration.measure import measure
 from blindsight.calibration.measurements import Measurements
 from blindsight.calibration.probe_layout import NUM_OFFSETS
-from blindsight.calibration.selection import ALLOCATIONS, CRITERIA, select_categories
+from blindsight.calibration.selection import ALLOCATIONS, CRITERIA, check_budget, select_categories
 from blindsight.callable_modules import make_callable
 from blindsight.categories import HeadCategory
 from blindsight.configs import check_has_vision, config_of
@@ -283,8 +282,8 @@ def _check_options(
     check_choice("criterion", criterion, CRITERIA)
     check_choice("aggregate", aggregate, AGGREGATES)
     check_choice("allocation", allocation, ALLOCATIONS)
-    if budget is not None and not (isinstance(budget, Real) and float(budget) >= 0):
-        raise ValueError(f"budget must be a number of at least 0, got {budget!r}.")
+    if budget is not None:
+        check_budget(budget)
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile must be in 0..1, got {quantile}.")
     if isinstance(sink_offsets, str) and sink_offsets != "measure":
