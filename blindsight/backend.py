@@ -63,6 +63,14 @@ class BlindsightBackend:
         if model is not None:
             models.attach(model)
 
+    def __repr__(self) -> str:
+        profile = self.state.profile
+        return (
+            f"<blindsight backend: lowering {self.state.lowering.value!r}, inner "
+            f"{self.inner.name!r}, profile {profile.digest[:8]} of {len(profile.layers)} layers; "
+            f"{self._num_graphs} graphs so far>"
+        )
+
     def __deepcopy__(self, memo: object) -> BlindsightBackend:
         """Return itself: a copy of a compiled model goes on with its backend, as with any."""
         return self

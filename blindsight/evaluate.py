@@ -45,7 +45,7 @@ from blindsight.runtime.cost_model import cpu_model
 ENGINES = ("reference", "compiled")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """A model with a profile, compared with the dense model; printed, it is its tables in Markdown.
 
@@ -83,6 +83,17 @@ class Evaluation:
         )
 
     def __str__(self) -> str:
+        return self.to_markdown()
+
+    def __repr__(self) -> str:
+        flops = self.sparse.attention_flops / self.dense.attention_flops
+        return (
+            f"Evaluation({sum(self.num_questions.values())} questions: mean accuracy "
+            f"{self.dense.mean.value:.1%} dense, {self.sparse.mean.value:.1%} sparse, "
+            f"{self.sparse.num_changed} answers changed, {1 - flops:.1%} less attention FLOPs)"
+        )
+
+    def _repr_markdown_(self) -> str:  # what a notebook shows
         return self.to_markdown()
 
     def to_markdown(self) -> str:

@@ -271,6 +271,16 @@ def test_explain_traces_rewrites_and_leaves_no_trace(qwen: Any, inputs: Any) -> 
     assert dict(qwen._forward_pre_hooks) == hooks
 
 
+def test_a_backend_is_shown_in_short(qwen: Any, inputs: Any) -> None:
+    torch._dynamo.reset()
+    profile = profile_of(qwen)
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
+    whole = f"lowering 'fused', inner 'eager', profile {profile.digest[:8]} of 2 layers"
+    assert repr(backend) == f"<blindsight backend: {whole}; 0 graphs so far>"
+    torch.compile(qwen, backend=backend)(**inputs, use_cache=False)
+    assert "0 graphs" not in repr(backend)
+
+
 def test_explain_looks_through_a_model_that_is_compiled_in_place(qwen: Any, inputs: Any) -> None:
     torch._dynamo.reset()
     qwen.compile(backend="eager")
