@@ -120,15 +120,16 @@ def _missing(report: Report) -> list[str]:
 
 def _table(found: Sequence[_Attention], *, with_reasons: bool) -> list[tuple[str, ...]]:
     groups: dict[tuple[str, str, str], list[int]] = {}
+    heads = min(46, max([5, *(len(one.categories) for one in found)]))
     for one in found:
-        runs = _runs(one.runs, with_reasons=with_reasons)
+        runs = _cell(_runs(one.runs, with_reasons=with_reasons), _WIDTH - 16 - heads - 4)
         groups.setdefault((one.place, one.categories, runs), [])
         if one.layer is not None:
             groups[one.place, one.categories, runs].append(one.layer)
     rows: list[tuple[str, ...]] = [("layers", "heads", "runs")]
     for (place, categories, runs), layers in groups.items():
         where = compact(sorted(set(layers))) or f"several, at {place or 'one frame'}"
-        rows.append((_cell(where, 16), _cell(categories or "-", 46), runs))
+        rows.append((_cell(where, 16), _cell(categories or "-", heads), runs))
     return rows
 
 
@@ -186,7 +187,7 @@ def _runs(runs: Counter[str], *, with_reasons: bool) -> str:
         told += [f"{count} {how}" for how, count in sorted(dense.items())]
     elif dense:
         told.append(f"{sum(dense.values())} dense")
-    return _cell("; ".join(told) or "-", 34)
+    return "; ".join(told) or "-"
 
 
 def _layers(those: Sequence[_Attention]) -> str:

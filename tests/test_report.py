@@ -79,7 +79,7 @@ def test_layers_that_are_alike_share_a_row() -> None:
 def test_layers_that_ran_differently_say_why_themselves() -> None:
     text = report([row(0, 0), row(1, 1)])
     assert "all their attention together ran 2 times:" in text
-    assert text.endswith(f"1       {MIXED}  1 dense: no query in a second\n{' ' * 54}image")
+    assert text.endswith(f"1       {MIXED}  1 {NO_IMAGE}")
 
 
 def test_a_frame_that_serves_several_layers() -> None:
