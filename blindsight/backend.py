@@ -102,8 +102,9 @@ class BlindsightBackend:
         self,
         model: Callable[..., Any],
         inputs: Mapping[str, Any],
-        lengths: Sequence[int],
+        lengths: int | Sequence[int],
         *,
+        generate: bool = False,
         progress: bool | None = None,
     ) -> None:
         """Compile ahead for prompts of these lengths, so that no user waits for it.
@@ -114,23 +115,38 @@ class BlindsightBackend:
         compiles for itself. Of the graphs around a vision tower, Dynamo may compile some again when
         the number of images changes.
 
+        ``generate()`` runs other graphs than a call does: it gives the decoder other positions, and
+        a cache that is empty at first and then grows by one token at a time. A server that uses it
+        needs ``generate=True``, and at least two lengths, as Dynamo compiles for any length when
+        it sees the second.
+
         Args:
             model: What is compiled with this backend, called as ``model(**inputs)``.
             inputs: Of a short prompt with two images or more, as the processor makes them, and
                 whatever else a call is given (``use_cache``, ``logits_to_keep``).
-            lengths: In tokens, none less than that of the prompt.
+            lengths: In tokens, none less than that of the prompt; or one such number.
+            generate: Whether to run ``model.generate(**inputs)`` for a few tokens instead. It has
+                to be compiled in place: ``model.compile(backend=backend)``, or its decoder.
             progress: See :func:`~blindsight.progress.progress_bar`.
 
         Raises:
             ValueError: The prompt has no ``input_ids``, fewer than two images, no text, or is
-                longer than one of the lengths; or the model is not compiled with this backend.
+                longer than one of the lengths; or the model is not compiled with this backend, or
+                has no ``generate``.
         """
         before = self._num_runs()
-        warm_up(model, self.state.profile.rule, inputs, lengths, progress=progress)
+        rule = self.state.profile.rule
+        warm_up(model, rule, inputs, lengths, generate=generate, progress=progress)
         if self._num_runs() == before:
+            advice = (
+                "generate() of what torch.compile returns runs the uncompiled model: compile it in "
+                "place, model.compile(backend=backend)."
+                if generate
+                else "Give what torch.compile returned."
+            )
             raise ValueError(
                 f"model must be what is compiled with this backend, got {type(model).__name__} "
-                "that did not run through it. Give what torch.compile returned."
+                f"that did not run through it. {advice}"
             )
 
     def _num_runs(self) -> int:
