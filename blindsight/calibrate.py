@@ -33,6 +33,7 @@ from blindsight.data.samples import load_samples
 from blindsight.error_text import check_choice
 from blindsight.fingerprints import fingerprint, widths_of
 from blindsight.profile import Profile
+from blindsight.progress import graph_breaks_hidden
 from blindsight.template import TemplateRule
 
 __all__ = [
@@ -54,6 +55,7 @@ _SINK_PROMPTS = 8  # prompts that suffice to see where the sinks are
 _MAX_SINKS = 2
 
 
+@graph_breaks_hidden()
 def calibrate(
     model: nn.Module,
     processor: Any,

@@ -40,6 +40,7 @@ from blindsight.files import write_text
 from blindsight.modules import digest_of_model, in_eval_mode, unwrapped
 from blindsight.passes.find_shard import check_is_whole
 from blindsight.profile import Profile
+from blindsight.progress import graph_breaks_hidden
 from blindsight.runtime.cost_model import cpu_model
 
 ENGINES = ("reference", "compiled")
@@ -177,6 +178,7 @@ class Evaluation:
         return [f"- {note}" for note in notes]
 
 
+@graph_breaks_hidden()
 def evaluate(
     model: nn.Module,
     processor: Any,

@@ -166,7 +166,9 @@ def _left_alone(rows: Iterable[Verdict]) -> list[str]:
             reasons.setdefault(_without_numbers(row.reason), []).append(row)
     lines = []
     for those in reasons.values():
-        places = dict.fromkeys(_without_numbers(row.path) or "(frame)" for row in those)
+        places = dict.fromkeys(
+            _without_numbers(row.path) or "attention of another frame" for row in those
+        )
         text = f"Left as it is, {', '.join(places)}: {those[0].reason}"
         lines += _wrapped(text.rstrip(".") + ".")
     return lines
