@@ -47,11 +47,22 @@ if TYPE_CHECKING:
 
 
 # Modules that the documentation speaks of.
-_MODULES = ("cache_keys", "exported", "passes", "ranks", "reference")
+# calibrate, evaluate and sweep are called as their functions.
+_MODULES = (
+    "cache_keys",
+    "calibrate",
+    "evaluate",
+    "exported",
+    "passes",
+    "ranks",
+    "reference",
+    "sweep",
+)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})
+    of_python = (name for name in globals() if name.startswith("__"))
+    return sorted({*of_python, *__all__, *_MODULES})
 
 
 def __getattr__(name: str) -> Any:

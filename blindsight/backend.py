@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import fx, nn
 
@@ -23,6 +24,13 @@ from blindsight.runtime.forwards import Forwards
 from blindsight.runtime.inner import OPTIONS_OF_INDUCTOR, Inner
 from blindsight.runtime.state import BackendState
 from blindsight.runtime.warmup import warm_up
+
+# Arguments of torch.compile itself, which say nothing to a backend.
+_OF_TORCH_COMPILE = ("backend", "dynamic", "fullgraph", "isolate_recompiles", "recompile_limit")
+_OF_COMPILE_FX = ("decompositions", "inner_compile")
+
+_Parameters = ParamSpec("_Parameters")
+_Returned = TypeVar("_Returned")
 
 
 class BlindsightBackend:
@@ -55,6 +63,14 @@ class BlindsightBackend:
         if model is not None:
             models.attach(model)
 
+    def __repr__(self) -> str:
+        profile = self.state.profile
+        return (
+            f"<blindsight backend: lowering {self.state.lowering.value!r}, inner "
+            f"{self.inner.name!r}, profile {profile.digest[:8]} of {len(profile.layers)} layers; "
+            f"{self._num_graphs} graphs so far>"
+        )
+
     def __deepcopy__(self, memo: object) -> BlindsightBackend:
         """Return itself: a copy of a compiled model goes on with its backend, as with any."""
         return self
@@ -75,15 +91,20 @@ class BlindsightBackend:
     def report(self) -> Report:
         """Return what became of every attention call that was compiled so far."""
         state = self.state
-        missing = sorted(state.forwards.layers - state.forwards.met)
-        return Report(tuple(map(Verdict.copy, state.verdicts)), tuple(missing))
+        layers = state.forwards.layers
+        return Report(
+            tuple(map(Verdict.copy, state.verdicts)),
+            missing_layers=tuple(sorted(layers - state.forwards.met)),
+            layers=tuple(sorted(layers)),
+        )
 
     def warmup(
         self,
         model: Callable[..., Any],
         inputs: Mapping[str, Any],
-        lengths: Sequence[int],
+        lengths: int | Sequence[int],
         *,
+        generate: bool = False,
         progress: bool | None = None,
     ) -> None:
         """Compile ahead for prompts of these lengths, so that no user waits for it.
@@ -94,23 +115,38 @@ class BlindsightBackend:
         compiles for itself. Of the graphs around a vision tower, Dynamo may compile some again when
         the number of images changes.
 
+        ``generate()`` runs other graphs than a call does: it gives the decoder other positions, and
+        a cache that is empty at first and then grows by one token at a time. A server that uses it
+        needs ``generate=True``, and at least two lengths, as Dynamo compiles for any length when
+        it sees the second.
+
         Args:
             model: What is compiled with this backend, called as ``model(**inputs)``.
             inputs: Of a short prompt with two images or more, as the processor makes them, and
                 whatever else a call is given (``use_cache``, ``logits_to_keep``).
-            lengths: In tokens, none less than that of the prompt.
+            lengths: In tokens, none less than that of the prompt; or one such number.
+            generate: Whether to run ``model.generate(**inputs)`` for a few tokens instead. It has
+                to be compiled in place: ``model.compile(backend=backend)``, or its decoder.
             progress: See :func:`~blindsight.progress.progress_bar`.
 
         Raises:
             ValueError: The prompt has no ``input_ids``, fewer than two images, no text, or is
-                longer than one of the lengths; or the model is not compiled with this backend.
+                longer than one of the lengths; or the model is not compiled with this backend, or
+                has no ``generate``.
         """
         before = self._num_runs()
-        warm_up(model, self.state.profile.rule, inputs, lengths, progress=progress)
+        rule = self.state.profile.rule
+        warm_up(model, rule, inputs, lengths, generate=generate, progress=progress)
         if self._num_runs() == before:
+            advice = (
+                "generate() of what torch.compile returns runs the uncompiled model: compile it in "
+                "place, model.compile(backend=backend)."
+                if generate
+                else "Give what torch.compile returned."
+            )
             raise ValueError(
                 f"model must be what is compiled with this backend, got {type(model).__name__} "
-                "that did not run through it. Give what torch.compile returned."
+                f"that did not run through it. {advice}"
             )
 
     def _num_runs(self) -> int:
@@ -121,6 +157,24 @@ class BlindsightBackend:
         self.state.models.detach()
 
 
+def _with_a_profile(
+    function: Callable[_Parameters, _Returned],
+) -> Callable[_Parameters, _Returned]:
+    """Tell a user who gave torch.compile the function itself, which Dynamo calls with a graph."""
+
+    @functools.wraps(function)
+    def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Returned:
+        if args and isinstance(args[0], fx.GraphModule):
+            raise ValueError(
+                "blindsight_backend must be called with a profile, got a graph of Dynamo's. Say "
+                f"torch.compile(model, backend={function.__name__}(profile))."
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@_with_a_profile
 def blindsight_backend(
     profile: Profile | str | os.PathLike[str],
     *,
@@ -158,11 +212,12 @@ def blindsight_backend(
 
     Raises:
         ValueError: The profile is damaged or does not fit the model, the inner backend or the
-            lowering does not exist, an option for a backend by name looks like a misspelt one of
-            these, or a pass requires what no pass before it ensures.
+            lowering does not exist, an option is torch.compile's own or none of Inductor's, or
+            looks like a misspelt one of these for another backend by name, or a pass requires
+            what no pass before it ensures.
     """
     if isinstance(inner, str):
-        _check_options(inner_options)
+        _check_options(inner, inner_options)
     if not isinstance(strict, bool):
         raise ValueError(f"strict must be True or False, got {strict!r}.")
     return BlindsightBackend(
@@ -176,17 +231,30 @@ def blindsight_backend(
     )
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Check that options for an inner backend are not ours, misspelt: few of torch's would say so.
+def _check_options(inner: str, options: Mapping[str, Any]) -> None:
+    """Check the options for an inner backend by name: few of torch's would complain themselves.
 
     Raises:
-        ValueError: One looks like it.
+        ValueError: One is for torch.compile, looks like one of ours, misspelt, or is unknown to
+            Inductor.
     """
     ours = [*inspect.signature(blindsight_backend).parameters][:-1]
+    known = [*ours, *OPTIONS_OF_INDUCTOR] if inner == "inductor" else ours
     for name in options:
-        meant = difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
-        if meant and name not in OPTIONS_OF_INDUCTOR:
+        if name in (*OPTIONS_OF_INDUCTOR, *_OF_COMPILE_FX):
+            continue
+        if name in _OF_TORCH_COMPILE:
+            raise ValueError(
+                f"options must be the backend's, got {name!r}. Give it to torch.compile, not to "
+                f"the backend: torch.compile(model, backend=backend, {name}=...)."
+            )
+        if meant := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
             raise ValueError(f"options must be spelt as documented, got {name!r} for {meant[0]!r}.")
+        if inner == "inductor":
+            raise ValueError(
+                f"options must be among {', '.join(known[1:])}, got {name!r}. What is of "
+                f"Inductor's config goes into options={{{name!r}: ...}}."
+            )
 
 
 def _backend_of(compiler: object) -> object:

@@ -17,7 +17,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -26,13 +25,15 @@ from torch import Tensor, nn
 from blindsight.calibration.measure import measure
 from blindsight.calibration.measurements import Measurements
 from blindsight.calibration.probe_layout import NUM_OFFSETS
-from blindsight.calibration.selection import ALLOCATIONS, CRITERIA, select_categories
+from blindsight.calibration.selection import ALLOCATIONS, CRITERIA, check_budget, select_categories
+from blindsight.callable_modules import make_callable
 from blindsight.categories import HeadCategory
 from blindsight.configs import check_has_vision, config_of
 from blindsight.data.samples import load_samples
 from blindsight.error_text import check_choice
 from blindsight.fingerprints import fingerprint, widths_of
 from blindsight.profile import Profile
+from blindsight.progress import graph_breaks_hidden
 from blindsight.template import TemplateRule
 
 __all__ = [
@@ -54,6 +55,7 @@ _SINK_PROMPTS = 8  # prompts that suffice to see where the sinks are
 _MAX_SINKS = 2
 
 
+@graph_breaks_hidden()
 def calibrate(
     model: nn.Module,
     processor: Any,
@@ -282,9 +284,12 @@ def _check_options(
     check_choice("criterion", criterion, CRITERIA)
     check_choice("aggregate", aggregate, AGGREGATES)
     check_choice("allocation", allocation, ALLOCATIONS)
-    if budget is not None and not (isinstance(budget, Real) and float(budget) >= 0):
-        raise ValueError(f"budget must be a number of at least 0, got {budget!r}.")
+    if budget is not None:
+        check_budget(budget)
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile must be in 0..1, got {quantile}.")
     if isinstance(sink_offsets, str) and sink_offsets != "measure":
         raise ValueError(f"sink_offsets must be ints or 'measure', got {sink_offsets!r}.")
+
+
+make_callable(__name__)

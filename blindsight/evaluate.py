@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 import blindsight
+from blindsight.callable_modules import make_callable
 from blindsight.configs import check_has_vision
 from blindsight.data.processors import digest_of_processor
 from blindsight.data.samples import Samples, load_samples
@@ -39,12 +40,13 @@ from blindsight.files import write_text
 from blindsight.modules import digest_of_model, in_eval_mode, unwrapped
 from blindsight.passes.find_shard import check_is_whole
 from blindsight.profile import Profile
+from blindsight.progress import graph_breaks_hidden
 from blindsight.runtime.cost_model import cpu_model
 
 ENGINES = ("reference", "compiled")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """A model with a profile, compared with the dense model; printed, it is its tables in Markdown.
 
@@ -82,6 +84,17 @@ class Evaluation:
         )
 
     def __str__(self) -> str:
+        return self.to_markdown()
+
+    def __repr__(self) -> str:
+        flops = self.sparse.attention_flops / self.dense.attention_flops
+        return (
+            f"Evaluation({sum(self.num_questions.values())} questions: mean accuracy "
+            f"{self.dense.mean.value:.1%} dense, {self.sparse.mean.value:.1%} sparse, "
+            f"{self.sparse.num_changed} answers changed, {1 - flops:.1%} less attention FLOPs)"
+        )
+
+    def _repr_markdown_(self) -> str:  # what a notebook shows
         return self.to_markdown()
 
     def to_markdown(self) -> str:
@@ -165,6 +178,7 @@ class Evaluation:
         return [f"- {note}" for note in notes]
 
 
+@graph_breaks_hidden()
 def evaluate(
     model: nn.Module,
     processor: Any,
@@ -327,3 +341,6 @@ def conditions(model: nn.Module, samples: Samples, seed: int) -> dict[str, str]:
         "transformers": transformers.__version__,
         "bootstrap seed": str(seed),
     }
+
+
+make_callable(__name__)

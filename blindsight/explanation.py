@@ -11,9 +11,11 @@ from torch import nn
 
 from blindsight.backend import blindsight_backend
 from blindsight.profile import Profile
+from blindsight.progress import graph_breaks_hidden
 from blindsight.report import Report
 
 
+@graph_breaks_hidden()
 def explain(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -30,7 +32,7 @@ def explain(
         lowering: As for :func:`~blindsight.blindsight_backend`.
 
     Returns:
-        One row per attention call; ``print`` shows a table.
+        What became of every attention call: ``print`` shows totals and a table.
     """
     backend = blindsight_backend(
         profile, inner="eager", model=model, strict=False, lowering=lowering

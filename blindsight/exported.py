@@ -5,8 +5,11 @@ Shapes: B batch, Q tokens of the prompt, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -72,7 +75,8 @@ def export(
     module = _DecoderAlone(model, profile.rule.layer_pattern) if is_decoder else _WholeModel(model)
     with torch.no_grad():
         try:
-            program = torch.export.export(module.eval(), (), inputs, strict=False)
+            with _without_partial_graph():
+                program = torch.export.export(module.eval(), (), inputs, strict=False)
         except Exception as error:
             hint = (
                 ""
@@ -97,12 +101,32 @@ def export(
         return torch.export.export(gm, (), inputs, strict=False)
 
 
-def decoder_inputs(model: nn.Module, profile: Profile, inputs: Mapping[str, Any]) -> dict[str, Any]:
+@contextlib.contextmanager
+def _without_partial_graph() -> Iterator[None]:
+    """Leave out what ``torch.export`` prints of the graph so far, hundreds of lines, as it fails.
+
+    It prints them (torch/export/_trace.py) with no setting to prevent it; all else is passed on.
+    """
+    graph, printed = "", io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    except Exception as error:
+        if hasattr(error, "partial_fx_graph"):
+            graph = f"{error.partial_fx_graph}\n"
+        raise
+    finally:
+        sys.stderr.write(printed.getvalue().replace(graph, "") if graph else printed.getvalue())
+
+
+def decoder_inputs(
+    model: nn.Module, profile: Profile | str | os.PathLike[str], inputs: Mapping[str, Any]
+) -> dict[str, Any]:
     """Run what comes before a model's decoder, and return the decoder's inputs and the template.
 
     Args:
         model: A transformers model.
-        profile: The profile of this model.
+        profile: The profile of this model, or the path of one.
         inputs: Of its forward, padded on either side.
 
     Returns:
@@ -113,7 +137,7 @@ def decoder_inputs(model: nn.Module, profile: Profile, inputs: Mapping[str, Any]
     Raises:
         ValueError: The decoder takes more than tensors.
     """
-    model = unwrapped(model)
+    profile, model = Profile.of(profile), unwrapped(model)
     decoder = find_decoder(model, profile.rule.layer_pattern)
     inputs = inputs_on(model, inputs)
     with disabled():

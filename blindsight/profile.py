@@ -17,6 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from blindsight.calibration.selection import (
+    CRITERIA,
+    check_budget,
+    select_categories,
+)
+from blindsight.calibration.selection import (
+    check_evidence as check_can_select,
+)
 from blindsight.categories import NUM_CATEGORIES, HeadCategory, summarize_categories
 from blindsight.configs import attends, config_of
 from blindsight.files import write_whole
@@ -175,6 +183,35 @@ class Profile:
         if noted and not torch.equal(parsed, self.categories):
             noted["edited"] = "by hand"
         return replace(self, categories=parsed, calibration=noted)
+
+    def at_budget(self, budget: float) -> Profile:
+        """Return the profile that its calibration leads to with another budget.
+
+        Chosen from the evidence that the profile keeps, by the criterion of its calibration:
+        nothing is measured again, and the result is that of calibrating with this budget.
+
+        Args:
+            budget: The most that any one head may lose, see
+                :func:`~blindsight.calibrate.calibrate`.
+
+        Raises:
+            ValueError: The budget is no number of at least 0, or the profile has no evidence, or
+                is a part of another's (:meth:`shard`, :meth:`stage`).
+        """
+        check_budget(budget)
+        if part := {"shard", "stage"} & set(self.fingerprint):
+            raise ValueError(
+                f"profile must be of a whole model, got a {part.pop()} of one. Choose the budget "
+                "first: profile.at_budget(budget).shard(...) or .stage(...)."
+            )
+        check_can_select(self.evidence)
+        noted = {**self.calibration, "budget": repr(float(budget))}
+        noted.pop("edited", None)  # nothing is left of that
+        criterion = noted.setdefault("criterion", "next_token")
+        options = {"allocation": noted["allocation"]} if "allocation" in noted else {}
+        categories = select_categories(self.evidence, float(budget), criterion=criterion, **options)
+        evidence = {**self.evidence, "margin": budget - self.evidence[CRITERIA[criterion]]}
+        return replace(self, categories=categories, evidence=evidence, calibration=noted)
 
     def shard(self, rank: int, world_size: int) -> Profile:
         """Return the profile of the heads that one tensor-parallel process computes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,6 +48,34 @@ class Progress:
         elapsed = time.perf_counter() - start
         self._bar.update()
         return result, elapsed
+
+
+# Where Dynamo says at length, once a process, that Tensor.item() ends a graph. That a limit was hit
+# is said elsewhere, and is left to be seen.
+_GRAPH_BREAKS = "torch._dynamo.variables.tensor"
+_breaks_lock = threading.Lock()
+_breaks_hidden: list[int] = []  # the level before, once for each call under way
+
+
+@contextmanager
+def graph_breaks_hidden() -> Iterator[None]:
+    """Hide that a graph breaks where any model of its family does; also decorates a function.
+
+    All else is shown: other messages of torch's, and warnings, the user's own among them. So are
+    graph breaks where the user has asked for more logs than there are by default.
+    """
+    logger = logging.getLogger(_GRAPH_BREAKS)
+    with _breaks_lock:
+        _breaks_hidden.append(_breaks_hidden[0] if _breaks_hidden else logger.level)
+        if logger.getEffectiveLevel() == logging.WARNING:
+            logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        with _breaks_lock:
+            level = _breaks_hidden.pop()
+            if not _breaks_hidden:
+                logger.setLevel(level)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from blindsight.attention.base_mask import Tier
-from blindsight.text_tables import aligned, compact
+from blindsight.report_text import text_of
 
 
 @dataclass
@@ -58,43 +58,25 @@ class Verdict:
         )
 
 
-_HEADER = ("graph", "layer", "attention", "mask", "categories", "verdict", "runs", "estimates")
-
-
-def _cells(row: Verdict) -> tuple[str, ...]:
-    return (
-        str(row.graph),
-        "-" if row.layer is None else str(row.layer),
-        row.path or "(frame)",
-        f"tier {row.tier}" + (f": {row.mask}" if row.mask else ""),
-        row.categories or "-",
-        f"{'rewritten' if row.rewritten else 'left alone'}: {row.reason}",
-        "; ".join(f"{count} {how}" for how, count in sorted(row.runs.items())) or "-",
-        row.estimate or "-",
-    )
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """One row per attention call seen; ``str()`` gives a table.
+    """What became of attention: ``print`` shows totals, and a table over layers that are alike.
 
     Attributes:
-        rows: In the order in which graphs were compiled.
+        rows: One for each attention call that was compiled, in the order of the graphs.
         missing_layers: Layers of the profile whose attention was not met.
+        layers: All layers of the profile that have attention.
     """
 
     rows: Sequence[Verdict]
     missing_layers: Sequence[int]
+    layers: Sequence[int] = ()
 
     @property
     def num_rewritten(self) -> int:
         return sum(row.rewritten for row in self.rows)
 
     def __str__(self) -> str:
-        lines = []
-        for (graph, layer, path, *rest), count in Counter(map(_cells, self.rows)).items():
-            lines.append((graph, layer, f"{path} (x{count})" if count > 1 else path, *rest))
-        table = aligned([_HEADER, *lines])
-        if self.missing_layers:
-            table += f"\nlayers of the profile not met: {compact(self.missing_layers)}"
-        return table
+        return text_of(self)
+
+    __repr__ = __str__

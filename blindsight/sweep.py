@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blindsight.callable_modules import make_callable
 from blindsight.categories import HeadCategory
 from blindsight.data.samples import load_samples
 from blindsight.evaluate import conditions, decoder_of, open_outcomes, point_of
@@ -167,3 +168,6 @@ def _heads(categories: Tensor | None) -> dict[str, int]:
         return {}
     codes = categories.flatten().tolist()
     return {category.name: codes.count(category) for category in HeadCategory}
+
+
+make_callable(__name__)

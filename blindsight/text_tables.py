@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as lines whose columns are aligned, a rule under the first row."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * width for width in widths]
+    """Return rows as lines whose columns are aligned, a rule under the first row.
+
+    A cell may have several lines.
+    """
+    split = [[cell.split("\n") for cell in row] for row in rows]
+    widths = [
+        max(len(line) for cell in column for line in cell) for column in zip(*split, strict=True)
+    ]
+    rule = [["-" * width] for width in widths]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (rows[0], rule, *rows[1:])
+        "  ".join(line.ljust(width) for line, width in zip(lines, widths, strict=True)).rstrip()
+        for row in (split[0], rule, *split[1:])
+        for lines in zip_longest(*row, fillvalue="")
     )
 
 

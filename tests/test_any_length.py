@@ -335,12 +335,36 @@ def test_after_a_warmup_no_attention_is_compiled() -> None:
     assert (counting.sparse, counting.dense) == (2, 2)
 
 
+def test_after_a_warmup_generate_compiles_nothing() -> None:
+    model = tiny_model("qwen2_5_vl", num_layers=2)
+    backend = blindsight_backend(
+        Profile.for_model(model, [MIXED] * 2), inner="eager", lowering="fused"
+    )
+    torch._dynamo.reset()
+    model.model.language_model.compile(backend=backend)
+    several = prompts("qwen2_5_vl")
+    backend.warmup(model, several[0], [60, 64], generate=True)
+    before = backend._num_graphs
+    for inputs in several[1:4]:
+        model.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+    assert backend._num_graphs == before
+
+
+def test_one_length_may_be_an_int() -> None:
+    model = without_vision(tiny_model("qwen2_5_vl", num_layers=2))
+    backend = blindsight_backend(Profile.for_model(model, [MIXED] * 2), inner="eager")
+    inputs = {**prompts("qwen2_5_vl")[0], "use_cache": False}
+    backend.warmup(torch.compile(model, backend=backend), inputs, 64)
+    assert {row.runs.total() for row in backend.report().rows} == {2}
+
+
 @pytest.mark.parametrize(
     ("change", "lengths", "message"),
     [
         ({"input_ids": None}, [64], "input_ids"),
         ({}, [], "at least the"),
         ({}, [10, 64], "at least the"),
+        ({}, 10, r"at least the .* got \[10\]"),
         ({"input_ids": torch.tensor([[20, 21, 22]])}, [64], "at least two images, got 0"),
         (
             {"input_ids": torch.tensor([[START_ID, IMAGE_ID, END_ID] * 2])},
@@ -428,3 +452,13 @@ def test_a_warmup_of_a_model_that_is_not_compiled() -> None:
     backend = blindsight_backend(Profile.for_model(model, [MIXED] * 2), inner="eager")
     with pytest.raises(ValueError, match=r"must be what is compiled.*torch\.compile returned"):
         backend.warmup(model, {**prompts("qwen2_5_vl")[0], "use_cache": False}, [64])
+
+
+def test_a_warmup_of_a_generate_that_is_not_compiled() -> None:
+    model = tiny_model("qwen2_5_vl", num_layers=2)
+    backend = blindsight_backend(Profile.for_model(model, [MIXED] * 2), inner="eager")
+    compiled = torch.compile(model, backend=backend)
+    with pytest.raises(ValueError, match=r"generate\(\) of what torch\.compile returns"):
+        backend.warmup(compiled, prompts("qwen2_5_vl")[0], 64, generate=True)
+    with pytest.raises(ValueError, match=r"model must have generate\(\) .*got Qwen2_5_VLModel"):
+        backend.warmup(model.model, prompts("qwen2_5_vl")[0], 64, generate=True)

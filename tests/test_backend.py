@@ -132,7 +132,38 @@ def test_options_that_are_edited_are_an_error(qwen: Any, inputs: Any) -> None:
 def test_a_misspelt_option_is_an_error(qwen: Any) -> None:
     with pytest.raises(ValueError, match="got 'lowring' for 'lowering'"):
         blindsight_backend(profile_of(qwen), inner="eager", lowring="fused")
-    blindsight_backend(profile_of(qwen), mode="default")
+    blindsight_backend(profile_of(qwen), mode="default", options={"max_autotune": True})
+    blindsight_backend(profile_of(qwen), config_patches={}, decompositions={})
+
+
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+@pytest.mark.parametrize("name", ["dynamic", "fullgraph", "recompile_limit"])
+def test_an_option_of_torch_compile_is_an_error(qwen: Any, inner: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"got '{name}'. Give it to torch.compile, not to the b"):
+        blindsight_backend(profile_of(qwen), inner=inner, **{name: True})
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("lower", "got 'lower' for 'lowering'"),
+        ("fused", r"among inner, .*, got 'fused'\. What is of Inductor's config"),
+        ("max_autotune", r"got 'max_autotune'\. .*options=\{'max_autotune': \.\.\.\}"),
+        ("modes", "got 'modes' for 'mode'"),
+    ],
+)
+def test_an_option_that_inductor_does_not_take_is_an_error(
+    qwen: Any, name: str, advice: str
+) -> None:
+    with pytest.raises(ValueError, match=advice):
+        blindsight_backend(profile_of(qwen), **{name: True})
+
+
+def test_a_backend_that_was_not_called_says_so(qwen: Any, inputs: Any) -> None:
+    torch._dynamo.reset()
+    model: Any = torch.compile(qwen, backend=blindsight_backend)  # type: ignore[arg-type]
+    with pytest.raises(Exception, match=r"must be called with a profile.*blindsight_backend\(prof"):
+        model(**inputs, use_cache=False)
 
 
 def test_a_profile_that_is_written_to_is_not_the_backends(inputs: Any) -> None:
@@ -235,10 +266,19 @@ def test_explain_traces_rewrites_and_leaves_no_trace(qwen: Any, inputs: Any) -> 
     assert not report.missing_layers
     assert all(row.tier == 1 and row.runs.total() == 1 for row in report.rows)
     assert all("sparse" in how for row in report.rows for how in row.runs)
-    table = str(report)
-    assert "language_model.layers.1.self_attn" in table
-    assert "1 DENSE, 1 SINK, 1 DOCUMENT, 1 DOCUMENT_SINK" in table
+    assert "2 of the 2 layers of the profile met" in str(report)
+    assert "0-1     1 DENSE, 1 SINK, 1 DOCUMENT, 1 DOCUMENT_SINK  1 sparse, " in str(report)
     assert dict(qwen._forward_pre_hooks) == hooks
+
+
+def test_a_backend_is_shown_in_short(qwen: Any, inputs: Any) -> None:
+    torch._dynamo.reset()
+    profile = profile_of(qwen)
+    backend = blindsight_backend(profile, inner="eager", lowering="fused")
+    whole = f"lowering 'fused', inner 'eager', profile {profile.digest[:8]} of 2 layers"
+    assert repr(backend) == f"<blindsight backend: {whole}; 0 graphs so far>"
+    torch.compile(qwen, backend=backend)(**inputs, use_cache=False)
+    assert "0 graphs" not in repr(backend)
 
 
 def test_explain_looks_through_a_model_that_is_compiled_in_place(qwen: Any, inputs: Any) -> None:

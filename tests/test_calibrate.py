@@ -139,8 +139,8 @@ def test_criteria_and_wrong_arguments() -> None:
     by_mass = select_categories(evidence, 0.25, criterion="attention_mass")
     assert by_mass.tolist() == [[SINK, DOCUMENT]]
     for arguments, message in (
-        ({"budget": -1.0}, "budget must be at least 0"),
-        ({"budget": float("nan")}, "budget must be at least 0"),
+        ({"budget": -1.0}, "budget must be a number of at least 0"),
+        ({"budget": float("nan")}, "budget must be a number of at least 0"),
         ({"budget": 1.0, "criterion": "x"}, "criterion must be one of output_error, attention"),
         ({"budget": 1.0, "allocation": "x"}, "allocation must be one of per_head, global"),
     ):

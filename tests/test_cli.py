@@ -49,7 +49,7 @@ def test_help_names_the_commands_and_does_not_wait_for_torch() -> None:
         "    assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("demo", "show", "explain"):
+    for command in ("demo", "show", "explain", "select"):
         assert re.search(rf"^\s+{command}\s", found.stdout, re.MULTILINE)
 
 
@@ -76,6 +76,28 @@ def test_show_prints_counts_by_layer_and_the_digest(
         ["all", "2", "1", "4", "1"],
         ["25%", "12%", "50%", "12%"],
     ]
+
+
+TESTBED = Path(__file__).parent.parent / "profiles" / "testbed.safetensors"
+
+
+def test_select_chooses_by_another_budget(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "new.safetensors"
+    assert main(["select", str(TESTBED), "--budget", "0.05", "-o", str(path)]) == 0
+    output = capsys.readouterr().out
+    assert Profile.load(path) == Profile.load(TESTBED).at_budget(0.05)
+    before, after = map(float, re.findall(r"budget \S+: ([\d.]+)% less", output))
+    assert re.search(r"before, budget 0\.005: .*\n  after, budget 0\.05: .* heads changed", output)
+    assert before < after
+    assert main(["select", str(path), "--budget", "0.005", "-o", str(path)]) == 0
+    assert Profile.load(path) == Profile.load(TESTBED)
+
+
+def test_select_needs_evidence(profile_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = error_of(capsys, "select", str(profile_path), "--budget", "1", "-o", str(profile_path))
+    assert "must hold the evidence of its calibration" in error
 
 
 def test_a_missing_profile_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

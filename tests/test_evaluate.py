@@ -602,6 +602,9 @@ def test_results_survive_json_and_markdown_names_all(tmp_path: Path) -> None:
     found.save(tmp_path / "new" / "found.json")
     found.save(tmp_path / "new" / "found.md")
     assert Evaluation.from_json((tmp_path / "new" / "found.json").read_text()) == found
+    assert found._repr_markdown_() == str(found)
+    assert repr(found).startswith("Evaluation(6 questions: mean accuracy ")
+    assert "answers changed" in repr(found) and len(repr(found)) < 160
     text = (tmp_path / "new" / "found.md").read_text()
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["found.json", "found.md"]
     for words in (

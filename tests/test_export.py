@@ -11,7 +11,7 @@ import torch
 
 import blindsight
 from blindsight import Profile, blindsight_backend
-from blindsight.exported import decoder_inputs
+from blindsight.exported import _without_partial_graph, decoder_inputs
 from decoders import template_of
 from models import (
     NUM_KV_HEADS,
@@ -109,10 +109,36 @@ def test_a_program_equals_the_reference(family: str, lowering: str) -> None:
         check(model, profile, prompt, run(**example))
 
 
-def test_the_vision_tower_of_qwen_is_named_as_the_limit() -> None:
+def test_the_vision_tower_of_qwen_is_named_as_the_limit(capsys: Any) -> None:
     model, profile, prompts = case("qwen2_5_vl", 1)
     with pytest.raises(ValueError, match=r"traceable by torch.export.*blindsight.exported.decoder"):
         blindsight.export(model, profile, prompts[0])
+    assert "def forward" not in "".join(capsys.readouterr())  # the graph, up to where it failed
+
+
+def test_what_else_is_printed_is_passed_on(capsys: Any) -> None:
+    class Failed(Exception):
+        partial_fx_graph = "the graph"
+
+    @_without_partial_graph()
+    def fail() -> None:
+        print("before", file=sys.stderr)
+        print(Failed.partial_fx_graph, file=sys.stderr)
+        raise Failed
+
+    with pytest.raises(Failed):
+        fail()
+    with _without_partial_graph():
+        print("after", file=sys.stderr)
+    assert capsys.readouterr().err == "before\nafter\n"
+
+
+def test_the_inputs_of_a_decoder_by_the_path_of_a_profile(tmp_path: Path) -> None:
+    model, profile, prompts = case("qwen2_5_vl", 1)
+    profile.save(tmp_path / "profile.safetensors")
+    found = decoder_inputs(model, tmp_path / "profile.safetensors", prompts[0])
+    expected = decoder_inputs(model, profile, prompts[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_decoder_that_takes_more_than_tensors() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -105,3 +106,39 @@ def test_every_public_name_can_be_imported() -> None:
         assert getattr(blindsight, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
         blindsight.no_such_name  # noqa: B018
+
+
+def test_dir_shows_what_is_public() -> None:
+    shown = {name for name in dir(blindsight) if not name.startswith("__")}
+    assert set(blindsight.__all__) < shown
+    assert not {"Any", "TYPE_CHECKING", "annotations"} & shown
+    assert not [name for name in shown if name.startswith("_")]
+    for name in shown:
+        assert getattr(blindsight, name) is not None
+
+
+@pytest.mark.parametrize("name", ["calibrate", "evaluate", "sweep"])
+def test_modules_are_called_as_their_functions(name: str) -> None:
+    module = getattr(blindsight, name)
+    assert module is importlib.import_module(f"blindsight.{name}")
+    with pytest.raises(TypeError, match=rf"{name}\(\) missing .* 'model'"):
+        module()
+
+
+def test_python_runs_the_package() -> None:
+    command = [sys.executable, "-m", "blindsight", "--version"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    result = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (0, f"{blindsight.__version__}\n"), result.stderr
+
+
+def test_types_are_packaged(pyproject: dict[str, Any]) -> None:
+    assert (ROOT / "blindsight" / "py.typed").is_file()
+    assert "py.typed" in pyproject["tool"]["setuptools"]["package-data"]["blindsight"]

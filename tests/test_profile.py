@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import pickle
 import random
@@ -258,6 +259,47 @@ class TestParts:
     def test_parts_that_do_not_fit(self, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             make_profile(**changes)
+
+
+class TestAtBudget:
+    @pytest.fixture
+    def calibrated(self) -> Profile:
+        return Profile.load(Path(__file__).parent.parent / "profiles" / "testbed.safetensors")
+
+    def test_its_own_budget_changes_nothing(self, calibrated: Profile) -> None:
+        assert calibrated.at_budget(float(calibrated.calibration["budget"])) == calibrated
+
+    def test_another_budget_is_noted_and_nothing_else(self, calibrated: Profile) -> None:
+        other = calibrated.at_budget(0.05)
+        assert other.calibration == {**calibrated.calibration, "budget": "0.05"}
+        loss = other.evidence["effect"].gather(2, other.categories.long()[..., None])
+        assert 0.005 < float(loss.max()) <= 0.05
+        assert torch.equal(other.evidence["margin"], 0.05 - other.evidence["effect"])
+        assert other.at_budget(0.005) == calibrated
+
+    def test_the_ends(self, calibrated: Profile) -> None:
+        assert float(calibrated.at_budget(math.inf).counts()[HeadCategory.DENSE]) == 0
+        exact = calibrated.at_budget(0)
+        loss = exact.evidence["effect"].gather(2, exact.categories.long()[..., None])
+        assert float(loss.max()) == 0
+
+    def test_edits_by_hand_are_gone(self, calibrated: Profile) -> None:
+        edited = calibrated.with_categories("sink")
+        assert "edited" in edited.calibration
+        assert edited.at_budget(0.005) == calibrated
+
+    @pytest.mark.parametrize("budget", [-1, math.nan, "0.1", None])
+    def test_a_budget_that_is_none(self, calibrated: Profile, budget: Any) -> None:
+        with pytest.raises(ValueError, match=r"budget must be a number of at least 0, got"):
+            calibrated.at_budget(budget)
+
+    def test_without_evidence(self) -> None:
+        with pytest.raises(ValueError, match=r"must hold the evidence of its calibration.*pairs"):
+            Profile.for_model(make_config(), "sink").at_budget(0.1)
+
+    def test_parts_of_a_profile(self, calibrated: Profile) -> None:
+        with pytest.raises(ValueError, match="must be of a whole model, got a stage"):
+            calibrated.stage(0, 2, keeps_numbers=False).at_budget(0.1)
 
 
 class TestRule:

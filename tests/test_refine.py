@@ -120,7 +120,7 @@ def test_the_dense_model_has_no_divergence() -> None:
     ("options", "message"),
     [
         ({"by": "token"}, "by must be one of head, layer, got 'token'"),
-        ({"budget": -1.0}, "budget must be at least 0"),
+        ({"budget": -1.0}, "budget must be a number of at least 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blindsight.calibration.selection import check_evidence, select_categories
+from blindsight.calibration.selection import check_evidence
 from blindsight.categories import NUM_CATEGORIES, HeadCategory
 from blindsight.data.processors import model_inputs
 from blindsight.data.samples import Samples, load_samples
@@ -91,11 +91,8 @@ def reselect(profile: Profile, budget: float) -> Profile:
     Raises:
         ValueError: The profile was not refined, or the budget is negative.
     """
-    noted = {**profile.calibration, "criterion": CRITERION, "budget": repr(float(budget))}
-    options = {"allocation": noted["allocation"]} if "allocation" in noted else {}
-    categories = select_categories(profile.evidence, budget, criterion=CRITERION, **options)
-    evidence = {**profile.evidence, "margin": budget - profile.evidence["effect"]}
-    return replace(profile, categories=categories, evidence=evidence, calibration=noted)
+    noted = {**profile.calibration, "criterion": CRITERION}
+    return replace(profile, calibration=noted).at_budget(budget)
 
 
 def mean_divergence(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -49,8 +50,7 @@ def select_categories(
     """
     check_choice("criterion", criterion, CRITERIA)
     check_choice("allocation", allocation, ALLOCATIONS)
-    if not budget >= 0:
-        raise ValueError(f"budget must be at least 0, got {budget}.")
+    check_budget(budget)
     wanted = (CRITERIA[criterion], "pairs")
     if missing := [name for name in wanted if name not in evidence]:
         raise ValueError(
@@ -66,6 +66,16 @@ def select_categories(
     choose = _per_head if allocation == "per_head" else _globally
     flat = choose(loss.flatten(0, 1).tolist(), pairs.flatten(0, 1).tolist(), budget)
     return torch.tensor(flat, dtype=torch.uint8).view(loss.shape[:2])
+
+
+def check_budget(budget: object) -> None:
+    """Check that a budget is one.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not (isinstance(budget, Real) and float(budget) >= 0):
+        raise ValueError(f"budget must be a number of at least 0, got {budget!r}.")
 
 
 def check_evidence(evidence: Mapping[str, Tensor]) -> None:

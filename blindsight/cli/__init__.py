@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import blindsight
-from blindsight.cli import calibrate, demo, evaluate, show, tune
+from blindsight.cli import calibrate, demo, evaluate, select, show, tune
 from blindsight.error_text import on_one_line
 
 
@@ -43,6 +43,6 @@ def _parser() -> argparse.ArgumentParser:
     everywhere.add_argument(
         "--traceback", action="store_true", help="show the traceback of an error"
     )
-    for part in (demo, show, tune, calibrate, evaluate):
+    for part in (demo, show, tune, calibrate, select, evaluate):
         part.add_commands(commands, everywhere)
     return parser

@@ -60,7 +60,7 @@ def _add_explain(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         parents=[everywhere],
         help="report what happens to every attention call of a model",
         description="Trace a model on one prompt of photographs, rewrite it, run it uncompiled, "
-        "and print one row for each attention call.",
+        "and print what became of its attention calls.",
     )
     _add_prompt_arguments(parser)
     parser.add_argument("--model", required=True, help="folder or hub id of a pretrained model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from blindsight.template import TemplateRule
 
 # Inputs with an entry per token, and what that of a text token is.
 _PER_TOKEN = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
+# A prefill, and two steps with one token: at the second, Dynamo sees that a cache grows.
+_A_FEW_TOKENS = {"max_new_tokens": 3, "min_new_tokens": 3}
 
 
 def append_text(inputs: Mapping[str, Any], tokens: Tensor) -> dict[str, Any]:
@@ -31,8 +34,9 @@ def warm_up(
     model: Callable[..., Any],
     rule: TemplateRule,
     inputs: Mapping[str, Any],
-    lengths: Sequence[int],
+    lengths: int | Sequence[int],
     *,
+    generate: bool,
     progress: bool | None,
 ) -> None:
     """Run a prompt, made longer with text, dense and sparse at each length.
@@ -46,10 +50,11 @@ def warm_up(
             "the processor makes it: warmup(model, processor(...), lengths)."
         )
     length = input_ids.shape[1]
-    if not lengths or min(lengths) < length:
+    sizes = [lengths] if isinstance(lengths, int) else sorted(set(lengths))
+    if not sizes or sizes[0] < length:
         raise ValueError(
             f"lengths must be of at least the {length} tokens of the prompt that is given, got "
-            f"{list(lengths)}. Give a shorter prompt: text is added to it, images are not removed."
+            f"{sizes}. Give a shorter prompt: text is added to it, images are not removed."
         )
     span_id = rule.template_of_inputs(inputs).span_id
     if int(span_id.max()) < 2:
@@ -60,13 +65,23 @@ def warm_up(
     text = input_ids[(span_id == 0).to(input_ids.device)]
     if not len(text):
         raise ValueError("inputs must be a prompt with text, got images alone.")
-    sizes = sorted(set(lengths))
+    run = partial(_generator_of(model), **_A_FEW_TOKENS) if generate else model
     bar = progress_bar(progress, iterable=sizes, desc="compiling ahead", unit="length")
     with torch.no_grad():
         for size in bar:
             bar.set_postfix_str(f"{size:,} tokens")
             more = text[-1].expand(input_ids.shape[0], size - length)
             longer = append_text(inputs, more) if size > length else dict(inputs)
-            model(**longer)
+            run(**longer)
             with disabled():
-                model(**longer)
+                run(**longer)
+
+
+def _generator_of(model: Any) -> Callable[..., Any]:
+    found = getattr(model, "generate", None)
+    if not callable(found):
+        raise ValueError(
+            f"model must have generate() to be warmed up for it, got {type(model).__name__}. Give "
+            "the model that was compiled in place: model.compile(backend=backend), or its decoder."
+        )
+    return found  # type: ignore[no-any-return]

@@ -1,0 +1,7 @@
+"""``python -m blindsight``."""
+
+import sys
+
+from blindsight.cli import main
+
+sys.exit(main())
