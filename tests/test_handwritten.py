@@ -137,12 +137,13 @@ def check(
     lowering: str = "fused",
     dynamic: bool | None = None,
     sequences: Tensor | None = None,
+    inner: str = "eager",
 ) -> None:
     """Compile once, and compare every call with the oracle and with the dense model."""
     torch.manual_seed(0)
     model = Decoder(kind, make_mask, num_layers).eval()
     profile = profile_of(model)
-    backend = blindsight_backend(profile, inner="eager", lowering=lowering)
+    backend = blindsight_backend(profile, inner=inner, lowering=lowering)
     run = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
     reference = reference_of(model, profile, sequences)
     for data in calls:
@@ -350,6 +351,38 @@ def test_repeated_heads(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)  # heads are dealt out to threads
     check(lambda: None, (), kind=kind, lowering=lowering)
+
+
+# Queries and keys that are views of what projects them: there are no positions.
+
+
+class OneKeyHead(Attention):
+    num_key_heads = 1
+
+
+class ProjectedByHead(Attention):
+    """Projects to ``[B, H, L, D]`` at once, which a product with weights of each head gives."""
+
+    def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        query, key, value = (
+            (states[:, None] @ project.weight.view(HEADS, DIM, 32).transpose(1, 2))
+            for project in (self.query, self.key, self.value)
+        )
+        return self.joined(self.attend(query, key, value, mask))
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(
+    ("kind", "num_layers"),
+    [
+        (OneKeyHead, 1),
+        pytest.param(Attention, 2, marks=pytest.mark.nightly),  # a region
+        pytest.param(ProjectedByHead, 1, marks=pytest.mark.nightly),
+        pytest.param(ProjectedByHead, 2, marks=pytest.mark.nightly),
+    ],
+)
+def test_layers_without_positions(kind: type[Attention], num_layers: int) -> None:
+    check(lambda: None, (), kind=kind, num_layers=num_layers, inner="inductor")
 
 
 # Results that are viewed.
