@@ -42,6 +42,7 @@ from blindsight.passes.mask_values import (
     number,
 )
 from blindsight.passes.names import FILLS
+from blindsight.passes.read_views import is_natural
 
 FULLS = ("full", "new_full", "full_like", "tensor", "scalar_tensor")
 
@@ -115,12 +116,12 @@ def read_pointwise(
 ) -> Expression:
     """Read arithmetic, comparisons and logic."""
     operands = [reader.operand(arg) for arg in node.args]
-    if name == "div" and node.kwargs == {"rounding_mode": "floor"}:
-        name = "floordiv"
-    elif node.kwargs or name == "div":
-        raise CannotReadError
     if name == "rsub":
         name, operands = "sub", operands[::-1]
+    if name in ("div", "rshift"):
+        name, operands = "floordiv", _floored(node, name, operands)
+    elif node.kwargs:
+        raise CannotReadError
     kinds = {kind_of(operand) for operand in operands}
     parts = [aligned(operand, shape) for operand in operands]
     if name in ("and", "or", "xor", "not"):
@@ -146,6 +147,24 @@ def read_pointwise(
     if name in ("floordiv", "mod") and not (type(b) is int and b > 0):
         raise CannotReadError
     return arithmetic(name, a, b)
+
+
+def _floored(node: fx.Node, name: str, operands: list[Operand]) -> list[Operand]:
+    """Return the operands of the ``floordiv`` that a division or a shift to the right is."""
+    rounding = node.kwargs.get("rounding_mode")
+    if len(operands) != 2 or set(node.kwargs) - {"rounding_mode"}:
+        raise CannotReadError
+    a, b = operands
+    if name == "rshift":
+        # A shift by more bits than there are, or fewer than none, depends on the machine.
+        if kind_of(a) != "int" or type(b) is not int or not 0 <= b < 31:
+            raise CannotReadError
+        return [a, 2**b]
+    # Of what is not negative both are the same.
+    is_same = isinstance(a, Value) and a.kind == "int" and is_natural(a.expression)
+    if rounding != "floor" and not (rounding == "trunc" and is_same):
+        raise CannotReadError
+    return [a, b]
 
 
 def _logic(name: str, kinds: set[str], parts: Sequence[Expression]) -> Expression:

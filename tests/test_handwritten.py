@@ -159,6 +159,16 @@ def pairs(values: Tensor) -> tuple[Tensor, Tensor]:
     return values[:, None, :, None], values[:, None, None]
 
 
+def same(values: Tensor) -> Tensor:
+    query, key = pairs(values)
+    return query == key
+
+
+def causal() -> Tensor:
+    place = torch.arange(LENGTH)
+    return place <= place[:, None]
+
+
 # What a proof rests on may not hold of the next prompt.
 
 
@@ -197,14 +207,77 @@ def test_positions_need_not_begin_at_zero(begin: Callable[[Tensor], Tensor]) -> 
 
 
 def test_sequences_may_be_numbered_in_one_of_several_kinds_of_ids() -> None:
-    ids = torch.zeros(3, BATCH, LENGTH, dtype=torch.int64)
-    ids[:, 0, 11:], ids[:, 1, 5:] = 1, 1  # between two images
+    ids = SEQUENCES.expand(3, -1, -1).contiguous()
 
     def packed(positions: Tensor, several: Tensor) -> Tensor:
-        query, key = pairs(several[1])
-        return up_to_its_position(positions) & (query == key)
+        return up_to_its_position(positions) & same(several[1])
 
     check(packed, (POSITIONS, ids), sequences=ids[1])
+
+
+def starts_again(positions: Tensor) -> Tensor:
+    return F.pad(positions[:, 1:] <= positions[:, :-1], (1, 0))
+
+
+SEQUENCES = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+SEQUENCES[0, 11:], SEQUENCES[1, 5:] = 1, 1  # between two images
+PACKED = torch.where(SEQUENCES > 0, POSITIONS - torch.tensor([[11], [5]]), POSITIONS)
+MARKS = F.one_hot(torch.tensor([11, 5]), LENGTH)
+SPELLINGS_OF_SEQUENCES: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "given": (lambda ids: ids + 1, SEQUENCES),
+    "given, padding marked": (lambda ids: torch.where(ids >= 0, ids, -1), SEQUENCES),
+    "where positions start again": (lambda x: starts_again(x).cumsum(-1), PACKED),
+    "first positions": (lambda x: (x == 0).cumsum(-1) - 1, PACKED),
+    "bounds": (
+        lambda begins: torch.searchsorted(begins, POSITIONS, right=True),
+        torch.tensor([[0, 11], [0, 5]]),
+    ),
+    "two marks a sequence": (
+        lambda marks: (marks + marks.roll(1, 1)).cumsum(-1) // 2 + marks,
+        MARKS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS_OF_SEQUENCES)
+def test_sequences_are_told_by_what_is_given_or_counted(name: str) -> None:
+    number, data = SPELLINGS_OF_SEQUENCES[name]
+
+    def packed(data: Tensor) -> Tensor:
+        return causal() & same(number(data))
+
+    check(packed, (data,), sequences=SEQUENCES)
+
+
+def eighths(positions: Tensor) -> Tensor:
+    return positions // 8
+
+
+SPELLINGS_OF_CHUNKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "divided": eighths,
+    "divided, and counted from one": lambda x: eighths(x) + 1,
+    "divided, padding marked": lambda x: torch.where(x >= 0, eighths(x), -1),
+    "shifted": lambda x: x >> 3,
+    "truncated": lambda x: torch.div(x, 8, rounding_mode="trunc"),
+    "scaled": lambda x: (x * 0.125).long(),
+    "masked": lambda x: x & ~7,
+    "begins": lambda x: x - x % 8,
+    "counted": lambda x: (x % 8 == 0).cumsum(-1),
+    "by bounds": lambda x: torch.bucketize(x, torch.tensor([8, 16]), right=True),
+}
+
+
+@pytest.mark.parametrize("of_graph", [False, True])
+@pytest.mark.parametrize("name", SPELLINGS_OF_CHUNKS)
+def test_chunks_are_no_sequences(name: str, of_graph: bool) -> None:
+    """The first image of each chunk is not free, whoever made the positions that are divided."""
+
+    def chunked(positions: Tensor) -> Tensor:
+        if of_graph:
+            positions = torch.arange(LENGTH).expand(BATCH, -1)
+        return causal() & same(SPELLINGS_OF_CHUNKS[name](positions))
+
+    check(chunked, (POSITIONS,))
 
 
 # Masks that are shared, given, or made of what a layer computed.
