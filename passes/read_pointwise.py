@@ -38,6 +38,7 @@ from blindsight.passes.mask_values import (
     aligned,
     cast_to,
     kind_of,
+    kind_of_dtype,
     never_overflows,
     number,
 )
@@ -139,6 +140,8 @@ def read_pointwise(
             raise CannotReadError
         return _fold(name, operands, parts, dtype)
     if name in NEGATED:
+        if any(_may_be_narrowed(operand, _compared_in(operands)) for operand in operands):
+            raise CannotReadError
         return _comparison(name, operands, kinds, parts)
     if kinds == {"bool"} and dtype == torch.bool and name == "mul":
         return and_(a, b)
@@ -200,7 +203,11 @@ def _fold(
         if isinstance(operand, Value) and operand.kind == "float"
     ]
 
+    common = _compared_in(operands)
+
     def compare(a: Any, b: Any) -> bool:
+        if kind_of_dtype(common) == "int":  # or it would wrap
+            a, b = number(a, common), number(b, common)
         # A number may be rounded before it is compared; it must not matter.
         found = {bool(function(number(a, d), number(b, d))) for d in narrow}
         if a != a or b != b or found - {function(a, b)}:
@@ -208,6 +215,37 @@ def _fold(
         return bool(function(a, b))
 
     return choose_on_leaves(parts[0], lambda a: choose_on_leaves(parts[1], lambda b: compare(a, b)))
+
+
+def _compared_in(operands: Sequence[Operand]) -> torch.dtype:
+    """Return the dtype in which two operands are compared: a tensor of one number has no say."""
+    a, b = (
+        torch.empty((1,) * len(x.shape), dtype=x.dtype, device="meta")
+        if isinstance(x, Value)
+        else 0
+        if isinstance(x, fx.Node)
+        else x
+        for x in operands
+    )
+    return torch.result_type(a, b)
+
+
+def _may_be_narrowed(operand: Operand, common: torch.dtype) -> bool:
+    """Whether a dtype may not hold all that a tensor or size of its kind does."""
+    kind = kind_of(operand)
+    if kind not in ("int", "float") or kind != kind_of_dtype(common):
+        return False
+    if not isinstance(operand, Value):
+        is_size = isinstance(operand, fx.Node)
+        return is_size and torch.iinfo(common).max < torch.iinfo(torch.int32).max
+    if kind == "float":
+        few_bits = torch.finfo(common).bits <= torch.finfo(operand.dtype).bits
+        return few_bits and common != operand.dtype
+    # A number that is known is looked at instead, whatever its dtype.
+    if leaves_of(operand.expression) is not None:
+        return any(number(leaf, common) != leaf for leaf in leaves_of(operand.expression) or ())
+    ours, its = torch.iinfo(common), torch.iinfo(operand.dtype)
+    return ours.min > its.min or ours.max < its.max
 
 
 def _comparison(

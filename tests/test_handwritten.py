@@ -280,6 +280,32 @@ def test_chunks_are_no_sequences(name: str, of_graph: bool) -> None:
     check(chunked, (POSITIONS,))
 
 
+@pytest.mark.filterwarnings("ignore:a mask is read element by element")
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [
+        (torch.uint8, torch.tensor(300)),  # which is 44 there
+        (torch.uint8, torch.tensor(30)),
+        (torch.uint8, torch.tensor(-1, dtype=torch.int8)),  # and this 255
+        (torch.int32, torch.tensor(2**32 + 30)),
+        (torch.int64, torch.tensor(30, dtype=torch.uint8)),
+        (torch.float32, torch.tensor(5 + 1e-9, dtype=torch.float64)),
+        (torch.bfloat16, torch.tensor(50.1)),
+    ],
+)
+def test_what_is_compared_may_be_cast_to_something_narrower(
+    dtype: torch.dtype, limit: Tensor
+) -> None:
+    values = torch.full((BATCH, LENGTH), 5)
+    values[:, 8:14], values[:, 14:] = 50, 250
+
+    def below(values: Tensor, limit: Tensor) -> Tensor:
+        keys = values[:, None, None]
+        return causal() & ((keys < limit) | (keys == 250))
+
+    check(below, (values.to(dtype), limit))
+
+
 # Masks that are shared, given, or made of what a layer computed.
 
 
