@@ -484,6 +484,37 @@ def test_layers_without_positions(kind: type[Attention], num_layers: int) -> Non
     check(lambda: None, (), kind=kind, num_layers=num_layers, inner="inductor")
 
 
+# What Inductor has no kernels for.
+
+
+@pytest.mark.parametrize(
+    "strict",
+    [True, pytest.param(False, marks=[pytest.mark.inductor, pytest.mark.nightly])],
+)
+def test_double_precision_on_a_cpu_is_an_error_of_inductor(strict: bool) -> None:
+    model = Decoder(Attention, lambda: None, 1).eval().double()
+    backend = blindsight_backend(profile_of(model), lowering="fused", strict=strict)
+    run = torch.compile(model, backend=backend)
+    problem = r"must be in float32, bfloat16 or float16, .* got torch.float64\. Load the model"
+    if strict:
+        with pytest.raises(ValueError, match=problem):
+            run(IDS)
+        return
+    with pytest.warns(BlindsightWarning, match=problem):
+        found = run(IDS)
+    torch.testing.assert_close(found, model(IDS))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_double_precision_runs_without_inductor(inner: str) -> None:
+    torch.manual_seed(0)
+    model = Decoder(Attention, lambda: None, 1).eval().double()
+    profile = profile_of(model)
+    backend = blindsight_backend(profile, inner=inner, lowering="fused")
+    found = torch.compile(model, backend=backend)(IDS)
+    torch.testing.assert_close(found, reference_of(model, profile)(IDS), atol=1e-9, rtol=0)
+
+
 # Results that are viewed.
 
 
