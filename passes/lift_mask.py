@@ -105,7 +105,7 @@ def _lift(reader: MaskReader, call: Attention) -> Lifted:
     opaque = opaque_part(expression)
     if opaque is not None:
         return _opaque(before, opaque, given)
-    matcher = _Matcher()
+    matcher = _Matcher(reader)
     try:
         form = matcher.form(expression)
     except _NotIntervalsError as problem:
@@ -167,8 +167,9 @@ class _Context:
 class _Matcher:
     """Turns an expression into a form, and collects the facts that the form rests on."""
 
-    def __init__(self) -> None:
+    def __init__(self, reader: MaskReader) -> None:
         self.facts: dict[Fact, None] = {}
+        self._reader = reader
 
     def form(self, expression: Expression) -> Form:
         return self._all_of(flatten("and", normalized(expression)), _Context())
@@ -244,11 +245,19 @@ class _Matcher:
     ) -> list[Form]:
         """Return the forms of ``value of the row == value of the column``."""
         if all(direction(column) for _, column in sames):
-            return [("same", (row,), (column,), direction(column) == 1) for row, column in sames]
+            return [
+                ("same", (self._told(row),), (column,), direction(column) == 1)
+                for row, column in sames
+            ]
         # Values that come back in another sequence tell tokens apart together with its number.
         rows, columns = zip(*context.sames, strict=True)
         self.facts["contiguous", context.rows, rows, columns] = None
-        return [("same", rows, columns, False)]
+        return [("same", tuple(map(self._told, rows)), columns, False)]
+
+    def _told(self, row: Expression) -> Expression:
+        """Return a row's value, with a note if it is loaded, and is of a place, of no sequence."""
+        is_place = is_op(row, "load") and row[1] not in self._reader.sequence_ids
+        return ("place", row) if is_place else row
 
     def _remapped(self, part: Expression, context: _Context) -> list[Form] | None:
         """Compare the positions of two tokens of a sequence by where the tokens are."""

@@ -40,6 +40,7 @@ _SYNONYMS = {
     "negative": "neg",
     "absolute": "abs",
     "floor_divide": "floordiv",
+    "bitwise_right_shift": "rshift",
     "remainder": "mod",
     "minimum": "min",
     "maximum": "max",

@@ -56,6 +56,7 @@ from blindsight.passes.read_views import (
     read_getitem,
     read_view,
 )
+from blindsight.passes.sequence_ids import SequenceIds
 
 _OPERATIONS: dict[str, Callable[[Reader, fx.Node, str, Shape, torch.dtype], Expression]] = {
     **dict.fromkeys((*FILLS, *FULLS), read_fill),
@@ -63,7 +64,7 @@ _OPERATIONS: dict[str, Callable[[Reader, fx.Node, str, Shape, torch.dtype], Expr
     **dict.fromkeys(("tril", "triu"), read_triangle),
     **dict.fromkeys(("where", "masked_fill"), read_select),
     **dict.fromkeys(
-        (*FOLD, "and", "or", "xor", "not", "abs", "neg", "rsub", "div"), read_pointwise
+        (*FOLD, "and", "or", "xor", "not", "abs", "neg", "rsub", "div", "rshift"), read_pointwise
     ),
     **dict.fromkeys((*RESHAPES, *SAME_VALUES, *CASTS), read_view),
     **dict.fromkeys(INDICES, read_getitem),
@@ -86,6 +87,11 @@ class MaskReader:
     @cached_property
     def _memory(self) -> MemoryGroups:
         return MemoryGroups(self._nodes)
+
+    @cached_property
+    def sequence_ids(self) -> SequenceIds:
+        """The nodes whose values can be ids of packed sequences."""
+        return SequenceIds(self._nodes)
 
     @cached_property
     def _writers(self) -> list[fx.Node]:

@@ -38,10 +38,12 @@ from blindsight.passes.mask_values import (
     aligned,
     cast_to,
     kind_of,
+    kind_of_dtype,
     never_overflows,
     number,
 )
 from blindsight.passes.names import FILLS
+from blindsight.passes.read_views import is_natural
 
 FULLS = ("full", "new_full", "full_like", "tensor", "scalar_tensor")
 
@@ -115,12 +117,12 @@ def read_pointwise(
 ) -> Expression:
     """Read arithmetic, comparisons and logic."""
     operands = [reader.operand(arg) for arg in node.args]
-    if name == "div" and node.kwargs == {"rounding_mode": "floor"}:
-        name = "floordiv"
-    elif node.kwargs or name == "div":
-        raise CannotReadError
     if name == "rsub":
         name, operands = "sub", operands[::-1]
+    if name in ("div", "rshift"):
+        name, operands = "floordiv", _floored(node, name, operands)
+    elif node.kwargs:
+        raise CannotReadError
     kinds = {kind_of(operand) for operand in operands}
     parts = [aligned(operand, shape) for operand in operands]
     if name in ("and", "or", "xor", "not"):
@@ -138,6 +140,8 @@ def read_pointwise(
             raise CannotReadError
         return _fold(name, operands, parts, dtype)
     if name in NEGATED:
+        if any(_may_be_narrowed(operand, _compared_in(operands)) for operand in operands):
+            raise CannotReadError
         return _comparison(name, operands, kinds, parts)
     if kinds == {"bool"} and dtype == torch.bool and name == "mul":
         return and_(a, b)
@@ -146,6 +150,24 @@ def read_pointwise(
     if name in ("floordiv", "mod") and not (type(b) is int and b > 0):
         raise CannotReadError
     return arithmetic(name, a, b)
+
+
+def _floored(node: fx.Node, name: str, operands: list[Operand]) -> list[Operand]:
+    """Return the operands of the ``floordiv`` that a division or a shift to the right is."""
+    rounding = node.kwargs.get("rounding_mode")
+    if len(operands) != 2 or set(node.kwargs) - {"rounding_mode"}:
+        raise CannotReadError
+    a, b = operands
+    if name == "rshift":
+        # A shift by more bits than there are, or fewer than none, depends on the machine.
+        if kind_of(a) != "int" or type(b) is not int or not 0 <= b < 31:
+            raise CannotReadError
+        return [a, 2**b]
+    # Of what is not negative both are the same.
+    is_same = isinstance(a, Value) and a.kind == "int" and is_natural(a.expression)
+    if rounding != "floor" and not (rounding == "trunc" and is_same):
+        raise CannotReadError
+    return [a, b]
 
 
 def _logic(name: str, kinds: set[str], parts: Sequence[Expression]) -> Expression:
@@ -181,7 +203,11 @@ def _fold(
         if isinstance(operand, Value) and operand.kind == "float"
     ]
 
+    common = _compared_in(operands)
+
     def compare(a: Any, b: Any) -> bool:
+        if kind_of_dtype(common) == "int":  # or it would wrap
+            a, b = number(a, common), number(b, common)
         # A number may be rounded before it is compared; it must not matter.
         found = {bool(function(number(a, d), number(b, d))) for d in narrow}
         if a != a or b != b or found - {function(a, b)}:
@@ -189,6 +215,37 @@ def _fold(
         return bool(function(a, b))
 
     return choose_on_leaves(parts[0], lambda a: choose_on_leaves(parts[1], lambda b: compare(a, b)))
+
+
+def _compared_in(operands: Sequence[Operand]) -> torch.dtype:
+    """Return the dtype in which two operands are compared: a tensor of one number has no say."""
+    a, b = (
+        torch.empty((1,) * len(x.shape), dtype=x.dtype, device="meta")
+        if isinstance(x, Value)
+        else 0
+        if isinstance(x, fx.Node)
+        else x
+        for x in operands
+    )
+    return torch.result_type(a, b)
+
+
+def _may_be_narrowed(operand: Operand, common: torch.dtype) -> bool:
+    """Whether a dtype may not hold all that a tensor or size of its kind does."""
+    kind = kind_of(operand)
+    if kind not in ("int", "float") or kind != kind_of_dtype(common):
+        return False
+    if not isinstance(operand, Value):
+        is_size = isinstance(operand, fx.Node)
+        return is_size and torch.iinfo(common).max < torch.iinfo(torch.int32).max
+    if kind == "float":
+        few_bits = torch.finfo(common).bits <= torch.finfo(operand.dtype).bits
+        return few_bits and common != operand.dtype
+    # A number that is known is looked at instead, whatever its dtype.
+    if leaves_of(operand.expression) is not None:
+        return any(number(leaf, common) != leaf for leaf in leaves_of(operand.expression) or ())
+    ours, its = torch.iinfo(common), torch.iinfo(operand.dtype)
+    return ours.min > its.min or ours.max < its.max
 
 
 def _comparison(

@@ -137,12 +137,13 @@ def check(
     lowering: str = "fused",
     dynamic: bool | None = None,
     sequences: Tensor | None = None,
+    inner: str = "eager",
 ) -> None:
     """Compile once, and compare every call with the oracle and with the dense model."""
     torch.manual_seed(0)
     model = Decoder(kind, make_mask, num_layers).eval()
     profile = profile_of(model)
-    backend = blindsight_backend(profile, inner="eager", lowering=lowering)
+    backend = blindsight_backend(profile, inner=inner, lowering=lowering)
     run = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
     reference = reference_of(model, profile, sequences)
     for data in calls:
@@ -156,6 +157,16 @@ def check(
 def pairs(values: Tensor) -> tuple[Tensor, Tensor]:
     """Values of queries and of keys."""
     return values[:, None, :, None], values[:, None, None]
+
+
+def same(values: Tensor) -> Tensor:
+    query, key = pairs(values)
+    return query == key
+
+
+def causal() -> Tensor:
+    place = torch.arange(LENGTH)
+    return place <= place[:, None]
 
 
 # What a proof rests on may not hold of the next prompt.
@@ -196,14 +207,103 @@ def test_positions_need_not_begin_at_zero(begin: Callable[[Tensor], Tensor]) -> 
 
 
 def test_sequences_may_be_numbered_in_one_of_several_kinds_of_ids() -> None:
-    ids = torch.zeros(3, BATCH, LENGTH, dtype=torch.int64)
-    ids[:, 0, 11:], ids[:, 1, 5:] = 1, 1  # between two images
+    ids = SEQUENCES.expand(3, -1, -1).contiguous()
 
     def packed(positions: Tensor, several: Tensor) -> Tensor:
-        query, key = pairs(several[1])
-        return up_to_its_position(positions) & (query == key)
+        return up_to_its_position(positions) & same(several[1])
 
     check(packed, (POSITIONS, ids), sequences=ids[1])
+
+
+def starts_again(positions: Tensor) -> Tensor:
+    return F.pad(positions[:, 1:] <= positions[:, :-1], (1, 0))
+
+
+SEQUENCES = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+SEQUENCES[0, 11:], SEQUENCES[1, 5:] = 1, 1  # between two images
+PACKED = torch.where(SEQUENCES > 0, POSITIONS - torch.tensor([[11], [5]]), POSITIONS)
+MARKS = F.one_hot(torch.tensor([11, 5]), LENGTH)
+SPELLINGS_OF_SEQUENCES: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "given": (lambda ids: ids + 1, SEQUENCES),
+    "given, padding marked": (lambda ids: torch.where(ids >= 0, ids, -1), SEQUENCES),
+    "where positions start again": (lambda x: starts_again(x).cumsum(-1), PACKED),
+    "first positions": (lambda x: (x == 0).cumsum(-1) - 1, PACKED),
+    "bounds": (
+        lambda begins: torch.searchsorted(begins, POSITIONS, right=True),
+        torch.tensor([[0, 11], [0, 5]]),
+    ),
+    "two marks a sequence": (
+        lambda marks: (marks + marks.roll(1, 1)).cumsum(-1) // 2 + marks,
+        MARKS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS_OF_SEQUENCES)
+def test_sequences_are_told_by_what_is_given_or_counted(name: str) -> None:
+    number, data = SPELLINGS_OF_SEQUENCES[name]
+
+    def packed(data: Tensor) -> Tensor:
+        return causal() & same(number(data))
+
+    check(packed, (data,), sequences=SEQUENCES)
+
+
+def eighths(positions: Tensor) -> Tensor:
+    return positions // 8
+
+
+SPELLINGS_OF_CHUNKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "divided": eighths,
+    "divided, and counted from one": lambda x: eighths(x) + 1,
+    "divided, padding marked": lambda x: torch.where(x >= 0, eighths(x), -1),
+    "shifted": lambda x: x >> 3,
+    "truncated": lambda x: torch.div(x, 8, rounding_mode="trunc"),
+    "scaled": lambda x: (x * 0.125).long(),
+    "masked": lambda x: x & ~7,
+    "begins": lambda x: x - x % 8,
+    "counted": lambda x: (x % 8 == 0).cumsum(-1),
+    "by bounds": lambda x: torch.bucketize(x, torch.tensor([8, 16]), right=True),
+}
+
+
+@pytest.mark.parametrize("of_graph", [False, True])
+@pytest.mark.parametrize("name", SPELLINGS_OF_CHUNKS)
+def test_chunks_are_no_sequences(name: str, of_graph: bool) -> None:
+    """The first image of each chunk is not free, whoever made the positions that are divided."""
+
+    def chunked(positions: Tensor) -> Tensor:
+        if of_graph:
+            positions = torch.arange(LENGTH).expand(BATCH, -1)
+        return causal() & same(SPELLINGS_OF_CHUNKS[name](positions))
+
+    check(chunked, (POSITIONS,))
+
+
+@pytest.mark.filterwarnings("ignore:a mask is read element by element")
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [
+        (torch.uint8, torch.tensor(300)),  # which is 44 there
+        (torch.uint8, torch.tensor(30)),
+        (torch.uint8, torch.tensor(-1, dtype=torch.int8)),  # and this 255
+        (torch.int32, torch.tensor(2**32 + 30)),
+        (torch.int64, torch.tensor(30, dtype=torch.uint8)),
+        (torch.float32, torch.tensor(5 + 1e-9, dtype=torch.float64)),
+        (torch.bfloat16, torch.tensor(50.1)),
+    ],
+)
+def test_what_is_compared_may_be_cast_to_something_narrower(
+    dtype: torch.dtype, limit: Tensor
+) -> None:
+    values = torch.full((BATCH, LENGTH), 5)
+    values[:, 8:14], values[:, 14:] = 50, 250
+
+    def below(values: Tensor, limit: Tensor) -> Tensor:
+        keys = values[:, None, None]
+        return causal() & ((keys < limit) | (keys == 250))
+
+    check(below, (values.to(dtype), limit))
 
 
 # Masks that are shared, given, or made of what a layer computed.
@@ -350,6 +450,69 @@ def test_repeated_heads(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)  # heads are dealt out to threads
     check(lambda: None, (), kind=kind, lowering=lowering)
+
+
+# Queries and keys that are views of what projects them: there are no positions.
+
+
+class OneKeyHead(Attention):
+    num_key_heads = 1
+
+
+class ProjectedByHead(Attention):
+    """Projects to ``[B, H, L, D]`` at once, which a product with weights of each head gives."""
+
+    def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        query, key, value = (
+            (states[:, None] @ project.weight.view(HEADS, DIM, 32).transpose(1, 2))
+            for project in (self.query, self.key, self.value)
+        )
+        return self.joined(self.attend(query, key, value, mask))
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(
+    ("kind", "num_layers"),
+    [
+        (OneKeyHead, 1),
+        pytest.param(Attention, 2, marks=pytest.mark.nightly),  # a region
+        pytest.param(ProjectedByHead, 1, marks=pytest.mark.nightly),
+        pytest.param(ProjectedByHead, 2, marks=pytest.mark.nightly),
+    ],
+)
+def test_layers_without_positions(kind: type[Attention], num_layers: int) -> None:
+    check(lambda: None, (), kind=kind, num_layers=num_layers, inner="inductor")
+
+
+# What Inductor has no kernels for.
+
+
+@pytest.mark.parametrize(
+    "strict",
+    [True, pytest.param(False, marks=[pytest.mark.inductor, pytest.mark.nightly])],
+)
+def test_double_precision_on_a_cpu_is_an_error_of_inductor(strict: bool) -> None:
+    model = Decoder(Attention, lambda: None, 1).eval().double()
+    backend = blindsight_backend(profile_of(model), lowering="fused", strict=strict)
+    run = torch.compile(model, backend=backend)
+    problem = r"must be in float32, bfloat16 or float16, .* got torch.float64\. Load the model"
+    if strict:
+        with pytest.raises(ValueError, match=problem):
+            run(IDS)
+        return
+    with pytest.warns(BlindsightWarning, match=problem):
+        found = run(IDS)
+    torch.testing.assert_close(found, model(IDS))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_double_precision_runs_without_inductor(inner: str) -> None:
+    torch.manual_seed(0)
+    model = Decoder(Attention, lambda: None, 1).eval().double()
+    profile = profile_of(model)
+    backend = blindsight_backend(profile, inner=inner, lowering="fused")
+    found = torch.compile(model, backend=backend)(IDS)
+    torch.testing.assert_close(found, reference_of(model, profile)(IDS), atol=1e-9, rtol=0)
 
 
 # Results that are viewed.

@@ -525,6 +525,14 @@ SPELLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bound of each query": lambda x, padding: grid(x)[1] <= padding.cumsum(-1)[:, None, :, None],
     "one query sees all": lambda x, padding: (grid(x)[1] <= grid(x)[0]) | (grid(x)[0] == 3),
     "chunks": lambda x, padding: grid(x)[0] // 4 == grid(x)[1] // 4,
+    "chunks by a shift": lambda x, padding: grid(x)[0] >> 2 == grid(x)[1] >> 2,
+    "half of the past, by a shift": lambda x, padding: (
+        grid(x)[1] <= torch.bitwise_right_shift(grid(x)[0], 1)
+    ),
+    "truncated chunks": lambda x, padding: (
+        torch.div(grid(x)[0], 4, rounding_mode="trunc")
+        == torch.div(grid(x)[1], 4, rounding_mode="trunc")
+    ),
 }
 
 
@@ -732,6 +740,14 @@ LOOK_ALIKES: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
             == torch.where(data > 2, 1, -1)[:, None, None]
         ),
     ),
+    "truncated towards zero": (
+        1,
+        lambda x, data: (
+            torch.div(grid(x)[0] - 5, 4, rounding_mode="trunc")
+            == torch.div(grid(x)[1] - 5, 4, rounding_mode="trunc")
+        ),
+    ),
+    "a shift of what is negative": (2, lambda x, data: (grid(x)[1] - grid(x)[0]) >> 1 <= -2),
     "logical operators on integers": (
         3,
         lambda x, data: torch.logical_and(grid(x)[1], grid(x)[0]),

@@ -165,11 +165,15 @@ class InOneGraph(nn.Module):
         super().__init__()
         self.model = model
 
-    def logits_of(self, input_ids: Tensor, features: Tensor, positions: Tensor) -> Tensor:
+    def embedded(self, input_ids: Tensor, features: Tensor) -> Tensor:
         embeds = self.model.get_input_embeddings()(input_ids)
-        embeds = embeds.masked_scatter((input_ids == IMAGE_ID)[..., None], features)
+        return embeds.masked_scatter((input_ids == IMAGE_ID)[..., None], features)
+
+    def logits_of(self, input_ids: Tensor, features: Tensor, positions: Tensor) -> Tensor:
         states = self.model.model.language_model(
-            inputs_embeds=embeds, position_ids=positions, use_cache=False
+            inputs_embeds=self.embedded(input_ids, features),
+            position_ids=positions,
+            use_cache=False,
         )
         return self.model.lm_head(states.last_hidden_state)
 
@@ -183,6 +187,14 @@ class Guided(InOneGraph):
 class Shifting(InOneGraph):
     def forward(self, input_ids: Tensor, features: Tensor, positions: Tensor) -> Tensor:
         return self.logits_of(input_ids.roll(1, 1), features, positions)
+
+
+class ShiftingEmbeddings(InOneGraph):
+    def forward(self, input_ids: Tensor, features: Tensor, positions: Tensor) -> Tensor:
+        return self.logits_of(input_ids, features, positions)
+
+    def embedded(self, input_ids: Tensor, features: Tensor) -> Tensor:
+        return super().embedded(input_ids, features).roll(5, 1)
 
 
 class Dropping(InOneGraph):
@@ -214,6 +226,10 @@ def one_graph(kind: type[InOneGraph], **options: Any) -> tuple[Any, Any, Any, li
     [
         (Guided, "a layer runs twice in one graph, maybe for several prompts"),
         (Shifting, "the tokens that are embedded are others than the model's input_ids"),
+        (
+            ShiftingEmbeddings,
+            "the tokens that are embedded are others than the model's input_ids",
+        ),
         (Dropping, "some of its attention is of other tokens than the prompt's"),
     ],
 )
@@ -268,6 +284,60 @@ def test_tokens_that_are_moved_are_told_from_others(name: str, dynamic: bool) ->
 
     run = torch.compile(embedded, backend=look, fullgraph=True, dynamic=dynamic)
     run(torch.tensor([[1, 7, 3], [2, 2, 7]]))
+    assert answers == [is_moved]
+
+
+ORDER = torch.tensor([0, 2, 1])
+EMBEDDINGS: dict[str, tuple[bool, Callable[[Tensor, Tensor], Tensor]]] = {
+    "as they are": (False, lambda x, ids: x),
+    "scaled, in another dtype": (False, lambda x, ids: (x * 2).to(torch.bfloat16)),
+    "features scattered": (
+        False,
+        lambda x, ids: x.masked_scatter((ids == 7)[..., None], torch.ones(3, 4)),
+    ),
+    "features chosen": (
+        False,
+        lambda x, ids: torch.where((ids == 7)[..., None], torch.ones(2, 3, 4).roll(1, 1), x),
+    ),
+    "features of a row": (False, lambda x, ids: x + torch.ones(9, 4)[ids]),
+    "read by a mask": (False, lambda x, ids: x * x[ids == 7].sum()),
+    "channels in another order": (False, lambda x, ids: x.flip(-1)[..., [1, 0, 3, 2]].roll(1, 2)),
+    "cut": (False, lambda x, ids: x[:, 1:]),
+    "moved by a layer": (False, lambda x, ids: (x + (x @ torch.ones(4, 4))).roll(1, 1)),
+    "rolled": (True, lambda x, ids: x.roll(1, 1)),
+    "rolled all": (True, lambda x, ids: torch.roll(x, 4)),
+    "rolled, by name": (True, lambda x, ids: torch.roll(x, shifts=(1, 1), dims=(-2, 2))),
+    "flipped": (True, lambda x, ids: x.flip(1)),
+    "rows in another order": (True, lambda x, ids: torch.flip(x, [0])),
+    "indexed": (True, lambda x, ids: x[:, ORDER]),
+    "indexed from the end": (True, lambda x, ids: x[..., ORDER, :]),
+    "selected": (True, lambda x, ids: x.index_select(1, ORDER)),
+    "gathered": (True, lambda x, ids: x.gather(1, ORDER[None, :, None].expand(2, -1, 4))),
+    "taken": (True, lambda x, ids: torch.take_along_dim(x, ORDER[None, :, None], dim=1)),
+    "moved, with features": (
+        True,
+        lambda x, ids: x.masked_scatter((ids == 7)[..., None], torch.ones(3, 4)).flip(1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_embeddings_that_are_moved_are_told_from_others(name: str) -> None:
+    is_moved, make = EMBEDDINGS[name]
+    table = torch.randn(9, 4)
+    answers = []
+
+    def look(gm: Any, inputs: Any) -> Any:
+        at = [node.name for node in placeholders(gm)].index("l_input_ids_")
+        answers.append(embeds_other_tokens(gm, at))
+        return gm
+
+    def embedded(input_ids: Tensor) -> Tensor:
+        return make(F.embedding(input_ids, table), input_ids)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        run = torch.compile(embedded, backend=look, fullgraph=True)
+        run(torch.tensor([[1, 7, 3], [2, 2, 7]]))
     assert answers == [is_moved]
 
 

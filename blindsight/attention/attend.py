@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight.attention.chunks import flex_attention_by_chunks
-from blindsight.attention.flex import flex_attention
+from blindsight.attention.flex import as_buffer, flex_attention
 from blindsight.attention.mask_forms import Mask
 from blindsight.attention.region import call_in_region
 
@@ -50,6 +50,22 @@ def attend(
             shared by their query heads; other groups repeat them.
         scale: Factor on the scores; default ``D ** -0.5``.
     """
+    if groups[0][0] == "all" and mask.order is None and query.device.type == "cpu":
+        # Other groups, and sorted tokens, are gathered, which makes buffers.
+        query, key = (as_buffer(x, categories) for x in (query, key))
+    return _attend(query, key, value, mask, heads, categories, groups, scale)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    heads: Tensor,
+    categories: Tensor,
+    groups: Sequence[Group],
+    scale: float | None,
+) -> Tensor:
     if groups[0][0] == "all":
         return _masked(query, key, value, mask, heads, categories, categories, scale)
     per_key_head = query.shape[1] // key.shape[1]
@@ -85,7 +101,7 @@ def attend_in_region(
 
 
 def _attend_alone(*args: Any) -> tuple[Tensor]:
-    return (attend(*args),)
+    return (_attend(*args),)  # what enters a region is a buffer
 
 
 def _masked(

@@ -12,6 +12,7 @@ Expressions, over query row i and key column j (both count from 0, whatever a ca
     ("add" | "sub" | "mul" | "floordiv" | "mod" | "min" | "max", x, y), ("abs" | "neg", x)
     ("le" | "lt" | "ge" | "gt" | "eq" | "ne", x, y), ("and" | "or", x, y), ("not", x)
     ("where", condition, x, y)
+    ("place", x)                 x, noted to say where a token is, not of which packed sequence
 
 Forms, where e is an expression of the row, and x one of the column:
 
@@ -129,6 +130,8 @@ def evaluate_expression(
             return _BINARY[name](*values)
         if name == "not":
             return torch.logical_not(values[0])
+        if name == "place":
+            return values[0]
         if name == "abs":
             return abs(values[0])
         if name == "neg":

@@ -128,6 +128,22 @@ def realize(x: Tensor, span_id: Tensor | None = None) -> Tensor:
     return torch.as_strided(x, x.shape, x.stride())
 
 
+def as_buffer(x: Tensor, codes: Tensor) -> Tensor:
+    """Return ``x [B, H, L, D]`` as a result of its own, which no view of another buffer is.
+
+    The C++ template takes the sizes of queries and keys from the buffer behind a view, which has
+    others where a layer projects them and adds no positions (bench/upstream/view_of_matmul.py).
+    Inductor fuses this into what computes ``x``, such as rotary positions. It would drop a plain
+    clone where that changes no strides. Keys that are a buffer, of a cache, are copied.
+
+    Args:
+        x: Queries or keys.
+        codes: ``[H]`` int32, category codes: none is negative, which Inductor does not know.
+    """
+    never = (codes[:1] < 0).view(1, 1, 1, 1)
+    return x + never.to(x.dtype)
+
+
 def constant_rows(rows: Sequence[Sequence[int]], dtype: torch.dtype, span_id: Tensor) -> Tensor:
     """Return numbers that a graph holds as constants, as a buffer: see :func:`realize`."""
     return realize(torch.tensor(rows, dtype=dtype, device=span_id.device), span_id)

@@ -75,4 +75,5 @@ def _only_ids(form: Form) -> Form | None:
 
 
 def _is_data(value: Expression) -> bool:
+    # What the graph divides, as chunks are, is no load, or is noted to be of a place.
     return isinstance(value, tuple) and value[0] == "load"

@@ -72,7 +72,7 @@ class CompiledGraph:
         self._passes = state.passes
         if self._passes:
             gm = self._passes.run_before(copy_graph_module(gm))
-        self._plan = plan_graph(state, gm, number)
+        self._plan = plan_graph(state, gm, number, inner)
         self._profile = self._plan.profile
         self._calls = self._plan.calls
         self._sequences = Sequences(state, self._plan)

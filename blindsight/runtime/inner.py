@@ -61,6 +61,12 @@ class Inner:
             "cpp_wrapper", torch._inductor.config.cpp_wrapper
         )
 
+    def has_attention_in(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether it can compile FlexAttention of queries of a dtype, as far as is known."""
+        # Those of torch._inductor.kernel.flex.flex_cpu.
+        kernels = (torch.float32, torch.bfloat16, torch.float16)
+        return self.backend != "inductor" or device.type != "cpu" or dtype in kernels
+
     def with_options(self, options: dict[str, Any]) -> Inner:
         """Return this backend with options of ``torch.compile`` added."""
         if not options:

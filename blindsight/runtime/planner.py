@@ -35,19 +35,28 @@ from blindsight.passes.graph import (
 from blindsight.passes.inline_regions import has_regions, inline_regions
 from blindsight.passes.lift_mask import Lifted, lift_masks
 from blindsight.report import Verdict
+from blindsight.runtime.inner import Inner
 from blindsight.runtime.plan import DENSE_HEADS, CacheInputs, Plan, PlannedCall
 from blindsight.runtime.state import BackendState
 from blindsight.text_tables import compact
 
 
-def plan_graph(state: BackendState, gm: fx.GraphModule, number: int) -> Plan:
-    """Decide what to rewrite of a graph, and add its attention to the verdicts."""
-    return _Planner(state, gm, number).plan
+def plan_graph(state: BackendState, gm: fx.GraphModule, number: int, inner: Inner) -> Plan:
+    """Decide what to rewrite of a graph, and add its attention to the verdicts.
+
+    Args:
+        state: The verdicts, and what they depend on.
+        gm: The graph.
+        number: Of the graph.
+        inner: What will compile it.
+    """
+    return _Planner(state, gm, number, inner).plan
 
 
 class _Planner:
-    def __init__(self, state: BackendState, gm: fx.GraphModule, number: int) -> None:
+    def __init__(self, state: BackendState, gm: fx.GraphModule, number: int, inner: Inner) -> None:
         self._state = state
+        self._inner = inner
         self._profile = state.profile
         self._inputs = placeholders(gm)
         self._number = number
@@ -164,6 +173,12 @@ class _Planner:
                 f"attention at {where} must be on one device with the others of its graph, "
                 f"{self.plan.device}, got {query.device}. Compile the layers one by one, or load "
                 "the model with device_map, whose hooks end a graph at each layer"
+            )
+        if query is not None and not self._inner.has_attention_in(query.dtype, query.device):
+            return (
+                f"attention at {where} must be in float32, bfloat16 or float16, which Inductor's "
+                f"FlexAttention has kernels for on a CPU, got {query.dtype}. Load the model in one "
+                "of them, or give another compiler: inner='aot_eager'"
             )
         if problem := self._take_shard(attention):
             return problem
