@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 _LONGEST_SHOWN = 300
+_LONGEST_LINE = 600  # of an error on the command line
 
 
 def check_choice(name: str, value: object, known: Collection[str]) -> None:
@@ -30,3 +31,14 @@ def on_one_line(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type where it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def in_short(error: BaseException) -> str:
+    """Return an error's message on one line that can be read; compilers add whole programs."""
+    whole = on_one_line(error)
+    if len(whole) <= _LONGEST_LINE:
+        return whole
+    first, _, rest = str(error).strip().partition("\n")
+    if first.rstrip().endswith(":"):  # Dynamo's "backend=... raised:", and then the error
+        first = f"{first} {rest.strip().partition(chr(10))[0]}"
+    return shortened(" ".join(first.split()))

@@ -34,7 +34,12 @@ from blindsight.evaluation.masked_model import Masking, ProfileMasking
 from blindsight.evaluation.outcomes import OutcomeFile
 from blindsight.evaluation.prefill import Batch, Decoder
 from blindsight.evaluation.summary import Summary, by_task, percent, summarize, table
-from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill_once
+from blindsight.evaluation.timing import (
+    NotTimedError,
+    Timing,
+    longest_prompt,
+    time_prefill_once,
+)
 from blindsight.files import write_text
 from blindsight.modules import digest_of_model, in_eval_mode, unwrapped
 from blindsight.passes.find_shard import check_is_whole
@@ -55,6 +60,7 @@ class Evaluation:
             others are dense under any profile.
         timing: The time of prefill, if it was measured.
         conditions: What the numbers depend on: model, profile, dataset, versions, hardware.
+        remarks: What else a reader must know, in sentences; printed below the tables.
     """
 
     dense: Summary
@@ -63,6 +69,7 @@ class Evaluation:
     num_restricted: int
     timing: Timing | None
     conditions: dict[str, str]
+    remarks: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
@@ -79,6 +86,7 @@ class Evaluation:
             num_restricted=data["num_restricted"],
             timing=None if timing is None else Timing.from_dict(timing),
             conditions=data["conditions"],
+            remarks=tuple(data.get("remarks", ())),  # earlier versions made none
         )
 
     def __str__(self) -> str:
@@ -161,6 +169,7 @@ class Evaluation:
                 f"{' and '.join(found.runs)}. Compiled logits differ from explicit masks by "
                 f"{found.distance:.1e}, dense by {found.rounding:.1e} (rounding)."
             )
+        notes += self.remarks
         notes.append(", ".join(f"{name} {value}" for name, value in self.conditions.items()) + ".")
         return [f"- {note}" for note in notes]
 
@@ -193,7 +202,8 @@ def evaluate(
         max_new_tokens: The longest answer; by default as many tokens as the expected answer.
         engine: ``"reference"`` or ``"compiled"``, see the top of this module.
         inner: The backend that compiles the graphs.
-        repeats: How often prefill is timed, dense and sparse in turn; 0 compiles nothing.
+        repeats: How often prefill is timed, dense and sparse in turn; 0 compiles nothing. Where it
+            cannot be compiled, the evaluation has no timing, and a remark says why.
         checkpoint: A file for the answers so far; an interrupted run resumes from it.
         num_resamples: Of the bootstrap.
         seed: Of the bootstrap.
@@ -241,16 +251,19 @@ def evaluate(
             progress=progress,
         )
         dense = outcomes[points[0].key]
-        timing = None
+        timing, remarks = None, []
         if repeats:
-            timing = time_prefill_once(
-                known,
-                decoder,
-                lambda: longest_prompt(decoder, processor, samples, dense),
-                profile,
-                inner=inner,
-                repeats=repeats,
-            )
+            try:
+                timing = time_prefill_once(
+                    known,
+                    decoder,
+                    lambda: longest_prompt(decoder, processor, samples, dense),
+                    profile,
+                    inner=inner,
+                    repeats=repeats,
+                )
+            except NotTimedError as error:
+                remarks.append(str(error))
     draws = {"num_resamples": num_resamples, "seed": seed}
     return Evaluation(
         dense=summarize(decoder, dense, dense, **draws),
@@ -263,6 +276,7 @@ def evaluate(
             "profile": profile.digest[:12],
             "engine": engine,
         },
+        remarks=tuple(remarks),
     )
 
 

@@ -33,7 +33,12 @@ from blindsight.evaluation.sweep_points import (
     token_plans,
 )
 from blindsight.evaluation.sweep_result import Sweep, SweepPoint
-from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill_once
+from blindsight.evaluation.timing import (
+    NotTimedError,
+    Timing,
+    longest_prompt,
+    time_prefill_once,
+)
 from blindsight.modules import in_eval_mode
 from blindsight.profile import Profile
 
@@ -74,7 +79,8 @@ def sweep(
         batch_size: Prompts that run together.
         max_new_tokens: The longest answer; by default as many tokens as the expected answer.
         repeats: How often prefill is timed at each point by head, dense and sparse in turn; each
-            point compiles.
+            point compiles. From the first that cannot be compiled on, no point is timed, and a
+            remark says why.
         inner: The backend that compiles the graphs that are timed.
         checkpoint: A file for the answers so far; an interrupted run resumes from it.
         num_resamples: Of the bootstrap.
@@ -123,18 +129,23 @@ def sweep(
             outcomes.update(answer(more))
             plans = [*plans, *more]
         timings: dict[str, Timing] = {}
+        remarks = []
         if repeats:
             batch = cache(lambda: longest_prompt(decoder, processor, samples, dense))
             for plan in plans:
                 if plan.series == BY_HEAD and plan.categories is not None:
-                    timings[plan.masking.key] = time_prefill_once(
-                        known,
-                        decoder,
-                        batch,
-                        profile.with_categories(plan.categories),
-                        inner=inner,
-                        repeats=repeats,
-                    )
+                    try:
+                        timings[plan.masking.key] = time_prefill_once(
+                            known,
+                            decoder,
+                            batch,
+                            profile.with_categories(plan.categories),
+                            inner=inner,
+                            repeats=repeats,
+                        )
+                    except NotTimedError as error:
+                        remarks.append(str(error))
+                        break
     draws = {"num_resamples": num_resamples, "seed": seed}
     points = [
         SweepPoint(
@@ -155,6 +166,7 @@ def sweep(
         points=tuple(points),
         num_questions={task: len(rows) for task, rows in by_task(dense).items()},
         conditions={**conditions(model, samples, seed), "evidence of profile": profile.digest[:12]},
+        remarks=tuple(remarks),
     )
 
 

@@ -90,6 +90,24 @@ def test_traceback_is_shown_on_request(tmp_path: Path) -> None:
         main(["show", str(tmp_path / "none.safetensors"), "--traceback"])
 
 
+def test_the_error_of_a_compiler_is_cut_to_a_line(
+    profile_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = f"backend='inductor' raised:\nNo compiler found\n{'buf0 = ops.load(0)' * 9000}"
+
+    def fail(path: Path) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(Profile, "load", fail)
+    expected = "backend='inductor' raised: No compiler found (--traceback shows all)"
+    assert error_of(capsys, "show", str(profile_path)) == f"blindsight: error: {expected}\n"
+    message = "one line" * 9000
+    assert len(error_of(capsys, "show", str(profile_path))) < 400
+    message = "several lines\nthat are short"
+    found = error_of(capsys, "show", str(profile_path))
+    assert found == "blindsight: error: several lines that are short\n"
+
+
 def test_a_folder_that_is_missing_or_without_images_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -297,6 +297,23 @@ def test_a_compiled_model_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPat
         time_prefill(decoder, batch, profile, inner="eager", repeats=1)
 
 
+def test_what_cannot_be_compiled_is_not_timed_and_the_results_are_kept(tmp_path: Path) -> None:
+    def broken(gm: Any, inputs: Any) -> Any:
+        raise RuntimeError(f"no compiler was found\n{'tmp0 = ops.load(buf) ' * 5000}")
+
+    path = tmp_path / "answers.jsonl"
+    found = run(2, repeats=1, inner=broken, checkpoint=path)
+    assert found.timing is None and found.sparse == run(2).sparse
+    (remark,) = found.remarks
+    assert "no compiler was found" in remark and "--repeats 0" in remark and len(remark) < 500
+    assert remark in str(found)
+    assert Evaluation.from_json(found.to_json()) == found
+    # it is tried again, and nothing is answered again
+    before = path.read_bytes()
+    assert run(2, repeats=1, inner=broken, checkpoint=path) == found
+    assert path.read_bytes() == before
+
+
 def test_the_bound_follows_rounding() -> None:
     logits = torch.tensor([[4.0, -8.0]])
     unit = torch.finfo(torch.float32).eps * 8

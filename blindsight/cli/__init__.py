@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import blindsight
 from blindsight.cli import calibrate, demo, evaluate, show, tune
-from blindsight.error_text import on_one_line
+from blindsight.error_text import in_short, on_one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.traceback:
             raise
-        message = on_one_line(error)
+        message = in_short(error)
+        if message != on_one_line(error):
+            message = f"{message} (--traceback shows all)"
         if isinstance(error, OSError) and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
         print(f"blindsight: error: {message}", file=sys.stderr)

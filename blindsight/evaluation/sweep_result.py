@@ -50,12 +50,14 @@ class Sweep:
         points: By series, from the most to the least costly.
         num_questions: The number of questions of each task.
         conditions: What the numbers depend on.
+        remarks: What else a reader must know, in sentences.
     """
 
     dense: Summary
     points: tuple[SweepPoint, ...]
     num_questions: dict[str, int]
     conditions: dict[str, str]
+    remarks: tuple[str, ...] = ()
 
     def series(self, name: str) -> list[SweepPoint]:
         return [point for point in self.points if point.series == name]
@@ -88,6 +90,7 @@ class Sweep:
             points=tuple(points),
             num_questions=data["num_questions"],
             conditions=data["conditions"],
+            remarks=tuple(data.get("remarks", ())),  # earlier versions made none
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -113,6 +116,7 @@ class Sweep:
             "FLOPs are exact, of all prefills together, as shares of dense: attention's two matrix "
             "products, and those with the decoder's weights. Dropping tokens saves their linear "
             "layers too, masking does not.",
+            *self.remarks,
             ", ".join(f"{name} {value}" for name, value in self.conditions.items()) + ".",
         ]
         return "\n".join([*lines, *(f"- {note}" for note in notes)]) + "\n"

@@ -10,6 +10,7 @@ from typing import Any
 
 from blindsight.data.processors import model_inputs
 from blindsight.data.samples import Samples
+from blindsight.error_text import in_short
 from blindsight.evaluation.compiled_decoder import CompiledDecoder
 from blindsight.evaluation.outcomes import Outcome, OutcomeFile
 from blindsight.evaluation.prefill import Batch, Decoder
@@ -96,6 +97,10 @@ def time_prefill(
         compiled.close()
 
 
+class NotTimedError(Exception):
+    """Prefill could not be compiled or run, and so it was not timed; the message says why."""
+
+
 def time_prefill_once(
     known: OutcomeFile,
     decoder: Decoder,
@@ -117,6 +122,7 @@ def time_prefill_once(
 
     Raises:
         ValueError: See :func:`time_prefill`.
+        NotTimedError: The prompt could not be compiled or run: without a compiler, for example.
     """
     name = f"prefill of {profile.digest} by {name_for_files(inner)}, {repeats} times"
     if name not in known.notes:
@@ -124,7 +130,14 @@ def time_prefill_once(
         def measure() -> Timing:
             return time_prefill(decoder, batch(), profile, inner=inner, repeats=repeats)
 
-        known.note(name, asdict(current_ranks().on_first(measure)))
+        try:
+            found = current_ranks().on_first(measure)
+        except RuntimeError as error:  # of Dynamo, Inductor, compilers, and of a device's memory
+            raise NotTimedError(
+                f"Prefill was not timed, as it failed: {in_short(error).rstrip('.')}. With "
+                "repeats=0 (--repeats 0) it is not tried."
+            ) from error
+        known.note(name, asdict(found))
     return Timing.from_dict(known.notes[name])
 
 
