@@ -31,7 +31,7 @@ from blindsight.evaluation.answering import Point, answer_samples
 from blindsight.evaluation.bootstrap import LEVEL
 from blindsight.evaluation.compiled_decoder import CompiledDecoder
 from blindsight.evaluation.masked_model import Masking, ProfileMasking
-from blindsight.evaluation.outcomes import OutcomeFile
+from blindsight.evaluation.outcomes import OutcomeFile, set_aside_finished
 from blindsight.evaluation.prefill import Batch, Decoder
 from blindsight.evaluation.summary import Summary, by_task, percent, summarize, table
 from blindsight.evaluation.timing import (
@@ -44,6 +44,7 @@ from blindsight.files import write_text
 from blindsight.modules import digest_of_model, in_eval_mode, unwrapped
 from blindsight.passes.find_shard import check_is_whole
 from blindsight.profile import Profile
+from blindsight.ranks import current_ranks
 from blindsight.runtime.cost_model import cpu_model
 
 ENGINES = ("reference", "compiled")
@@ -204,7 +205,8 @@ def evaluate(
         inner: The backend that compiles the graphs.
         repeats: How often prefill is timed, dense and sparse in turn; 0 compiles nothing. Where it
             cannot be compiled, the evaluation has no timing, and a remark says why.
-        checkpoint: A file for the answers so far; an interrupted run resumes from it.
+        checkpoint: A file for the answers so far; an interrupted run resumes from it. If it is of
+            another run that was finished, it is kept under another name.
         num_resamples: Of the bootstrap.
         seed: Of the bootstrap.
         progress: See :func:`~blindsight.progress.progress_bar`.
@@ -264,6 +266,7 @@ def evaluate(
                 )
             except NotTimedError as error:
                 remarks.append(str(error))
+    known.finish()
     draws = {"num_resamples": num_resamples, "seed": seed}
     return Evaluation(
         dense=summarize(decoder, dense, dense, **draws),
@@ -299,7 +302,13 @@ def open_outcomes(
     samples: Samples,
     max_new_tokens: int | None,
 ) -> OutcomeFile:
-    """Return the answers of a run so far: those in a file, if it is of the same run."""
+    """Return the answers of a run so far: those in a file, if it is of the same run.
+
+    The file of another run that was finished is kept under another name, with a warning.
+
+    Raises:
+        ValueError: The file is of another run that was not finished, or of something else.
+    """
     if checkpoint is None:
         return OutcomeFile(None, {})
     header = {
@@ -309,6 +318,7 @@ def open_outcomes(
         "processor": digest_of_processor(processor),
         "max_new_tokens": str(max_new_tokens),
     }
+    current_ranks().on_first(lambda: set_aside_finished(checkpoint, header))
     return OutcomeFile(checkpoint, header)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ class Progress:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings and logs of other libraries; our own warnings are still shown."""
+    """Silence warnings and logs of other libraries; our own warnings are shown as plain lines."""
     import transformers
 
     transformers_logging: Any = transformers.logging
@@ -66,6 +67,15 @@ def quiet() -> Iterator[None]:
             # Appended, so that filters somebody has set before take precedence.
             warnings.filterwarnings("default", category=BlindsightWarning, append=True)
             warnings.filterwarnings("ignore", append=True)
+            shown = warnings.showwarning
+
+            def show(message: Any, category: type[Warning], *where: Any, **options: Any) -> None:
+                if issubclass(category, BlindsightWarning):
+                    print(f"blindsight: warning: {message}", file=sys.stderr)
+                else:
+                    shown(message, category, *where, **options)
+
+            warnings.showwarning = show
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)

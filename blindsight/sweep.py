@@ -146,6 +146,7 @@ def sweep(
                     except NotTimedError as error:
                         remarks.append(str(error))
                         break
+    known.finish()
     draws = {"num_resamples": num_resamples, "seed": seed}
     points = [
         SweepPoint(

@@ -240,9 +240,9 @@ def test_an_interrupted_calibration_goes_on_to_the_same_profile(
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, processor, rows(), **options)
     assert file.exists()
-    with pytest.raises(ValueError, match="batch_size 2 here, 1 in the file"):
+    with pytest.raises(ValueError, match="with batch_size 1 and not 2"):
         calibrate(model, processor, rows(), batch_size=2, **options)
-    with pytest.raises(ValueError, match=r"samples .* here"):
+    with pytest.raises(ValueError, match="an unfinished one with other samples, num_samples 4"):
         calibrate(model, processor, rows(5), **options)
     resumed = calibrate(model, processor, rows(), **options)
     assert calls == 5  # two, the interrupted one, and the two that were left
@@ -397,10 +397,18 @@ def test_the_command_writes_a_profile(saved: Path, capsys: pytest.CaptureFixture
     arguments += ["-o", str(output)]
     assert main([*arguments, "--budget", "0.9"]) == 0
     text = capsys.readouterr().out
-    assert f"saved to {output}" in text and "attention FLOPs" in text and "s each" in text
+    assert f"saved to {output}\n" in text and "attention FLOPs" in text and "s each" in text
     profile = Profile.load(output)
     profile.validate(tiny_model("gemma3", num_layers=1))
     assert profile.calibration["budget"] == "0.9"
+    assert main([*arguments, "--budget", "0"]) == 0
+    text = capsys.readouterr().out
+    assert f"saved to {output}, replacing profile {profile.digest[:12]}\n" in text
+    weights = saved / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    assert main([*arguments, "-o", str(weights)]) == 2
+    assert "a new file, or a profile to replace" in capsys.readouterr().err
+    assert weights.read_bytes() == before
     assert set(profile.evidence) >= {"effect", "error", "error_spread", "margin", "mass", "pairs"}
     assert sorted(path.name for path in saved.iterdir()) == ["data", "model", output.name]
     assert load_samples(saved / "data")[1].images
@@ -530,6 +538,6 @@ def test_measurements_of_something_else_are_not_gone_on_with(tmp_path: Path, cha
         model.model.language_model.layers[1].mlp.down_proj.weight.data[5:7] += 1
     else:
         model.config.text_config.rms_norm_eps = 0.1
-    name = "weights" if change == "config" else change
-    with pytest.raises(ValueError, match=f"must be of this calibration, got {name} "):
+    name = "another processor" if change == "processor" else "other weights or another dtype"
+    with pytest.raises(ValueError, match=f"of this calibration, got an unfinished one with {name}"):
         measuring.measure(model, processor, load_samples(rows(1)), rule=rule, checkpoint=file)

@@ -30,12 +30,13 @@ from blindsight.evaluation.masked_model import (
     ProfileMasking,
     masked,
 )
-from blindsight.evaluation.outcomes import Outcome
+from blindsight.evaluation.outcomes import Outcome, OutcomeFile
 from blindsight.evaluation.prefill import Batch, Decoder
 from blindsight.evaluation.summary import summarize
 from blindsight.evaluation.timing import time_prefill
 from blindsight.profile import Profile
 from blindsight.reference import kept_pairs, reference_logits
+from blindsight.runtime.context import BlindsightWarning
 from blindsight.runtime.inner import name_for_files
 from models import FAMILIES, Image, make_inputs, tiny_model
 from processors import tiny_processor
@@ -527,15 +528,39 @@ def test_timing_is_not_measured_again(inner: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "name"), [({"number": 5}, "samples="), ({"max_new_tokens": 2}, "max_new_tokens=")]
+    ("options", "name"),
+    [({"number": 5}, "other samples"), ({"max_new_tokens": 2}, "max_new_tokens=None")],
 )
-def test_the_answers_of_another_run_are_an_error(
+def test_the_answers_of_another_run_are_an_error_until_that_is_finished(
     tmp_path: Path, options: dict[str, Any], name: str
 ) -> None:
     path = tmp_path / "answers.jsonl"
     run(4, checkpoint=path)
-    with pytest.raises(ValueError, match=rf"answers.jsonl must be of the run .*{name}"):
-        run(**{"number": 4, **options}, checkpoint=path)
+    finished = path.read_bytes()
+    path.write_bytes(finished[: finished[:-1].rfind(b"\n") + 1])  # the line that says so
+    other = {"number": 4, **options}
+    with pytest.raises(ValueError, match=rf"answers.jsonl must .* an unfinished run with {name}\."):
+        run(**other, checkpoint=path)
+    run(4, checkpoint=path)
+    assert path.read_bytes() == finished
+    with pytest.warns(BlindsightWarning, match=rf"{name}. They are kept as answers-1\.jsonl"):
+        found = run(**other, checkpoint=path)
+    assert found == run(**other)
+    assert path.with_name("answers-1.jsonl").read_bytes() == finished != path.read_bytes()
+    with pytest.warns(BlindsightWarning, match=r"kept as answers-2\.jsonl"):
+        run(4, checkpoint=path)
+
+
+def test_a_finished_run_that_is_added_to_is_unfinished(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    run(4, checkpoint=path)
+    known = OutcomeFile(path, json.loads(path.read_text().partition("\n")[0]))
+    known.add([Outcome("another masking", 0, "a", "x", True, 0.0, 9, 2, 100, 18)])
+    with pytest.raises(ValueError, match="an unfinished run with other samples"):
+        run(5, checkpoint=path)
+    known.finish()
+    with pytest.warns(BlindsightWarning, match="are kept as"):
+        run(5, checkpoint=path)
 
 
 @pytest.mark.parametrize(
@@ -568,7 +593,7 @@ def test_a_run_that_is_refused_is_not_gone_on_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["processor", "weights"])
-def test_answers_of_another_model_or_processor_are_an_error(tmp_path: Path, change: str) -> None:
+def test_answers_of_another_model_or_processor_are_kept_aside(tmp_path: Path, change: str) -> None:
     model, profile = model_and_profile()
     processor, path = tiny_processor(), tmp_path / "answers.jsonl"
     evaluate(model, processor, samples(2), profile, repeats=0, checkpoint=path)
@@ -576,7 +601,8 @@ def test_answers_of_another_model_or_processor_are_an_error(tmp_path: Path, chan
         processor.chat_template += "."
     else:
         model.model.language_model.layers[0].mlp.up_proj.weight.data[9:11] += 1
-    with pytest.raises(ValueError, match=f"must be of the run that is to go on, got {change}="):
+    words = {"processor": "another processor", "weights": "another model or dtype"}[change]
+    with pytest.warns(BlindsightWarning, match=f"a finished run with {words}. They are kept"):
         evaluate(model, processor, samples(2), profile, repeats=0, checkpoint=path)
 
 
@@ -725,7 +751,9 @@ def test_the_command_writes_both_files_and_prints_the_table(
 ) -> None:
     assert main(command(workplace, tmp_path / "out")) == 0
     printed = capsys.readouterr().out
-    assert printed == (tmp_path / "out" / "evaluation.md").read_text()
+    names = [tmp_path / "out" / f"evaluation.{ending}" for ending in ("json", "md")]
+    said = f"saved to {names[0]} and {names[1]}\n"
+    assert printed == f"{names[1].read_text()}\n{said}"
     found = Evaluation.from_json((tmp_path / "out" / "evaluation.json").read_text())
     assert sum(found.num_questions.values()) == 4
     assert found.conditions["dataset"].endswith("data.jsonl")
@@ -734,6 +762,21 @@ def test_the_command_writes_both_files_and_prints_the_table(
     assert main(command(workplace, tmp_path / "out")) == 0
     assert capsys.readouterr().out == printed
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("default::blindsight.BlindsightWarning")
+def test_the_command_says_what_it_replaces(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(workplace, tmp_path)) == 0
+    capsys.readouterr()
+    assert main(command(workplace, tmp_path, limit="2")) == 0
+    printed, error = capsys.readouterr()
+    kept = tmp_path / "answers-1.jsonl"
+    assert kept.exists() and kept.name in error and error.startswith("blindsight: warning: ")
+    digest = Profile.load(workplace / "profile.safetensors").digest[:12]
+    replaced = f"replacing those of profile {digest} for 4 questions of data/data.jsonl\n"
+    assert printed.endswith(replaced)
 
 
 @pytest.mark.parametrize("kind", ["empty", "broken image", "no images", "text model"])

@@ -467,7 +467,9 @@ def test_the_command_writes_tables_and_picture(
     }
     arguments = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
     assert main(["sweep", *arguments]) == 0
-    assert capsys.readouterr().out == (tmp_path / "out" / "sweep.md").read_text()
+    out = tmp_path / "out"
+    said = f"saved to {out / 'sweep.json'}, {out / 'sweep.md'} and {out / 'sweep.png'}\n"
+    assert capsys.readouterr().out == f"{(out / 'sweep.md').read_text()}\n{said}"
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["answers.jsonl", "sweep.json", "sweep.md", "sweep.png"]
     heads = tmp_path / "heads.png"

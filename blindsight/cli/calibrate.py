@@ -96,15 +96,15 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
 
     from blindsight.calibrate import calibrate
     from blindsight.cli.models import load_model
+    from blindsight.cli.targets import profile_replaced_at, say_saved
     from blindsight.data.processors import load_processor
     from blindsight.data.samples import load_samples
-    from blindsight.files import check_target
     from blindsight.progress import quiet
     from blindsight.ranks import shared_run
     from blindsight.template import TemplateRule
 
     output: Path = arguments.output
-    check_target(output, "output")
+    replaced = profile_replaced_at(output)
     names = ("budget", "criterion", "aggregate", "quantile", "allocation")
     options = {name: getattr(arguments, name) for name in names}
     options = {name: value for name, value in options.items() if value is not None}
@@ -139,7 +139,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     if not ranks.is_first:
         return
     print(summary(profile, seconds))
-    print(f"saved to {output}")
+    say_saved([output], replaced)
 
 
 def summary(profile: Profile, seconds: float) -> str:

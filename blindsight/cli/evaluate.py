@@ -148,6 +148,7 @@ def _add_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> None:
+    from blindsight.cli.targets import results_replaced_at, say_saved
     from blindsight.evaluate import evaluate
     from blindsight.progress import quiet
     from blindsight.ranks import shared_run
@@ -169,21 +170,24 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
         )
     if not ranks.is_first:
         return
-    found.save(arguments.out / "evaluation.json")
-    found.save(arguments.out / "evaluation.md")
-    print(found.to_markdown(), end="")
+    paths = [arguments.out / "evaluation.json", arguments.out / "evaluation.md"]
+    replaced = results_replaced_at(paths[0], found.to_json())
+    for path in paths:
+        found.save(path)
+    print(found.to_markdown())
+    say_saved(paths, replaced)
 
 
 def _run_refine(arguments: argparse.Namespace) -> None:
     from blindsight.calibration.refine import refine
-    from blindsight.files import check_target
+    from blindsight.cli.targets import profile_replaced_at, say_saved
     from blindsight.progress import quiet
     from blindsight.ranks import check_is_alone
 
     check_is_alone("refine")
 
     output: Path = arguments.output
-    check_target(output, "output")
+    replaced = profile_replaced_at(output)
     with quiet():
         model, processor, samples, profile = _load(arguments)
         found = refine(
@@ -197,10 +201,11 @@ def _run_refine(arguments: argparse.Namespace) -> None:
         )
     found.save(output)
     print(found)
-    print(f"saved to {output}")
+    say_saved([output], replaced)
 
 
 def _run_sweep(arguments: argparse.Namespace) -> None:
+    from blindsight.cli.targets import results_replaced_at, say_saved
     from blindsight.progress import quiet
     from blindsight.ranks import check_is_alone
     from blindsight.sweep import sweep
@@ -228,12 +233,16 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
             checkpoint=arguments.out / "answers.jsonl",
             seed=arguments.seed,
         )
+    names = ["sweep.json", "sweep.md", *([] if arguments.no_plot else ["sweep.png"])]
+    paths = [arguments.out / name for name in names]
+    replaced = results_replaced_at(paths[0], found.to_json())
     found.save(arguments.out)
     if not arguments.no_plot:
         from blindsight.evaluation.sweep_plot import plot_sweep
 
-        plot_sweep(found, arguments.out / "sweep.png")
-    print(found.to_markdown(), end="")
+        plot_sweep(found, paths[-1])
+    print(found.to_markdown())
+    say_saved(paths, replaced)
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any, Samples, Profile]:
