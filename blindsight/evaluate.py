@@ -253,7 +253,7 @@ def evaluate(
             progress=progress,
         )
         dense = outcomes[points[0].key]
-        timing, remarks = None, []
+        timing, remarks = None, remarks_on(profile, samples)
         if repeats:
             try:
                 timing = time_prefill_once(
@@ -325,6 +325,26 @@ def open_outcomes(
 def point_of(masking: Masking, engine: str = ENGINES[0]) -> Point:
     """Return a masking, named for the file of answers by the engine that runs it."""
     return Point(f"{engine}: {masking.key}", masking)
+
+
+def remarks_on(profile: Profile, samples: Samples) -> list[str]:
+    """Return what is to be said of a profile that was made with a dataset of the same name."""
+    remarks = []
+    for key, what in (("dataset", "calibrated"), ("refinement_dataset", "refined")):
+        name = profile.calibration.get(key, "")
+        # Rows in memory are only called after their class.
+        is_name = "/" in name or os.path.exists(name)
+        if is_name and _last_parts(name) == _last_parts(samples.name):
+            remarks.append(
+                f"The profile was {what} on a dataset of this very name, "
+                f"{short_name(samples.name)}: on the same samples, these numbers say nothing "
+                "about others. Evaluate on held-out ones."
+            )
+    return remarks
+
+
+def _last_parts(name: str) -> tuple[str, ...]:
+    return Path(short_name(name)).parts[-2:]
 
 
 def short_name(name: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from blindsight.categories import HeadCategory
 from blindsight.data.samples import load_samples
-from blindsight.evaluate import conditions, decoder_of, open_outcomes, point_of
+from blindsight.evaluate import conditions, decoder_of, open_outcomes, point_of, remarks_on
 from blindsight.evaluation.answering import answer_samples
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import Outcome
@@ -129,7 +129,7 @@ def sweep(
             outcomes.update(answer(more))
             plans = [*plans, *more]
         timings: dict[str, Timing] = {}
-        remarks = []
+        remarks = remarks_on(profile, samples)
         if repeats:
             batch = cache(lambda: longest_prompt(decoder, processor, samples, dense))
             for plan in plans:

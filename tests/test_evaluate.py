@@ -3,6 +3,7 @@ resuming, and what a user sees of bad input."""
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -657,6 +658,20 @@ def test_results_survive_json_and_markdown_names_all(tmp_path: Path) -> None:
     second = [line for line in tables if line.count("|") == 5]
     assert len(first) + len(second) == len(tables)
     assert {len(line) for line in first} == {len(first[0])}
+
+
+def test_a_dataset_that_the_profile_was_made_with_is_named(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, profile = model_and_profile()
+    noted = {"dataset": str(workplace / "data" / "data.jsonl"), "refinement_dataset": "list"}
+    made = replace(profile, calibration=noted)
+    options: dict[str, Any] = {"repeats": 0, "batch_size": 2}
+    monkeypatch.chdir(workplace)
+    given = load_samples("data", limit=2)
+    (remark,) = evaluate(model, tiny_processor(), given, made, **options).remarks
+    assert "was calibrated on a dataset of this very name, data/data.jsonl" in remark
+    assert evaluate(model, tiny_processor(), rows(2), made, **options).remarks == ()
 
 
 # Bad input.

@@ -93,6 +93,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
 
 def _run_calibrate(arguments: argparse.Namespace) -> None:
     import time
+    import warnings
 
     from blindsight.calibrate import calibrate
     from blindsight.cli.models import load_model
@@ -114,6 +115,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
         options["sink_offsets"] = _sink_offsets(arguments.sink_offsets)
     checkpoint = arguments.checkpoint or output.with_name(f"{output.name}.partial")
     with quiet(), shared_run() as ranks:
+        warnings.filterwarnings("ignore", message="Only .* prompt")  # the summary has it
         samples = load_samples(arguments.data, split=arguments.split)
         model = load_model(
             arguments.model, arguments.dtype, arguments.device, has_rule="rule" in options
@@ -144,7 +146,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
 
 def summary(profile: Profile, seconds: float) -> str:
     """Return a text on the result of a calibration that took ``seconds``."""
-    from blindsight.calibrate import flops_cut
+    from blindsight.calibrate import few_prompts, flops_cut
     from blindsight.cli.show import heads_by_layer
 
     noted = profile.calibration
@@ -156,6 +158,8 @@ def summary(profile: Profile, seconds: float) -> str:
         f"{num_samples} prompts, {used} with several images, in {seconds:.1f} s "
         f"({seconds / num_samples:.2f} s each)",
     ]
+    if what := few_prompts(noted):
+        lines.append(f"warning: {what}")
     return "\n".join(lines)
 
 
