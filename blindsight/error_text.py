@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Collection
 
+_ENDINGS = (".json", ".jsonl", ".parquet", ".csv")  # of files
 _LONGEST_SHOWN = 300
 _LONGEST_LINE = 600  # of an error on the command line
 
@@ -16,6 +19,29 @@ def check_choice(name: str, value: object, known: Collection[str]) -> None:
     """
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+
+
+def local_path(name: str, what: str) -> str:
+    """Return a name with ``~`` expanded, which is a path that exists or may be an id on the hub.
+
+    Args:
+        name: As somebody gave it.
+        what: What it should be, for the message.
+
+    Raises:
+        ValueError: There is no such path, and the name is none that the hub could know: asking
+            there takes long.
+    """
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        return path
+    is_path = name.startswith(("/", ".", "~")) or name.endswith(_ENDINGS)
+    if is_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(
+            f"{what} must be a path that exists, or the id of one on the hub, 'name' or "
+            f"'owner/name', got {name!r}, and there is no such file or folder. Check the path."
+        )
+    return name
 
 
 def shortened(text: str) -> str:

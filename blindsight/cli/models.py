@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from blindsight.error_text import on_one_line
+from blindsight.error_text import local_path, on_one_line
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_DEVICE = "default: cuda where there is one, else cpu"
@@ -57,6 +57,7 @@ def load_model(
             "device must be a GPU for each of several processes, got 'auto', which spreads one "
             "model over all GPUs. Run one process, or give --device cuda."
         )
+    name = local_path(name, "model")
     if device != "auto":
         device = local_device(device)
     if dtype is None:

@@ -45,6 +45,12 @@ ROW = '{"images": ["a.png", ...], "messages": [...]}, or with "videos"'
 
 _KINDS = ("image", "video")
 _MEDIA = {*_KINDS, *(f"{kind}s" for kind in _KINDS)}
+_TURNS = ("messages", "conversations")
+# What to do with rows that have a question and no messages.
+_TO_MESSAGES = (
+    'Make messages of it, such as rows.map(lambda row: {"messages": [{"role": "user", "content": '
+    '"<image>" * len(row["images"]) + row["question"]}]}).'
+)
 _IN_TEXT = re.compile("(<image>|<video>)")
 _OF_A_VIDEO = ("fps", "num_frames")
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -180,10 +186,11 @@ def check_columns(rows: Any, indices: Any, name: str) -> None:
 
     columns = getattr(rows, "column_names", None)  # of a dataset, without decoding anything
     columns = list(row_at(indices[0])) if columns is None else list(columns)
-    if not {"messages", "conversations"} & set(columns):
+    if not set(_TURNS) & set(columns):
+        advice = _TO_MESSAGES if "question" in columns else f"A row is {ROW}."
         raise ValueError(
             f"dataset must have a column 'messages', got {', '.join(columns) or 'none'} in {name}. "
-            f"A row is {ROW}."
+            f"{advice}"
         )
     has_media = bool(_MEDIA & set(columns)) or any(
         (_MEDIA & set(row)) or any(True for _ in _media_inside(row)) for row in map(row_at, indices)
@@ -193,6 +200,11 @@ def check_columns(rows: Any, indices: Any, name: str) -> None:
             f"dataset must have images or videos, got only {', '.join(columns)} in {name}. A row "
             f"is {ROW}."
         )
+
+
+def columns_of_rows(given: Mapping[Any, Any]) -> list[str]:
+    """Return the keys of a mapping that only a row has, not parts of a dataset by name."""
+    return [name for name in (*_TURNS, *sorted(_MEDIA), "question") if name in given]
 
 
 # Images and videos.

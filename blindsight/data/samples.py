@@ -21,11 +21,17 @@ from blindsight.data.rows import (
     check_columns,
     check_has_answer,
     check_row,
+    columns_of_rows,
     identity_of_row,
     row_of_sample,
     sample_of_row,
 )
-from blindsight.error_text import on_one_line
+from blindsight.error_text import local_path, on_one_line
+
+_TO_CHOOSE = (
+    "Choose one: rows['test'] of rows in memory, load_samples(path, split='test') of "
+    "blindsight.data.samples, or --split test."
+)
 
 
 class Samples(Sequence[Sample]):
@@ -132,8 +138,8 @@ def load_samples(
         chosen = range(len(rows))
     elif limit is None:
         raise ValueError(
-            f"limit must be given for a stream of samples ({name}), got None: num_samples of "
-            "calibrate(), or give a list."
+            f"samples must have a length, got a stream that has none ({name}). Give a list, or "
+            "load_samples(stream, limit=...) of blindsight.data.samples with how many to take."
         )
     else:
         rows = list(islice(rows, limit))
@@ -173,10 +179,15 @@ def _open(source: Any, split: str | None) -> tuple[Any, str, Path | None]:
         raise ValueError(
             "dataset must be rows, got a table of pandas. Give datasets.Dataset.from_pandas(table)."
         )
+    if isinstance(source, Mapping) and (columns := columns_of_rows(source)):
+        raise ValueError(
+            f"samples must be a list of rows, got one row, with {', '.join(columns)}. Give [row]."
+        )
     if not isinstance(source, (str, os.PathLike)):
         rows = _with_videos_as_files(_of_split(source, split, "the given dataset"))
         return rows, getattr(rows, "name", type(rows).__name__), getattr(rows, "_folder", None)
-    path, name = Path(source), os.fspath(source)
+    name = local_path(os.fspath(source), "dataset")
+    path = Path(name)
     if path.is_file() and path.suffix != ".parquet":
         return _of_split(_read_json(path), split, name), name, path.parent
     found = sorted(path.glob("*.jsonl")) if path.is_dir() else []
@@ -187,7 +198,7 @@ def _open(source: Any, split: str | None) -> tuple[Any, str, Path | None]:
         if not any(each.name.startswith(f"{split}-") for each in found):  # shards: of datasets
             raise ValueError(
                 f"split must be one of {', '.join(each.stem for each in found)} for {name}, got "
-                f"{split or 'none'}."
+                f"{split or 'none'}. {_TO_CHOOSE}"
             )
     rows = _of_split(_load_dataset(path, name), split, name)
     return _with_videos_as_files(rows), name, path.parent if path.is_file() else None
@@ -220,9 +231,12 @@ def _of_split(rows: Any, split: str | None, name: str) -> Any:
     if split is None and len(rows) == 1:
         return next(iter(rows.values()))
     if split not in rows:
-        raise ValueError(
-            f"split must be one of {', '.join(map(str, rows))} for {name}, got {split}."
-        )
+        parts = ", ".join(map(str, rows))
+        if split is None:
+            raise ValueError(
+                f"dataset must be one part of {name}, got all of them: {parts}. {_TO_CHOOSE}"
+            )
+        raise ValueError(f"split must be one of {parts} for {name}, got {split}. {_TO_CHOOSE}")
     return rows[split]
 
 
