@@ -27,13 +27,20 @@ from blindsight.configs import check_has_vision
 from blindsight.data.processors import digest_of_processor
 from blindsight.data.samples import Samples, load_samples
 from blindsight.error_text import check_choice
-from blindsight.evaluation.answering import Point, answer_samples
+from blindsight.evaluation.answering import UNKNOWN_LENGTH, Judge, Point, answer_samples
 from blindsight.evaluation.bootstrap import LEVEL
 from blindsight.evaluation.compiled_decoder import CompiledDecoder
 from blindsight.evaluation.masked_model import Masking, ProfileMasking
 from blindsight.evaluation.outcomes import OutcomeFile, set_aside_finished
 from blindsight.evaluation.prefill import Batch, Decoder
-from blindsight.evaluation.summary import Summary, by_task, percent, summarize, table
+from blindsight.evaluation.summary import (
+    Summary,
+    by_task,
+    note_on_accuracy,
+    percent,
+    summarize,
+    table,
+)
 from blindsight.evaluation.timing import (
     NotTimedError,
     Timing,
@@ -46,6 +53,7 @@ from blindsight.passes.find_shard import check_is_whole
 from blindsight.profile import Profile
 from blindsight.ranks import current_ranks
 from blindsight.runtime.cost_model import cpu_model
+from blindsight.runtime.inner import name_for_files
 
 ENGINES = ("reference", "compiled")
 
@@ -94,9 +102,7 @@ class Evaluation:
         return self.to_markdown()
 
     def to_markdown(self) -> str:
-        return (
-            "\n".join([*self._accuracy_rows(), "", *self._cost_rows(), "", *self._notes()]) + "\n"
-        )
+        return "\n".join([*self._accuracy_rows(), *self._cost_rows(), "", *self._notes()]) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, or Markdown if the path ends in ``.md``, completely or not at all."""
@@ -105,9 +111,12 @@ class Evaluation:
 
     def _accuracy_rows(self) -> list[str]:
         dense, sparse = self.dense, self.sparse
+        if not sparse.accuracy:
+            return []
+        (dense_mean, _), (mean, difference) = dense.scores, sparse.scores
         rows = [["task", "questions", "dense", "profile", "difference"]]
         for task, number in self.num_questions.items():
-            changes = sparse.difference.tasks[task]
+            changes = difference.tasks[task]
             is_worst = task == sparse.worst_task and changes.value < 0
             name = f"{task} (worst)" if is_worst else task
             rows.append(
@@ -124,12 +133,12 @@ class Evaluation:
             [
                 "**mean of the tasks**",
                 str(number),
-                percent(dense.mean),
-                percent(sparse.mean),
-                percent(sparse.difference.mean, sign=True),
+                percent(dense_mean),
+                percent(mean),
+                percent(difference.mean, sign=True),
             ]
         )
-        return table(rows)
+        return [*table(rows), ""]
 
     def _cost_rows(self) -> list[str]:
         dense, sparse = self.dense, self.sparse
@@ -150,14 +159,26 @@ class Evaluation:
         rows.append(["KL of the next token, mean, nats", "0", kl, ""])
         return table(rows)
 
+    def _rule(self) -> str:
+        if not self.sparse.accuracy:
+            return "The samples have no answers, so accuracy is left out."
+        judged = self.conditions.get("is_right")
+        rule = (
+            f"{judged}() says so" if judged else "equal to what is expected but for case and spaces"
+        )
+        return (
+            f"Accuracy in percent (right: {rule}), with 95 % intervals: Wilson's for shares, the "
+            "paired bootstrap for differences."
+        )
+
     def _notes(self) -> list[str]:
         number = sum(self.num_questions.values())
         notes = [
-            "Accuracy in percent, with 95 % intervals: Wilson's for shares, the paired bootstrap "
-            "for differences. FLOPs are exact, of all prefills together.",
+            f"{self._rule()} FLOPs are exact, of all prefills together.",
             f"{self.num_restricted} of {number} prompts have two images or more, frames of videos "
             "included; the others are dense under any profile.",
         ]
+        notes += note_on_accuracy(self.dense)
         if self.sparse.num_changed == 0:
             # At a higher rate, at least one of these answers would have changed in LEVEL of cases.
             bound = 1 - (1 - LEVEL) ** (1 / number)
@@ -189,18 +210,24 @@ def evaluate(
     checkpoint: str | os.PathLike[str] | None = None,
     num_resamples: int = 10_000,
     seed: int = 0,
+    is_right: Judge | None = None,
     progress: bool | None = None,
 ) -> Evaluation:
     """Answer every sample with the dense model and with a profile, and compare.
 
+    An answer is right if it equals the expected one, but for case and spaces. By default only as
+    many tokens are decoded as the expected answer has, so what a model would add is ignored.
+    Samples without answers are compared all the same: all but accuracy needs none.
+
     Args:
         model: A transformers model that reads images.
         processor: Its processor, see :func:`blindsight.data.processors.load_processor`.
-        samples: Questions with answers: anything that
+        samples: Questions, with answers or all without: anything that
             :func:`~blindsight.data.samples.load_samples` takes or returns.
         profile: The profile to evaluate, or its file.
         batch_size: Prompts that run together.
-        max_new_tokens: The longest answer; by default as many tokens as the expected answer.
+        max_new_tokens: The longest answer; by default as many tokens as the expected answer, and
+            32 without one.
         engine: ``"reference"`` or ``"compiled"``, see the top of this module.
         inner: The backend that compiles the graphs.
         repeats: How often prefill is timed, dense and sparse in turn; 0 compiles nothing. Where it
@@ -209,12 +236,15 @@ def evaluate(
             another run that was finished, it is kept under another name.
         num_resamples: Of the bootstrap.
         seed: Of the bootstrap.
+        is_right: Whether an answer to a sample is right, instead of the rule above: called with
+            what was decoded and the :class:`~blindsight.data.rows.Sample`. Give it
+            ``max_new_tokens`` to see more than the length of the expected answer.
         progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
         ValueError: The model has no vision part, the profile is for another model, a sample has no
-            image or no answer, the checkpoint is of another run, or compiled and explicit masks
-            disagree.
+            image, only some have an answer, the checkpoint is of another run, or compiled and
+            explicit masks disagree.
     """
     check_choice("engine", engine, ENGINES)
     if repeats < 0:
@@ -223,7 +253,10 @@ def evaluate(
         raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
     profile, samples = Profile.of(profile), load_samples(samples)
     decoder = decoder_of(model, profile)
-    known = open_outcomes(checkpoint, decoder, processor, samples, max_new_tokens)
+    answered = samples.has_answers()
+    if max_new_tokens is None and not answered:
+        max_new_tokens = UNKNOWN_LENGTH
+    known = open_outcomes(checkpoint, decoder, processor, samples, max_new_tokens, is_right)
     tried = (torch.zeros_like(profile.categories), profile.categories)
     points = [point_of(ProfileMasking(categories), engine) for categories in tried]
     compiled = CompiledDecoder(decoder, profile, inner=inner) if engine == "compiled" else None
@@ -250,6 +283,8 @@ def evaluate(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             prefill=None if compiled is None else run_compiled,
+            answered=answered,
+            is_right=is_right,
             progress=progress,
         )
         dense = outcomes[points[0].key]
@@ -263,6 +298,7 @@ def evaluate(
                     profile,
                     inner=inner,
                     repeats=repeats,
+                    progress=progress,
                 )
             except NotTimedError as error:
                 remarks.append(str(error))
@@ -278,6 +314,7 @@ def evaluate(
             **conditions(model, samples, seed),
             "profile": profile.digest[:12],
             "engine": engine,
+            **({} if is_right is None else {"is_right": _name_of(is_right)}),
         },
         remarks=tuple(remarks),
     )
@@ -301,6 +338,7 @@ def open_outcomes(
     processor: Any,
     samples: Samples,
     max_new_tokens: int | None,
+    is_right: Judge | None = None,
 ) -> OutcomeFile:
     """Return the answers of a run so far: those in a file, if it is of the same run.
 
@@ -318,6 +356,8 @@ def open_outcomes(
         "processor": digest_of_processor(processor),
         "max_new_tokens": str(max_new_tokens),
     }
+    if is_right is not None:
+        header["is_right"] = name_for_files(is_right)
     current_ranks().on_first(lambda: set_aside_finished(checkpoint, header))
     return OutcomeFile(checkpoint, header)
 
@@ -325,6 +365,10 @@ def open_outcomes(
 def point_of(masking: Masking, engine: str = ENGINES[0]) -> Point:
     """Return a masking, named for the file of answers by the engine that runs it."""
     return Point(f"{engine}: {masking.key}", masking)
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def remarks_on(profile: Profile, samples: Samples) -> list[str]:

@@ -142,6 +142,7 @@ def sweep(
                             profile.with_categories(plan.categories),
                             inner=inner,
                             repeats=repeats,
+                            progress=progress,
                         )
                     except NotTimedError as error:
                         remarks.append(str(error))

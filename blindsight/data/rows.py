@@ -125,18 +125,45 @@ def sample_of_row(
     )
 
 
-def check_has_answer(sample: Sample) -> Sample:
-    """Return a sample that has an answer.
+def check_answer(sample: Sample, *, answered: bool = True) -> Sample:
+    """Return a sample that has an answer; or one that has none, if the others have none either.
 
     Raises:
-        ValueError: It has none.
+        ValueError: It is not so.
     """
-    if sample.answer is None:
+    if answered and sample.answer is None:
         raise ValueError(
             f"sample {sample.index} must have an answer, got none. Add an 'answer' to the row, a "
             "string or a number, or end its messages with the assistant's."
         )
+    if not answered and sample.answer is not None:
+        raise ValueError(
+            f"samples must all have an answer, or none of them, got one in sample {sample.index} "
+            "and none in the first. Add the answers that are missing, or remove all."
+        )
     return sample
+
+
+def has_answer(row: Mapping[str, Any], where: str) -> bool:
+    """Whether a row has an answer, beside its messages or at their end.
+
+    Raises:
+        ValueError: It has something in place of one.
+    """
+    turns: Any = next((row[name] for name in _TURNS if row.get(name)), [])
+    last = turns[-1] if isinstance(turns, (list, tuple)) else None
+    role = last.get("role", last.get("from")) if isinstance(last, Mapping) else None
+    if _answer_of(row) is not None or _ROLES.get(str(role), role) == "assistant":
+        return True
+    for name in ("answer", "answers"):
+        if isinstance(answer := row.get(name), (list, tuple, Mapping)):
+            what = "a list" if isinstance(answer, (list, tuple)) else type(answer).__name__
+            raise ValueError(
+                f"answer of {where} must be one string or number, got {what} as {name!r}: "
+                f"{shortened(repr(answer))}. Give one 'answer', or remove the column to evaluate "
+                "without answers."
+            )
+    return False
 
 
 def row_of_sample(sample: Sample) -> dict[str, Any]:

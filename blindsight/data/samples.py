@@ -18,10 +18,11 @@ from typing import Any, overload
 from blindsight.data.rows import (
     ROW,
     Sample,
+    check_answer,
     check_columns,
-    check_has_answer,
     check_row,
     columns_of_rows,
+    has_answer,
     identity_of_row,
     row_of_sample,
     sample_of_row,
@@ -64,13 +65,24 @@ class Samples(Sequence[Sample]):
             raise ValueError(message) from error
         return sample_of_row(row, index, where, self._folder)
 
-    def check(self, *, answers: bool = False) -> None:
+    def has_answers(self) -> bool:
+        """Whether the samples have answers, as the first one tells.
+
+        Raises:
+            ValueError: It has something in place of one, such as a list of several.
+        """
+        index = self._indices[0]
+        where = f"sample {index} of {self.name}"
+        check_row(row := self._rows[index], where)
+        return has_answer(row, where)
+
+    def check(self, *, answers: bool | None = None) -> None:
         """Check all rows, and images by their headers, so that errors are found before long work.
 
         Datasets of ``datasets`` are not checked: looking at their images would decode them.
 
         Args:
-            answers: Whether every row has to have one.
+            answers: Whether every row has to have one, or none of them; None does not look.
 
         Raises:
             ValueError: A row is malformed, or a file is missing or damaged.
@@ -80,8 +92,9 @@ class Samples(Sequence[Sample]):
         for index in self._indices:
             where = f"sample {index} of {self.name}"
             sample = sample_of_row(self._rows[index], index, where, self._folder, decode=False)
-            if answers:
-                check_has_answer(sample)
+            if answers is not None:
+                has_answer(self._rows[index], where)
+                check_answer(sample, answered=answers)
 
     def take(self, positions: Sequence[int]) -> Samples:
         """Return the samples at some positions, in the given order."""

@@ -29,6 +29,7 @@ _DIFFERENCES = {
     "samples": "other samples",
     "processor": "another processor",
     "max_new_tokens": "max_new_tokens={}",
+    "is_right": "another is_right",
     "process": "process {}",
 }
 
@@ -42,7 +43,8 @@ class Outcome:
         sample: Position among the samples.
         task: The kind of question.
         answer: What was decoded, normalised.
-        is_right: Whether it equals the expected answer, normalised.
+        is_right: Whether it is right, by default if it equals the expected answer, normalised;
+            None without an expected answer.
         kl: KL(dense || this) of the next token after the prompt, in nats.
         num_tokens: Length of the prompt.
         num_spans: Number of images in the prompt.
@@ -54,7 +56,7 @@ class Outcome:
     sample: int
     task: str
     answer: str
-    is_right: bool
+    is_right: bool | None
     kl: float
     num_tokens: int
     num_spans: int

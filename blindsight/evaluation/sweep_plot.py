@@ -24,16 +24,16 @@ _LOOKS = {
 
 def plot_sweep(sweep: Sweep, path: str | os.PathLike[str]) -> None:
     """Draw accuracy, the task that loses most, the KL divergence, and prefill time if measured."""
-    dense = 100 * sweep.dense.mean.value
+    dense = 100 * sweep.dense.scores[0].value
     panels = [
         Panel(
             "Accuracy, mean of the tasks (%)",
-            _curves(sweep, lambda p: _scaled(p.summary.difference.mean, dense), dense),
+            _curves(sweep, lambda p: _scaled(p.summary.scores[1].mean, dense), dense),
             dense,
         ),
         Panel(
             "Task that loses most, difference from dense (percentage points)",
-            _curves(sweep, lambda p: _scaled(p.summary.difference.worst, 0.0), 0.0),
+            _curves(sweep, lambda p: _scaled(p.summary.scores[1].worst, 0.0), 0.0),
             0.0,
         ),
     ]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from blindsight.evaluation.summary import Summary, percent, table
+from blindsight.evaluation.summary import Summary, note_on_accuracy, percent, table
 from blindsight.evaluation.sweep_points import MEANINGS, RANDOM
 from blindsight.evaluation.timing import Timing
 from blindsight.files import write_text
@@ -116,6 +116,7 @@ class Sweep:
             "FLOPs are exact, of all prefills together, as shares of dense: attention's two matrix "
             "products, and those with the decoder's weights. Dropping tokens saves their linear "
             "layers too, masking does not.",
+            *note_on_accuracy(self.dense),
             *self.remarks,
             ", ".join(f"{name} {value}" for name, value in self.conditions.items()) + ".",
         ]
@@ -135,19 +136,30 @@ class Sweep:
         ]
         rows = [[*head, "KL, nats", *(["prefill"] if timed else [])]]
         rows.append(
-            ["dense", "100.0%", "100.0%", f"{100 * self.dense.mean.value:.1f}", "", "", "", "", ""]
+            [
+                "dense",
+                "100.0%",
+                "100.0%",
+                f"{100 * self.dense.scores[0].value:.1f}",
+                "",
+                "",
+                "",
+                "",
+                "",
+            ]
             + ([""] if timed else [])
         )
         for point in points:
             found = point.summary
+            mean, difference = found.scores
             row = [
                 f"{point.knob:.4g}",
                 f"{self.attention_share(point):.1%}",
                 f"{self.decoder_share(point):.1%}",
-                f"{100 * found.mean.value:.1f}",
-                percent(found.difference.mean, sign=True),
-                percent(found.difference.worst, sign=True),
-                found.worst_task if found.difference.worst.value < 0 else "",
+                f"{100 * mean.value:.1f}",
+                percent(difference.mean, sign=True),
+                percent(difference.worst, sign=True),
+                (found.worst_task or "") if difference.worst.value < 0 else "",
                 f"{found.changed:.1%}",
                 f"{found.kl_mean:.1e}",
             ]
@@ -169,8 +181,8 @@ class Sweep:
                     f"{knob:.4g}",
                     f"{statistics.fmean(map(self.attention_share, group)):.1%}",
                     str(len(group)),
-                    _range([summary.mean.value for summary in found]),
-                    _range([summary.difference.worst.value for summary in found]),
+                    _range([summary.scores[0].value for summary in found]),
+                    _range([summary.scores[1].worst.value for summary in found]),
                     f"{statistics.fmean(summary.changed for summary in found):.1%}",
                     f"{statistics.fmean(summary.kl_mean for summary in found):.1e}",
                 ]
