@@ -156,6 +156,7 @@ def test_the_demo_asks_the_testbed_alone(capsys: pytest.CaptureFixture[str]) -> 
         ("demo", "--num-images", "0", "a whole number of at least 1"),
         ("calibrate", "--limit", "many", "a whole number of at least 1"),
         ("calibrate", "--budget", "nan", "a number of at least 0"),
+        ("calibrate", "--quantile", "3", "a number from 0 to 1"),
         ("refine", "--budget", "low", "a number of at least 0"),
         ("evaluate", "--repeats", "-1", "a whole number of at least 0"),
     ],
@@ -167,6 +168,24 @@ def test_numbers_are_checked_before_anything_is_loaded(
         main([command, option, value])
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.endswith(f"argument {option}: must be {expected}, got {value!r}")
+
+
+@pytest.mark.parametrize(("command", "resumes"), [("sweep", True), ("refine", False)])
+def test_an_interruption_says_whether_the_command_resumes(
+    command: str,
+    resumes: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Profile, "load", interrupt)
+    arguments = ["--model", "m", "--profile", "p", "--data", "d"]
+    output = ["-o", "p.safetensors"] if command == "refine" else ["--no-plot"]
+    assert main([command, *arguments, *output]) == 130
+    expected = "; the same command resumes" if resumes else ""
+    assert capsys.readouterr().err == f"blindsight: interrupted{expected}\n"
 
 
 def test_the_profile_of_another_model_is_one_line(

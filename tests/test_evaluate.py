@@ -19,6 +19,7 @@ from blindsight.categories import HeadCategory
 from blindsight.cli import main
 from blindsight.cost import attention_flops
 from blindsight.data.processors import model_inputs
+from blindsight.data.rows import Sample
 from blindsight.data.samples import load_samples
 from blindsight.evaluate import Evaluation, evaluate
 from blindsight.evaluation.answering import divergence
@@ -332,7 +333,8 @@ def test_the_bound_follows_rounding() -> None:
 def answers_of(path: Path) -> dict[str, list[str]]:
     lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     found: dict[str, list[str]] = {}
-    for line in sorted(lines, key=lambda line: line["sample"]):
+    outcomes = [line for line in lines if "note" not in line]
+    for line in sorted(outcomes, key=lambda line: line["sample"]):
         found.setdefault(line["point"], []).append(line["answer"])
     return found
 
@@ -700,6 +702,75 @@ def test_questions_without_answers_are_named() -> None:
         run(given=load_samples(known))
 
 
+def test_without_answers_all_but_accuracy_is_compared(tmp_path: Path) -> None:
+    known = rows(3)
+    for row in known:
+        del row["answer"]
+    path = tmp_path / "answers.jsonl"
+    found = run(given=load_samples(known), max_new_tokens=2, checkpoint=path)
+    expected = run(3, max_new_tokens=2)
+    assert found.sparse.kl_mean == pytest.approx(expected.sparse.kl_mean)
+    assert found.sparse.attention_flops == expected.sparse.attention_flops
+    assert (found.sparse.accuracy, found.sparse.mean, found.sparse.difference) == ({}, None, None)
+    assert found.sparse.num_changed == expected.sparse.num_changed
+    text = str(found)
+    assert text.startswith("| ") and "accuracy is left out" in text and "task" not in text
+    assert Evaluation.from_json(found.to_json()) == found
+    known[1]["answer"] = "x"
+    with pytest.raises(ValueError, match="or none of them, got one in sample 1 and none in the f"):
+        run(given=load_samples(known))
+
+
+def test_without_answers_their_length_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def decode(self: Decoder, batch: Batch, *_: Any, max_new_tokens: int, **__: Any) -> Any:
+        asked.append(max_new_tokens)
+        return torch.ones(len(batch.inputs["input_ids"]), 1, dtype=torch.int64)
+
+    monkeypatch.setattr(Decoder, "decode", decode)
+    run(given=load_samples([{**rows(1)[0], "answer": None}]))
+    assert asked == [32, 32]
+
+
+@pytest.mark.parametrize("column", ["answer", "answers"])
+def test_a_list_of_answers_is_named(column: str) -> None:
+    known = rows(2)
+    for row in known:
+        del row["answer"]
+        row[column] = ["9"]
+    with pytest.raises(
+        ValueError, match=rf"must be one string .*, got a list as '{column}': \['9'"
+    ):
+        run(given=load_samples(known))
+
+
+def test_answers_are_judged_as_asked(tmp_path: Path) -> None:
+    seen = []
+
+    def judge(answer: str, sample: Sample) -> bool:
+        seen.append((answer, sample.answer))
+        return sample.index == 1
+
+    path = tmp_path / "answers.jsonl"
+    given = [{**row, "task": "a"} for row in rows(2)]
+    found = run(given=load_samples(given), is_right=judge, max_new_tokens=3, checkpoint=path)
+    assert found.dense.mean is not None and found.dense.mean.value == 0.5
+    assert len(seen) == 4 and {expected for _, expected in seen} <= set("xyz")
+    assert "right: judge() says so" in str(found)
+    again = run(given=load_samples(given), is_right=judge, max_new_tokens=3, checkpoint=path)
+    assert again == found and len(seen) == 4
+    for row in given:
+        row["answer"] = None  # type: ignore[assignment]
+    assert run(given=load_samples(given), is_right=judge, max_new_tokens=3).dense.mean is not None
+
+
+def test_differences_from_a_model_that_is_always_wrong_say_nothing() -> None:
+    known = [{**row, "answer": "no such answer"} for row in rows(2)]
+    found = run(given=load_samples(known), max_new_tokens=1)
+    assert "right in 0.0 % only: the difference says nothing" in str(found)
+
+
 def test_questions_without_images_are_named() -> None:
     known = rows(3)
     for row in known:
@@ -777,6 +848,18 @@ def test_the_command_writes_both_files_and_prints_the_table(
     assert main(command(workplace, tmp_path / "out")) == 0
     assert capsys.readouterr().out == printed
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
+
+
+def test_the_command_shows_how_far_it_is_as_asked(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(workplace, tmp_path / "shown", limit="2", repeats="1", inner="eager")
+    assert main([*arguments, "--progress"]) == 0
+    shown = capsys.readouterr().err
+    for words in ("answering", "compiling to time prefill", "timing prefill"):
+        assert words in shown
+    assert main([*command(workplace, tmp_path / "hidden", limit="2"), "--no-progress"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.filterwarnings("default::blindsight.BlindsightWarning")

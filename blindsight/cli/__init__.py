@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
-        print("blindsight: interrupted", file=sys.stderr)
+        resumes = "; the same command resumes" if getattr(arguments, "resumes", False) else ""
+        print(f"blindsight: interrupted{resumes}", file=sys.stderr)
         return 130
     except Exception as error:
         if arguments.traceback:

@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blindsight.cli.models import add_arguments
-from blindsight.cli.numbers import not_negative, positive
+from blindsight.cli.models import add_arguments, add_progress
+from blindsight.cli.numbers import not_negative, path, positive, share
 
 if TYPE_CHECKING:
     from blindsight.profile import Profile
@@ -34,7 +34,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         help="JSON-lines file of {images, videos, messages}, folder with data.jsonl, folder that "
         "datasets saved, or hub id",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the profile to write")
+    parser.add_argument("-o", "--output", type=path, required=True, help="the profile to write")
     parser.add_argument(
         "--budget",
         type=not_negative,
@@ -43,7 +43,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rule",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="how images are found in prompts, for a family that is not known: a file with the "
         "result of blindsight.TemplateRule(...).to_json()",
@@ -62,9 +62,10 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--checkpoint",
-        type=Path,
+        type=path,
         help="file for what is measured so far (default: next to the profile; removed at the end)",
     )
+    add_progress(parser)
     ablations = parser.add_argument_group("ablations, best left at their defaults")
     ablations.add_argument(
         "--criterion",
@@ -76,7 +77,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         choices=("quantile", "mean"),
         help="how the losses on the prompts become one (default: quantile)",
     )
-    ablations.add_argument("--quantile", type=float, help="which quantile (default: 0.95)")
+    ablations.add_argument("--quantile", type=share, help="which quantile (default: 0.95)")
     ablations.add_argument(
         "--allocation",
         choices=("per_head", "global"),
@@ -88,7 +89,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         metavar="OFFSET",
         help="which tokens of an image are sinks, from its first (default: 0), or 'measure'",
     )
-    parser.set_defaults(run=_run_calibrate)
+    parser.set_defaults(run=_run_calibrate, resumes=True)
 
 
 def _run_calibrate(arguments: argparse.Namespace) -> None:
@@ -130,6 +131,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
             seed=arguments.sample_seed,
             batch_size=arguments.batch_size,
             checkpoint=checkpoint,
+            progress=arguments.progress,
             **options,
         )
         seconds = time.perf_counter() - begin
