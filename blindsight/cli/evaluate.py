@@ -259,8 +259,11 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, Samples, Profile]:
     from blindsight.cli.models import load_model
     from blindsight.data.processors import load_processor
     from blindsight.data.samples import load_samples
+    from blindsight.files import check_can_be_made
     from blindsight.profile import Profile
 
+    if hasattr(arguments, "out"):
+        check_can_be_made(arguments.out / "answers.jsonl", "out")
     profile = Profile.load(arguments.profile)
     samples = load_samples(
         arguments.data, split=arguments.split, limit=arguments.limit, seed=arguments.sample_seed
