@@ -47,7 +47,7 @@ from blindsight.evaluation.timing import (
     longest_prompt,
     time_prefill_once,
 )
-from blindsight.files import write_text
+from blindsight.files import check_can_be_made, write_text
 from blindsight.modules import digest_of_model, in_eval_mode, unwrapped
 from blindsight.passes.find_shard import check_is_whole
 from blindsight.profile import Profile
@@ -142,7 +142,7 @@ class Evaluation:
 
     def _cost_rows(self) -> list[str]:
         dense, sparse = self.dense, self.sparse
-        rows = [["", "dense", "profile", "profile / dense"]]
+        rows = [["measure", "dense", "profile", "profile / dense"]]
         for name, a, b in (
             ("attention FLOPs", dense.attention_flops, sparse.attention_flops),
             ("decoder FLOPs", dense.decoder_flops, sparse.decoder_flops),
@@ -188,8 +188,9 @@ class Evaluation:
             notes.append(
                 f"Prefill of the {found.compiled} compiled by {found.inner}, one prompt, median of "
                 f"{len(found.dense)} and {len(found.sparse)} in turn; the sparse runs ran "
-                f"{' and '.join(found.runs)}. Compiled logits differ from explicit masks by "
-                f"{found.distance:.1e}, dense by {found.rounding:.1e} (rounding)."
+                f"{' and '.join(found.runs)}, whatever the length: the default lowering, 'auto', "
+                "runs prompts dense that it estimates to be faster so. Compiled logits differ from "
+                f"explicit masks by {found.distance:.1e}, dense by {found.rounding:.1e} (rounding)."
             )
         notes += self.remarks
         notes.append(", ".join(f"{name} {value}" for name, value in self.conditions.items()) + ".")
@@ -349,6 +350,7 @@ def open_outcomes(
     """
     if checkpoint is None:
         return OutcomeFile(None, {})
+    check_can_be_made(checkpoint, "checkpoint")
     header = {
         "weights": digest_of_model(decoder.model),
         "rule": decoder.rule.to_json(),

@@ -26,6 +26,7 @@ from blindsight.evaluation.summary import by_task, summarize
 from blindsight.evaluation.sweep_points import (
     BY_HEAD,
     MEANINGS,
+    OWN,
     PlannedPoint,
     category_plans,
     selection_of,
@@ -70,7 +71,7 @@ def sweep(
         samples: Questions with answers, other than those of the calibration: anything that
             :func:`~blindsight.data.samples.load_samples` takes or returns.
         profile: A profile, or its file, with the evidence of its calibration; its own categories
-            are not used.
+            are one more point.
         budgets: Budgets of calibration, in the unit of the profile's criterion; by default
             ``num_points`` of them, with costs that are spread evenly.
         num_points: About how many points the curve has; budgets that select the same are one.
@@ -97,6 +98,9 @@ def sweep(
     if budgets is None:
         budgets = spread_budgets(profile.evidence, select, num_points)
     plans = category_plans(profile, budgets, select, num_seeds if baselines else 0, baselines)
+    if bool(profile.categories.any()):
+        own = ProfileMasking(profile.categories)  # answered once, if it is on the curve
+        plans = [PlannedPoint(OWN, 0.0, own, profile.categories), *plans]
     known = open_outcomes(checkpoint, decoder, processor, samples, max_new_tokens)
     dense_point = point_of(ProfileMasking(torch.zeros_like(profile.categories)))
 
@@ -157,7 +161,7 @@ def sweep(
             heads=_heads(plan.categories),
             seed=plan.seed,
             summary=summarize(decoder, dense, outcomes[point_of(plan.masking).key], **draws),
-            timing=timings.get(plan.masking.key) if plan.series == BY_HEAD else None,
+            timing=timings.get(plan.masking.key) if plan.series in (BY_HEAD, OWN) else None,
         )
         for plan in plans
     ]

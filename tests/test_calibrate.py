@@ -415,6 +415,9 @@ def test_the_command_writes_a_profile(saved: Path, capsys: pytest.CaptureFixture
     assert main([*arguments, "--budget", "0.9"]) == 0
     text = capsys.readouterr().out
     assert text.count("warning: Only ") == 1
+    assert main(["show", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert "warning: Only " in shown and "% of the attention FLOPs on its prompts" in shown
     assert f"saved to {output}\n" in text and "attention FLOPs" in text and "s each" in text
     profile = Profile.load(output)
     profile.validate(tiny_model("gemma3", num_layers=1))

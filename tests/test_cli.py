@@ -16,6 +16,7 @@ import family_models
 from blindsight.cli import main
 from blindsight.cli.models import load_model
 from blindsight.demo import DemoOptions, run_demo
+from blindsight.fingerprints import in_words
 from blindsight.profile import Profile
 from blindsight.ranks import local_device
 from models import tiny_model
@@ -67,7 +68,8 @@ def test_show_prints_counts_by_layer_and_the_digest(
     assert main(["show", str(profile_path)]) == 0
     output = capsys.readouterr().out
     assert Profile.load(profile_path).digest in output
-    assert "architecture=qwen2_5_vl" in output
+    assert "architecture=qwen2_5_vl" in output and "layer_types=2 x full_attention" in output
+    assert "attention FLOPs" not in output  # by hand: there is no telling
     rows = [line.split() for line in output.splitlines()[-5:]]
     assert rows == [
         ["layer", "DENSE", "SINK", "DOCUMENT", "DOCUMENT_SINK"],
@@ -83,6 +85,27 @@ def test_a_missing_profile_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert missing in error_of(capsys, "show", missing)
     explain = ["explain", "--model", "nowhere", "--profile", missing]
     assert missing in error_of(capsys, *explain)
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="draws")
+def test_a_picture_has_an_ending_that_is_known(
+    profile_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = profile_path.with_name("heads.png")
+    assert main(["show", str(profile_path), "--plot", str(picture.with_suffix(""))]) == 0
+    assert capsys.readouterr().out.endswith(f"\nsaved to {picture}\n")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    found = error_of(capsys, "show", str(profile_path), "--plot", str(profile_path))
+    assert "a picture's path must end in one of" in found and "got 'safetensors'" in found
+
+
+def test_layers_of_one_type_are_counted() -> None:
+    types = ["sliding_attention"] * 5 + ["full_attention"]
+    for number, expected in (
+        (1, "5 x sliding_attention, 1 x full_attention"),
+        (6, "30 x sliding_attention, 6 x full_attention"),
+    ):
+        assert in_words({"layer_types": ",".join(types * number)})["layer_types"] == expected
 
 
 def test_traceback_is_shown_on_request(tmp_path: Path) -> None:
@@ -192,7 +215,7 @@ def test_the_profile_of_another_model_is_one_line(
     profile_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = error_of(capsys, "demo", *TINY, "--profile", str(profile_path))
-    assert "model has num_heads=8" in error
+    assert "model has num_heads=8" in error and "full_attention,full" not in error
 
 
 def test_the_long_prompt_of_the_demo_agrees_with_its_reference() -> None:

@@ -15,6 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import blindsight.evaluate as evaluation
 import blindsight.evaluation.timing as timing
 from blindsight.backend import blindsight_backend
+from blindsight.calibration.measure import measure
 from blindsight.categories import HeadCategory
 from blindsight.cli import main
 from blindsight.cost import attention_flops
@@ -651,6 +652,7 @@ def test_results_survive_json_and_markdown_names_all(tmp_path: Path) -> None:
     text = (tmp_path / "new" / "found.md").read_text()
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["found.json", "found.md"]
     for words in (
+        "| measure", "whatever the length",
         "| task", "mean of the tasks", "attention FLOPs", "answers changed", "KL of the next token",
         "prefill of", f"{found.sparse.attention_flops:,}", "two images or more", "torch 2.",
     ):  # fmt: skip
@@ -848,6 +850,35 @@ def test_the_command_writes_both_files_and_prints_the_table(
     assert main(command(workplace, tmp_path / "out")) == 0
     assert capsys.readouterr().out == printed
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("checkpoint", ["file/answers.jsonl", "."])
+def test_a_checkpoint_that_cannot_be_written_is_an_error_before_any_work(
+    checkpoint: str, workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    given = Watched(samples(2), stop_at=0)
+    with pytest.raises(ValueError, match="checkpoint must be a file that can be written, got"):
+        run(given=given, checkpoint=tmp_path / checkpoint)
+    model, profile = model_and_profile()
+    with pytest.raises(ValueError, match=r"checkpoint must be a file in an existing folder, got"):
+        measure(
+            model,
+            None,
+            given,
+            rule=profile.rule,
+            checkpoint=tmp_path / checkpoint / "not-there" / "x",
+        )
+    assert main(command(workplace, tmp_path / "file")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("blindsight: error: out must be a file that can be written")
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    _, profile = model_and_profile()
+    path = tmp_path / "not-there" / "profile.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"not-there/profile\.safetensors'$"):
+        profile.save(path)
 
 
 def test_the_command_shows_how_far_it_is_as_asked(

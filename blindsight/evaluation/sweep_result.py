@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from blindsight.evaluation.summary import Summary, note_on_accuracy, percent, table
-from blindsight.evaluation.sweep_points import MEANINGS, RANDOM
+from blindsight.evaluation.sweep_points import MEANINGS, OWN, PRUNING, RANDOM, WINDOW
 from blindsight.evaluation.timing import Timing
 from blindsight.files import write_text
+
+_KNOBS = {WINDOW: "share asked for", PRUNING: "share asked for", OWN: "profile"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class SweepPoint:
 
     Attributes:
         series: One of :data:`MEANINGS`.
-        knob: The budget; for ``window`` and ``pruning``, the share of dense attention asked for.
+        knob: The budget; for ``window`` and ``pruning``, the share of dense attention asked for;
+            for ``this profile``, which has no knob, 0.
         key: Key of the masking; equal maskings have equal keys.
         heads: The number of heads of each category, by name; empty for maskings without
             categories.
@@ -125,13 +128,13 @@ class Sweep:
     def _table(self, points: Sequence[SweepPoint]) -> list[str]:
         timed = any(point.timing is not None for point in points)
         head = [
-            "knob",
+            _KNOBS.get(points[0].series, "budget"),
             "attention",
             "decoder",
             "accuracy",
             "difference",
-            "worst task",
-            "",
+            "worst difference",
+            "of task",
             "changed",
         ]
         rows = [[*head, "KL, nats", *(["prefill"] if timed else [])]]
@@ -153,7 +156,7 @@ class Sweep:
             found = point.summary
             mean, difference = found.scores
             row = [
-                f"{point.knob:.4g}",
+                "as given" if point.series == OWN else f"{point.knob:.4g}",
                 f"{self.attention_share(point):.1%}",
                 f"{self.decoder_share(point):.1%}",
                 f"{100 * mean.value:.1f}",
@@ -173,7 +176,8 @@ class Sweep:
         groups: dict[float, list[SweepPoint]] = {}
         for point in self.series(RANDOM):
             groups.setdefault(point.knob, []).append(point)
-        rows = [["knob", "attention", "draws", "accuracy", "worst task", "changed", "KL, nats"]]
+        head = ["budget", "attention", "draws", "accuracy", "worst difference", "changed"]
+        rows = [[*head, "KL, nats"]]
         for knob, group in groups.items():
             found = [point.summary for point in group]
             rows.append(
