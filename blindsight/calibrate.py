@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -34,11 +35,13 @@ from blindsight.error_text import check_choice
 from blindsight.fingerprints import fingerprint, widths_of
 from blindsight.profile import Profile
 from blindsight.progress import graph_breaks_hidden
+from blindsight.runtime.context import BlindsightWarning
 from blindsight.template import TemplateRule
 
 __all__ = [
     "calibrate",
     "evidence_of",
+    "few_prompts",
     "find_sink_offsets",
     "flops_cut",
     "profile_of",
@@ -111,8 +114,14 @@ def calibrate(
     Raises:
         ValueError: An argument is malformed, a sample cannot be read, no prompt has two images, or
             the model's attention cannot be measured; the message says which.
+
+    Warns:
+        BlindsightWarning: There are fewer prompts with several images than ``quantile`` can tell
+            apart: 20 for 0.95.
     """
     _check_options(budget, criterion, aggregate, quantile, allocation, sink_offsets)
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     rule = rule_of(model, processor) if rule is None else rule
     samples = load_samples(samples, limit=num_samples, seed=seed)
     options: dict[str, Any] = {
@@ -129,7 +138,7 @@ def calibrate(
         rule = replace(rule, sink_offsets=sink_offsets)
     options["next_token"] = criterion == "next_token"
     measurements = measure(model, processor, samples, rule=rule, checkpoint=checkpoint, **options)
-    return profile_of(
+    profile = profile_of(
         model,
         measurements,
         rule=rule,
@@ -140,6 +149,9 @@ def calibrate(
         allocation=allocation,
         calibration={"dataset": samples.name, "seed": str(seed)},
     )
+    if what := few_prompts(profile.calibration):
+        warnings.warn(what, BlindsightWarning, stacklevel=2)
+    return profile
 
 
 def profile_of(
@@ -250,6 +262,25 @@ def find_sink_offsets(measurements: Measurements) -> tuple[int, ...]:
     by_mass = mass.sort(descending=True, stable=True).indices.tolist()[:_MAX_SINKS]
     chosen = [at for at in by_mass if mass[at] >= mass[by_mass[0]] / 2]
     return tuple(sorted(_LAST_OFFSET if at == NUM_OFFSETS else at for at in chosen))
+
+
+def few_prompts(calibration: Mapping[str, str]) -> str:
+    """Return a warning if a profile rests on fewer prompts than its quantile can tell; else "".
+
+    Args:
+        calibration: The notes of a profile on its calibration.
+    """
+    noted = calibration.get("quantile", "none")
+    if noted == "none" or "num_samples_used" not in calibration or float(noted) == 1:
+        return ""
+    used, needed = int(calibration["num_samples_used"]), 1 / (1 - float(noted))
+    if used > needed - 1e-6:
+        return ""
+    return (
+        f"Only {used} prompt{'s' * (used != 1)} with several images counted, and what "
+        f"{float(noted):.0%} of all prompts stay within takes {math.ceil(needed - 1e-6)} to tell: "
+        "others may lose more than the budget. Calibrate on more."
+    )
 
 
 def flops_cut(profile: Profile) -> float:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Collection
 
+_ENDINGS = (".json", ".jsonl", ".parquet", ".csv")  # of files
 _LONGEST_SHOWN = 300
+_LONGEST_LINE = 600  # of an error on the command line
 
 
 def check_choice(name: str, value: object, known: Collection[str]) -> None:
@@ -15,6 +19,29 @@ def check_choice(name: str, value: object, known: Collection[str]) -> None:
     """
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+
+
+def local_path(name: str, what: str) -> str:
+    """Return a name with ``~`` expanded, which is a path that exists or may be an id on the hub.
+
+    Args:
+        name: As somebody gave it.
+        what: What it should be, for the message.
+
+    Raises:
+        ValueError: There is no such path, and the name is none that the hub could know: asking
+            there takes long.
+    """
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        return path
+    is_path = name.startswith(("/", ".", "~")) or name.endswith(_ENDINGS)
+    if is_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(
+            f"{what} must be a path that exists, or the id of one on the hub, 'name' or "
+            f"'owner/name', got {name!r}, and there is no such file or folder. Check the path."
+        )
+    return name
 
 
 def shortened(text: str) -> str:
@@ -30,3 +57,14 @@ def on_one_line(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type where it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def in_short(error: BaseException) -> str:
+    """Return an error's message on one line that can be read; compilers add whole programs."""
+    whole = on_one_line(error)
+    if len(whole) <= _LONGEST_LINE:
+        return whole
+    first, _, rest = str(error).strip().partition("\n")
+    if first.rstrip().endswith(":"):  # Dynamo's "backend=... raised:", and then the error
+        first = f"{first} {rest.strip().partition(chr(10))[0]}"
+    return shortened(" ".join(first.split()))

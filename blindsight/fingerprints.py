@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from blindsight.configs import config_of, text_config, with_attention
+
+_MOST_RUNS = 4  # of layers of one type, in a message
 
 
 def fingerprint(model_or_config: Any) -> dict[str, str]:
@@ -170,11 +174,25 @@ def differences(
         # A stage may have the config of the whole model, or one of its own.
         if int(found["num_layers"]) == stage.num_layers != int(ours["num_layers"]):
             found |= _of_layers(found, stage.first, stage.stop)
+    ours, found = map(in_words, (ours, found))
     return [
         f"profile has {name}={ours.get(name)}, model has {name}={found.get(name)}"
         for name in dict.fromkeys([*found, *ours])
         if ours.get(name) != found.get(name)
     ]
+
+
+def in_words(fingerprint: Mapping[str, str]) -> dict[str, str]:
+    """Return a fingerprint for people: layers of one type are counted, ``36 x full_attention``.
+
+    Types of several kinds are listed by runs, ``5 x sliding_attention, 1 x full_attention, ...``,
+    or counted, where these are many.
+    """
+    runs = [(name, len(list(same))) for name, same in groupby(layer_types_of(fingerprint))]
+    if len(runs) > _MOST_RUNS:
+        runs = list(Counter(layer_types_of(fingerprint)).items())
+    types = ", ".join(f"{number} x {name}" for name, number in runs)
+    return {**fingerprint, "layer_types": types}
 
 
 def _heads_of(fingerprint: Mapping[str, str]) -> dict[str, tuple[int, ...]]:

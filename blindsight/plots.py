@@ -69,12 +69,16 @@ class Panel:
         curves: The lines.
         baseline: A level to compare with, or None.
         is_log: Whether the axis is logarithmic.
+        marks: Points x, y to draw with a ring.
+        mark_label: What is written above these.
     """
 
     title: str
     curves: Sequence[Curve]
     baseline: float | None = None
     is_log: bool = False
+    marks: Sequence[tuple[float, float]] = ()
+    mark_label: str = "this profile"
 
 
 def plot_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
@@ -208,6 +212,12 @@ def plot_curves(
             axes.set_yscale("log")
         for curve in sorted(panel.curves, key=lambda curve: curve.is_main):
             _draw(axes, curve)
+        for x, y in panel.marks:
+            ring = {"marker": "o", "markersize": 11, "fillstyle": "none", "color": INK}
+            axes.plot([x], [y], markeredgewidth=1.4, zorder=5, clip_on=False, **ring)
+            axes.plot([x], [y], "o", markersize=3.5, color=INK, zorder=5, clip_on=False)
+            place = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(panel.mark_label, (x, y), color=INK, size=8, zorder=5, **place)
         if panel.baseline is not None:
             axes.axhline(panel.baseline, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         axes.set_title(panel.title, loc="left", size=9.5, color=INK, pad=7)
@@ -354,11 +364,22 @@ def _write_row(figure: Any, x: float, y: float, labels: Sequence[tuple[str, str,
         x += extent.width / _DPI + 0.12  # inches, padding included
 
 
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+def check_ending(path: str | os.PathLike[str]) -> str:
+    """Check that a picture can be written to a path; return its format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: The path ends in no format that there is.
+    """
     ending = os.path.splitext(path)[1].lstrip(".").lower() or "png"
-    known = sorted(figure.canvas.get_supported_filetypes())
+    known = sorted(_figure(1, 1).canvas.get_supported_filetypes())
     if ending not in known:
         raise ValueError(f"a picture's path must end in one of {', '.join(known)}, got {ending!r}.")
+    return ending
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+    ending = check_ending(path)
     buffer = io.BytesIO()
     # Without the time and version that they would carry, equal pictures are equal files.
     metadata = {"Software": None} if ending == "png" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 import warnings
@@ -80,7 +81,7 @@ def graph_breaks_hidden() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings and logs of other libraries; our own warnings are still shown."""
+    """Silence warnings and logs of other libraries; our own warnings are shown as plain lines."""
     import transformers
 
     transformers_logging: Any = transformers.logging
@@ -95,6 +96,15 @@ def quiet() -> Iterator[None]:
             # Appended, so that filters somebody has set before take precedence.
             warnings.filterwarnings("default", category=BlindsightWarning, append=True)
             warnings.filterwarnings("ignore", append=True)
+            shown = warnings.showwarning
+
+            def show(message: Any, category: type[Warning], *where: Any, **options: Any) -> None:
+                if issubclass(category, BlindsightWarning):
+                    print(f"blindsight: warning: {message}", file=sys.stderr)
+                else:
+                    shown(message, category, *where, **options)
+
+            warnings.showwarning = show
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from blindsight.callable_modules import make_callable
 from blindsight.categories import HeadCategory
 from blindsight.data.samples import load_samples
-from blindsight.evaluate import conditions, decoder_of, open_outcomes, point_of
+from blindsight.evaluate import conditions, decoder_of, open_outcomes, point_of, remarks_on
 from blindsight.evaluation.answering import answer_samples
 from blindsight.evaluation.masked_model import ProfileMasking
 from blindsight.evaluation.outcomes import Outcome
@@ -27,6 +27,7 @@ from blindsight.evaluation.summary import by_task, summarize
 from blindsight.evaluation.sweep_points import (
     BY_HEAD,
     MEANINGS,
+    OWN,
     PlannedPoint,
     category_plans,
     selection_of,
@@ -34,7 +35,12 @@ from blindsight.evaluation.sweep_points import (
     token_plans,
 )
 from blindsight.evaluation.sweep_result import Sweep, SweepPoint
-from blindsight.evaluation.timing import Timing, longest_prompt, time_prefill_once
+from blindsight.evaluation.timing import (
+    NotTimedError,
+    Timing,
+    longest_prompt,
+    time_prefill_once,
+)
 from blindsight.modules import in_eval_mode
 from blindsight.profile import Profile
 
@@ -66,7 +72,7 @@ def sweep(
         samples: Questions with answers, other than those of the calibration: anything that
             :func:`~blindsight.data.samples.load_samples` takes or returns.
         profile: A profile, or its file, with the evidence of its calibration; its own categories
-            are not used.
+            are one more point.
         budgets: Budgets of calibration, in the unit of the profile's criterion; by default
             ``num_points`` of them, with costs that are spread evenly.
         num_points: About how many points the curve has; budgets that select the same are one.
@@ -75,7 +81,8 @@ def sweep(
         batch_size: Prompts that run together.
         max_new_tokens: The longest answer; by default as many tokens as the expected answer.
         repeats: How often prefill is timed at each point by head, dense and sparse in turn; each
-            point compiles.
+            point compiles. From the first that cannot be compiled on, no point is timed, and a
+            remark says why.
         inner: The backend that compiles the graphs that are timed.
         checkpoint: A file for the answers so far; an interrupted run resumes from it.
         num_resamples: Of the bootstrap.
@@ -92,6 +99,9 @@ def sweep(
     if budgets is None:
         budgets = spread_budgets(profile.evidence, select, num_points)
     plans = category_plans(profile, budgets, select, num_seeds if baselines else 0, baselines)
+    if bool(profile.categories.any()):
+        own = ProfileMasking(profile.categories)  # answered once, if it is on the curve
+        plans = [PlannedPoint(OWN, 0.0, own, profile.categories), *plans]
     known = open_outcomes(checkpoint, decoder, processor, samples, max_new_tokens)
     dense_point = point_of(ProfileMasking(torch.zeros_like(profile.categories)))
 
@@ -124,18 +134,25 @@ def sweep(
             outcomes.update(answer(more))
             plans = [*plans, *more]
         timings: dict[str, Timing] = {}
+        remarks = remarks_on(profile, samples)
         if repeats:
             batch = cache(lambda: longest_prompt(decoder, processor, samples, dense))
             for plan in plans:
                 if plan.series == BY_HEAD and plan.categories is not None:
-                    timings[plan.masking.key] = time_prefill_once(
-                        known,
-                        decoder,
-                        batch,
-                        profile.with_categories(plan.categories),
-                        inner=inner,
-                        repeats=repeats,
-                    )
+                    try:
+                        timings[plan.masking.key] = time_prefill_once(
+                            known,
+                            decoder,
+                            batch,
+                            profile.with_categories(plan.categories),
+                            inner=inner,
+                            repeats=repeats,
+                            progress=progress,
+                        )
+                    except NotTimedError as error:
+                        remarks.append(str(error))
+                        break
+    known.finish()
     draws = {"num_resamples": num_resamples, "seed": seed}
     points = [
         SweepPoint(
@@ -145,7 +162,7 @@ def sweep(
             heads=_heads(plan.categories),
             seed=plan.seed,
             summary=summarize(decoder, dense, outcomes[point_of(plan.masking).key], **draws),
-            timing=timings.get(plan.masking.key) if plan.series == BY_HEAD else None,
+            timing=timings.get(plan.masking.key) if plan.series in (BY_HEAD, OWN) else None,
         )
         for plan in plans
     ]
@@ -156,6 +173,7 @@ def sweep(
         points=tuple(points),
         num_questions={task: len(rows) for task, rows in by_task(dense).items()},
         conditions={**conditions(model, samples, seed), "evidence of profile": profile.digest[:12]},
+        remarks=tuple(remarks),
     )
 
 

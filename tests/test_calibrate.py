@@ -19,6 +19,7 @@ from blindsight import blindsight_backend, compile_apart, modules
 from blindsight.calibrate import (
     calibrate,
     evidence_of,
+    few_prompts,
     find_sink_offsets,
     flops_cut,
     profile_of,
@@ -32,6 +33,7 @@ from blindsight.data.processors import model_inputs
 from blindsight.data.samples import Samples, load_samples
 from blindsight.profile import Profile
 from blindsight.reference import reference_logits
+from blindsight.runtime.context import BlindsightWarning
 from blindsight.template import TemplateRule
 from models import tiny_model
 from processors import tiny_processor
@@ -240,9 +242,9 @@ def test_an_interrupted_calibration_goes_on_to_the_same_profile(
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, processor, rows(), **options)
     assert file.exists()
-    with pytest.raises(ValueError, match="batch_size 2 here, 1 in the file"):
+    with pytest.raises(ValueError, match="with batch_size 1 and not 2"):
         calibrate(model, processor, rows(), batch_size=2, **options)
-    with pytest.raises(ValueError, match=r"samples .* here"):
+    with pytest.raises(ValueError, match="an unfinished one with other samples, num_samples 4"):
         calibrate(model, processor, rows(5), **options)
     resumed = calibrate(model, processor, rows(), **options)
     assert calls == 5  # two, the interrupted one, and the two that were left
@@ -273,6 +275,19 @@ def test_an_interrupted_calibration_goes_on_to_the_same_profile(
         calibrate(model, processor, rows(), **options)
 
 
+@pytest.mark.filterwarnings("error::blindsight.BlindsightWarning")
+def test_fewer_prompts_than_the_quantile_can_tell_are_warned_of() -> None:
+    model, processor = tiny_model("gemma3", num_layers=1), tiny_processor("gemma3")
+    samples = load_samples([*rows(1), *rows(1, num_images=1)])
+    with pytest.warns(BlindsightWarning, match=r"Only 1 prompt with .* 95% .* takes 20 to tell"):
+        calibrate(model, processor, samples, progress=False)
+    calibrate(model, processor, samples, aggregate="mean", progress=False)
+    noted = {"quantile": "0.95", "num_samples_used": "19"}
+    assert "Only 19 prompts" in few_prompts(noted)
+    assert not few_prompts({**noted, "num_samples_used": "20"})
+    assert not few_prompts({**noted, "quantile": "0.9"}) and not few_prompts({})
+
+
 def test_bad_input_is_said_clearly(tmp_path: Path) -> None:
     model, processor = tiny_model("gemma3", num_layers=1), tiny_processor("gemma3")
     with pytest.raises(
@@ -281,6 +296,8 @@ def test_bad_input_is_said_clearly(tmp_path: Path) -> None:
         calibrate(model, processor, rows(2, num_images=1), progress=False)
     with pytest.raises(ValueError, match="at least one sample, got none"):
         calibrate(model, processor, [])
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        calibrate(model, processor, rows(1), num_samples=0)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         calibrate(model, processor, rows(1), batch_size=0)
     with pytest.raises(ValueError, match="sink_offsets must be ints or 'measure'"):
@@ -397,10 +414,22 @@ def test_the_command_writes_a_profile(saved: Path, capsys: pytest.CaptureFixture
     arguments += ["-o", str(output)]
     assert main([*arguments, "--budget", "0.9"]) == 0
     text = capsys.readouterr().out
-    assert f"saved to {output}" in text and "attention FLOPs" in text and "s each" in text
+    assert text.count("warning: Only ") == 1
+    assert main(["show", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert "warning: Only " in shown and "% of the attention FLOPs on its prompts" in shown
+    assert f"saved to {output}\n" in text and "attention FLOPs" in text and "s each" in text
     profile = Profile.load(output)
     profile.validate(tiny_model("gemma3", num_layers=1))
     assert profile.calibration["budget"] == "0.9"
+    assert main([*arguments, "--budget", "0"]) == 0
+    text = capsys.readouterr().out
+    assert f"saved to {output}, replacing profile {profile.digest[:12]}\n" in text
+    weights = saved / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    assert main([*arguments, "-o", str(weights)]) == 2
+    assert "a new file, or a profile to replace" in capsys.readouterr().err
+    assert weights.read_bytes() == before
     assert set(profile.evidence) >= {"effect", "error", "error_spread", "margin", "mass", "pairs"}
     assert sorted(path.name for path in saved.iterdir()) == ["data", "model", output.name]
     assert load_samples(saved / "data")[1].images
@@ -409,8 +438,8 @@ def test_the_command_writes_a_profile(saved: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("model", "data", "output", "message"),
     [
-        ("model", "nothing", "p", "dataset must be"),
-        ("nothing", "data", "p", "model must be a folder or a hub id"),
+        ("model", "nothing", "p", "dataset must be a path that exists"),
+        ("nothing", "data", "p", "model must be a path that exists"),
         ("llama", "data", "p", "model must have a vision part"),
         ("model", "data", "no/such/p", "output must be a file in an existing folder"),
     ],
@@ -530,6 +559,6 @@ def test_measurements_of_something_else_are_not_gone_on_with(tmp_path: Path, cha
         model.model.language_model.layers[1].mlp.down_proj.weight.data[5:7] += 1
     else:
         model.config.text_config.rms_norm_eps = 0.1
-    name = "weights" if change == "config" else change
-    with pytest.raises(ValueError, match=f"must be of this calibration, got {name} "):
+    name = "another processor" if change == "processor" else "other weights or another dtype"
+    with pytest.raises(ValueError, match=f"of this calibration, got an unfinished one with {name}"):
         measuring.measure(model, processor, load_samples(rows(1)), rule=rule, checkpoint=file)

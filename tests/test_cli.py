@@ -16,6 +16,7 @@ import family_models
 from blindsight.cli import main
 from blindsight.cli.models import load_model
 from blindsight.demo import DemoOptions, run_demo
+from blindsight.fingerprints import in_words
 from blindsight.profile import Profile
 from blindsight.ranks import local_device
 from models import tiny_model
@@ -67,7 +68,8 @@ def test_show_prints_counts_by_layer_and_the_digest(
     assert main(["show", str(profile_path)]) == 0
     output = capsys.readouterr().out
     assert Profile.load(profile_path).digest in output
-    assert "architecture=qwen2_5_vl" in output
+    assert "architecture=qwen2_5_vl" in output and "layer_types=2 x full_attention" in output
+    assert "attention FLOPs" not in output  # by hand: there is no telling
     rows = [line.split() for line in output.splitlines()[-5:]]
     assert rows == [
         ["layer", "DENSE", "SINK", "DOCUMENT", "DOCUMENT_SINK"],
@@ -107,9 +109,48 @@ def test_a_missing_profile_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert missing in error_of(capsys, *explain)
 
 
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="draws")
+def test_a_picture_has_an_ending_that_is_known(
+    profile_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = profile_path.with_name("heads.png")
+    assert main(["show", str(profile_path), "--plot", str(picture.with_suffix(""))]) == 0
+    assert capsys.readouterr().out.endswith(f"\nsaved to {picture}\n")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    found = error_of(capsys, "show", str(profile_path), "--plot", str(profile_path))
+    assert "a picture's path must end in one of" in found and "got 'safetensors'" in found
+
+
+def test_layers_of_one_type_are_counted() -> None:
+    types = ["sliding_attention"] * 5 + ["full_attention"]
+    for number, expected in (
+        (1, "5 x sliding_attention, 1 x full_attention"),
+        (6, "30 x sliding_attention, 6 x full_attention"),
+    ):
+        assert in_words({"layer_types": ",".join(types * number)})["layer_types"] == expected
+
+
 def test_traceback_is_shown_on_request(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         main(["show", str(tmp_path / "none.safetensors"), "--traceback"])
+
+
+def test_the_error_of_a_compiler_is_cut_to_a_line(
+    profile_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = f"backend='inductor' raised:\nNo compiler found\n{'buf0 = ops.load(0)' * 9000}"
+
+    def fail(path: Path) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(Profile, "load", fail)
+    expected = "backend='inductor' raised: No compiler found (--traceback shows all)"
+    assert error_of(capsys, "show", str(profile_path)) == f"blindsight: error: {expected}\n"
+    message = "one line" * 9000
+    assert len(error_of(capsys, "show", str(profile_path))) < 400
+    message = "several lines\nthat are short"
+    found = error_of(capsys, "show", str(profile_path))
+    assert found == "blindsight: error: several lines that are short\n"
 
 
 def test_a_folder_that_is_missing_or_without_images_is_one_line(
@@ -160,6 +201,7 @@ def test_the_demo_asks_the_testbed_alone(capsys: pytest.CaptureFixture[str]) -> 
         ("demo", "--num-images", "0", "a whole number of at least 1"),
         ("calibrate", "--limit", "many", "a whole number of at least 1"),
         ("calibrate", "--budget", "nan", "a number of at least 0"),
+        ("calibrate", "--quantile", "3", "a number from 0 to 1"),
         ("refine", "--budget", "low", "a number of at least 0"),
         ("evaluate", "--repeats", "-1", "a whole number of at least 0"),
     ],
@@ -173,11 +215,29 @@ def test_numbers_are_checked_before_anything_is_loaded(
     assert error.endswith(f"argument {option}: must be {expected}, got {value!r}")
 
 
+@pytest.mark.parametrize(("command", "resumes"), [("sweep", True), ("refine", False)])
+def test_an_interruption_says_whether_the_command_resumes(
+    command: str,
+    resumes: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Profile, "load", interrupt)
+    arguments = ["--model", "m", "--profile", "p", "--data", "d"]
+    output = ["-o", "p.safetensors"] if command == "refine" else ["--no-plot"]
+    assert main([command, *arguments, *output]) == 130
+    expected = "; the same command resumes" if resumes else ""
+    assert capsys.readouterr().err == f"blindsight: interrupted{expected}\n"
+
+
 def test_the_profile_of_another_model_is_one_line(
     profile_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = error_of(capsys, "demo", *TINY, "--profile", str(profile_path))
-    assert "model has num_heads=8" in error
+    assert "model has num_heads=8" in error and "full_attention,full" not in error
 
 
 def test_the_long_prompt_of_the_demo_agrees_with_its_reference() -> None:

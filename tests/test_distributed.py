@@ -431,11 +431,12 @@ def test_a_shared_evaluation_is_that_of_one_process(shared: Path) -> None:
     headers, answers = zip(*((part[0], part[1:]) for part in lines), strict=True)
     assert headers[0] == headers[1]
     assert sorted(answers[0]) == sorted(answers[1])
-    points = [json.loads(line) for line in answers[1]]
+    points = [line for line in map(json.loads, answers[1]) if "note" not in line]
     for key in {point["point"] for point in points}:
         assert [p["sample"] for p in points if p["point"] == key] == list(range(7))
     first, second = results(shared, "evaluate")
-    assert first["out"] == (shared / "two/evaluation.md").read_text() and second["out"] == ""
+    assert first["out"].startswith((shared / "two/evaluation.md").read_text())
+    assert "evaluation.md" in first["out"] and second["out"] == ""
     assert first["files"] == []
     failed = results(shared, "evaluate, failing")
     assert [result["code"] for result in failed] == [2, 2]
@@ -463,7 +464,7 @@ def test_parts_of_another_number_of_processes_are_never_mixed(tmp_path: Path) ->
     assert opened(Ranks(1, 2)).outcomes("dense") == {}
     assert opened(Ranks()).outcomes("dense") == {}
     (tmp_path / "answers.0-of-2").rename(tmp_path / "answers.1-of-2")
-    with pytest.raises(ValueError, match="process='0 of 2' and not '1 of 2'"):
+    with pytest.raises(ValueError, match="an unfinished run with process 0 of 2"):
         opened(Ranks(1, 2))
 
 

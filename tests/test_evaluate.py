@@ -3,6 +3,7 @@ resuming, and what a user sees of bad input."""
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import blindsight.evaluate as evaluation
 import blindsight.evaluation.timing as timing
 from blindsight.backend import blindsight_backend
+from blindsight.calibration.measure import measure
 from blindsight.categories import HeadCategory
 from blindsight.cli import main
 from blindsight.cost import attention_flops
 from blindsight.data.processors import model_inputs
+from blindsight.data.rows import Sample
 from blindsight.data.samples import load_samples
 from blindsight.evaluate import Evaluation, evaluate
 from blindsight.evaluation.answering import divergence
@@ -30,12 +33,13 @@ from blindsight.evaluation.masked_model import (
     ProfileMasking,
     masked,
 )
-from blindsight.evaluation.outcomes import Outcome
+from blindsight.evaluation.outcomes import Outcome, OutcomeFile
 from blindsight.evaluation.prefill import Batch, Decoder
 from blindsight.evaluation.summary import summarize
 from blindsight.evaluation.timing import time_prefill
 from blindsight.profile import Profile
 from blindsight.reference import kept_pairs, reference_logits
+from blindsight.runtime.context import BlindsightWarning
 from blindsight.runtime.inner import name_for_files
 from models import FAMILIES, Image, make_inputs, tiny_model
 from processors import tiny_processor
@@ -297,6 +301,23 @@ def test_a_compiled_model_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPat
         time_prefill(decoder, batch, profile, inner="eager", repeats=1)
 
 
+def test_what_cannot_be_compiled_is_not_timed_and_the_results_are_kept(tmp_path: Path) -> None:
+    def broken(gm: Any, inputs: Any) -> Any:
+        raise RuntimeError(f"no compiler was found\n{'tmp0 = ops.load(buf) ' * 5000}")
+
+    path = tmp_path / "answers.jsonl"
+    found = run(2, repeats=1, inner=broken, checkpoint=path)
+    assert found.timing is None and found.sparse == run(2).sparse
+    (remark,) = found.remarks
+    assert "no compiler was found" in remark and "--repeats 0" in remark and len(remark) < 500
+    assert remark in str(found)
+    assert Evaluation.from_json(found.to_json()) == found
+    # it is tried again, and nothing is answered again
+    before = path.read_bytes()
+    assert run(2, repeats=1, inner=broken, checkpoint=path) == found
+    assert path.read_bytes() == before
+
+
 def test_the_bound_follows_rounding() -> None:
     logits = torch.tensor([[4.0, -8.0]])
     unit = torch.finfo(torch.float32).eps * 8
@@ -313,7 +334,8 @@ def test_the_bound_follows_rounding() -> None:
 def answers_of(path: Path) -> dict[str, list[str]]:
     lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     found: dict[str, list[str]] = {}
-    for line in sorted(lines, key=lambda line: line["sample"]):
+    outcomes = [line for line in lines if "note" not in line]
+    for line in sorted(outcomes, key=lambda line: line["sample"]):
         found.setdefault(line["point"], []).append(line["answer"])
     return found
 
@@ -510,15 +532,39 @@ def test_timing_is_not_measured_again(inner: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "name"), [({"number": 5}, "samples="), ({"max_new_tokens": 2}, "max_new_tokens=")]
+    ("options", "name"),
+    [({"number": 5}, "other samples"), ({"max_new_tokens": 2}, "max_new_tokens=None")],
 )
-def test_the_answers_of_another_run_are_an_error(
+def test_the_answers_of_another_run_are_an_error_until_that_is_finished(
     tmp_path: Path, options: dict[str, Any], name: str
 ) -> None:
     path = tmp_path / "answers.jsonl"
     run(4, checkpoint=path)
-    with pytest.raises(ValueError, match=rf"answers.jsonl must be of the run .*{name}"):
-        run(**{"number": 4, **options}, checkpoint=path)
+    finished = path.read_bytes()
+    path.write_bytes(finished[: finished[:-1].rfind(b"\n") + 1])  # the line that says so
+    other = {"number": 4, **options}
+    with pytest.raises(ValueError, match=rf"answers.jsonl must .* an unfinished run with {name}\."):
+        run(**other, checkpoint=path)
+    run(4, checkpoint=path)
+    assert path.read_bytes() == finished
+    with pytest.warns(BlindsightWarning, match=rf"{name}. They are kept as answers-1\.jsonl"):
+        found = run(**other, checkpoint=path)
+    assert found == run(**other)
+    assert path.with_name("answers-1.jsonl").read_bytes() == finished != path.read_bytes()
+    with pytest.warns(BlindsightWarning, match=r"kept as answers-2\.jsonl"):
+        run(4, checkpoint=path)
+
+
+def test_a_finished_run_that_is_added_to_is_unfinished(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    run(4, checkpoint=path)
+    known = OutcomeFile(path, json.loads(path.read_text().partition("\n")[0]))
+    known.add([Outcome("another masking", 0, "a", "x", True, 0.0, 9, 2, 100, 18)])
+    with pytest.raises(ValueError, match="an unfinished run with other samples"):
+        run(5, checkpoint=path)
+    known.finish()
+    with pytest.warns(BlindsightWarning, match="are kept as"):
+        run(5, checkpoint=path)
 
 
 @pytest.mark.parametrize(
@@ -551,7 +597,7 @@ def test_a_run_that_is_refused_is_not_gone_on_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["processor", "weights"])
-def test_answers_of_another_model_or_processor_are_an_error(tmp_path: Path, change: str) -> None:
+def test_answers_of_another_model_or_processor_are_kept_aside(tmp_path: Path, change: str) -> None:
     model, profile = model_and_profile()
     processor, path = tiny_processor(), tmp_path / "answers.jsonl"
     evaluate(model, processor, samples(2), profile, repeats=0, checkpoint=path)
@@ -559,7 +605,8 @@ def test_answers_of_another_model_or_processor_are_an_error(tmp_path: Path, chan
         processor.chat_template += "."
     else:
         model.model.language_model.layers[0].mlp.up_proj.weight.data[9:11] += 1
-    with pytest.raises(ValueError, match=f"must be of the run that is to go on, got {change}="):
+    words = {"processor": "another processor", "weights": "another model or dtype"}[change]
+    with pytest.warns(BlindsightWarning, match=f"a finished run with {words}. They are kept"):
         evaluate(model, processor, samples(2), profile, repeats=0, checkpoint=path)
 
 
@@ -608,6 +655,7 @@ def test_results_survive_json_and_markdown_names_all(tmp_path: Path) -> None:
     text = (tmp_path / "new" / "found.md").read_text()
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["found.json", "found.md"]
     for words in (
+        "| measure", "whatever the length",
         "| task", "mean of the tasks", "attention FLOPs", "answers changed", "KL of the next token",
         "prefill of", f"{found.sparse.attention_flops:,}", "two images or more", "torch 2.",
     ):  # fmt: skip
@@ -617,6 +665,20 @@ def test_results_survive_json_and_markdown_names_all(tmp_path: Path) -> None:
     second = [line for line in tables if line.count("|") == 5]
     assert len(first) + len(second) == len(tables)
     assert {len(line) for line in first} == {len(first[0])}
+
+
+def test_a_dataset_that_the_profile_was_made_with_is_named(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, profile = model_and_profile()
+    noted = {"dataset": str(workplace / "data" / "data.jsonl"), "refinement_dataset": "list"}
+    made = replace(profile, calibration=noted)
+    options: dict[str, Any] = {"repeats": 0, "batch_size": 2}
+    monkeypatch.chdir(workplace)
+    given = load_samples("data", limit=2)
+    (remark,) = evaluate(model, tiny_processor(), given, made, **options).remarks
+    assert "was calibrated on a dataset of this very name, data/data.jsonl" in remark
+    assert evaluate(model, tiny_processor(), rows(2), made, **options).remarks == ()
 
 
 # Bad input.
@@ -643,6 +705,75 @@ def test_questions_without_answers_are_named() -> None:
     del known[1]["answer"]
     with pytest.raises(ValueError, match="sample 1 must have an answer, got none"):
         run(given=load_samples(known))
+
+
+def test_without_answers_all_but_accuracy_is_compared(tmp_path: Path) -> None:
+    known = rows(3)
+    for row in known:
+        del row["answer"]
+    path = tmp_path / "answers.jsonl"
+    found = run(given=load_samples(known), max_new_tokens=2, checkpoint=path)
+    expected = run(3, max_new_tokens=2)
+    assert found.sparse.kl_mean == pytest.approx(expected.sparse.kl_mean)
+    assert found.sparse.attention_flops == expected.sparse.attention_flops
+    assert (found.sparse.accuracy, found.sparse.mean, found.sparse.difference) == ({}, None, None)
+    assert found.sparse.num_changed == expected.sparse.num_changed
+    text = str(found)
+    assert text.startswith("| ") and "accuracy is left out" in text and "task" not in text
+    assert Evaluation.from_json(found.to_json()) == found
+    known[1]["answer"] = "x"
+    with pytest.raises(ValueError, match="or none of them, got one in sample 1 and none in the f"):
+        run(given=load_samples(known))
+
+
+def test_without_answers_their_length_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def decode(self: Decoder, batch: Batch, *_: Any, max_new_tokens: int, **__: Any) -> Any:
+        asked.append(max_new_tokens)
+        return torch.ones(len(batch.inputs["input_ids"]), 1, dtype=torch.int64)
+
+    monkeypatch.setattr(Decoder, "decode", decode)
+    run(given=load_samples([{**rows(1)[0], "answer": None}]))
+    assert asked == [32, 32]
+
+
+@pytest.mark.parametrize("column", ["answer", "answers"])
+def test_a_list_of_answers_is_named(column: str) -> None:
+    known = rows(2)
+    for row in known:
+        del row["answer"]
+        row[column] = ["9"]
+    with pytest.raises(
+        ValueError, match=rf"must be one string .*, got a list as '{column}': \['9'"
+    ):
+        run(given=load_samples(known))
+
+
+def test_answers_are_judged_as_asked(tmp_path: Path) -> None:
+    seen = []
+
+    def judge(answer: str, sample: Sample) -> bool:
+        seen.append((answer, sample.answer))
+        return sample.index == 1
+
+    path = tmp_path / "answers.jsonl"
+    given = [{**row, "task": "a"} for row in rows(2)]
+    found = run(given=load_samples(given), is_right=judge, max_new_tokens=3, checkpoint=path)
+    assert found.dense.mean is not None and found.dense.mean.value == 0.5
+    assert len(seen) == 4 and {expected for _, expected in seen} <= set("xyz")
+    assert "right: judge() says so" in str(found)
+    again = run(given=load_samples(given), is_right=judge, max_new_tokens=3, checkpoint=path)
+    assert again == found and len(seen) == 4
+    for row in given:
+        row["answer"] = None  # type: ignore[assignment]
+    assert run(given=load_samples(given), is_right=judge, max_new_tokens=3).dense.mean is not None
+
+
+def test_differences_from_a_model_that_is_always_wrong_say_nothing() -> None:
+    known = [{**row, "answer": "no such answer"} for row in rows(2)]
+    found = run(given=load_samples(known), max_new_tokens=1)
+    assert "right in 0.0 % only: the difference says nothing" in str(found)
 
 
 def test_questions_without_images_are_named() -> None:
@@ -711,7 +842,9 @@ def test_the_command_writes_both_files_and_prints_the_table(
 ) -> None:
     assert main(command(workplace, tmp_path / "out")) == 0
     printed = capsys.readouterr().out
-    assert printed == (tmp_path / "out" / "evaluation.md").read_text()
+    names = [tmp_path / "out" / f"evaluation.{ending}" for ending in ("json", "md")]
+    said = f"saved to {names[0]} and {names[1]}\n"
+    assert printed == f"{names[1].read_text()}\n{said}"
     found = Evaluation.from_json((tmp_path / "out" / "evaluation.json").read_text())
     assert sum(found.num_questions.values()) == 4
     assert found.conditions["dataset"].endswith("data.jsonl")
@@ -720,6 +853,62 @@ def test_the_command_writes_both_files_and_prints_the_table(
     assert main(command(workplace, tmp_path / "out")) == 0
     assert capsys.readouterr().out == printed
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("checkpoint", ["file/answers.jsonl", "."])
+def test_a_checkpoint_that_cannot_be_written_is_an_error_before_any_work(
+    checkpoint: str, workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    given = Watched(samples(2), stop_at=0)
+    with pytest.raises(ValueError, match="checkpoint must be a file that can be written, got"):
+        run(given=given, checkpoint=tmp_path / checkpoint)
+    model, profile = model_and_profile()
+    with pytest.raises(ValueError, match=r"checkpoint must be a file in an existing folder, got"):
+        measure(
+            model,
+            None,
+            given,
+            rule=profile.rule,
+            checkpoint=tmp_path / checkpoint / "not-there" / "x",
+        )
+    assert main(command(workplace, tmp_path / "file")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("blindsight: error: out must be a file that can be written")
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    _, profile = model_and_profile()
+    path = tmp_path / "not-there" / "profile.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"not-there/profile\.safetensors'$"):
+        profile.save(path)
+
+
+def test_the_command_shows_how_far_it_is_as_asked(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(workplace, tmp_path / "shown", limit="2", repeats="1", inner="eager")
+    assert main([*arguments, "--progress"]) == 0
+    shown = capsys.readouterr().err
+    for words in ("answering", "compiling to time prefill", "timing prefill"):
+        assert words in shown
+    assert main([*command(workplace, tmp_path / "hidden", limit="2"), "--no-progress"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("default::blindsight.BlindsightWarning")
+def test_the_command_says_what_it_replaces(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(workplace, tmp_path)) == 0
+    capsys.readouterr()
+    assert main(command(workplace, tmp_path, limit="2")) == 0
+    printed, error = capsys.readouterr()
+    kept = tmp_path / "answers-1.jsonl"
+    assert kept.exists() and kept.name in error and error.startswith("blindsight: warning: ")
+    digest = Profile.load(workplace / "profile.safetensors").digest[:12]
+    replaced = f"replacing those of profile {digest} for 4 questions of data/data.jsonl\n"
+    assert printed.endswith(replaced)
 
 
 @pytest.mark.parametrize("kind", ["empty", "broken image", "no images", "text model"])

@@ -85,6 +85,7 @@ def test_the_profile_says_how_it_was_refined(tmp_path: Path) -> None:
     assert found.calibration["criterion"] == "next_token"
     assert found.calibration["budget"] == "0.02"
     assert found.calibration["effect"] == "by head, 5 prompts"
+    assert found.calibration["refinement_dataset"] == "list"
     select = selection_of(found)
     assert torch.equal(select(found.evidence, 0.02), found.categories)
     assert bool(select(found.evidence, 1e9).all())

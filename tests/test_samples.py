@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from blindsight.calibrate import calibrate
+from blindsight.cli.models import load_model
 from blindsight.data.processors import digest_of_processor, load_processor, model_inputs
 from blindsight.data.rows import Sample
 from blindsight.data.samples import Samples, load_samples
@@ -108,7 +109,9 @@ def test_rows_in_memory() -> None:
     assert single[0].images[0].size == (16, 16)
     stream = (row for row in memory_rows())
     assert len(load_samples(stream, limit=2)) == 2
-    with pytest.raises(ValueError, match="limit must be given for a stream"):
+    with pytest.raises(
+        ValueError, match=r"samples must have a length, .*load_samples\(stream, limit=\.\.\.\)"
+    ):
         load_samples(row for row in memory_rows())
 
 
@@ -133,7 +136,9 @@ def test_datasets_of_datasets(tmp_path: Path) -> None:
     parts = datasets.DatasetDict({"train": table, "test": table.select([0])})
     assert len(load_samples(parts, split="test")) == 1
     parts.save_to_disk(tmp_path / "two")
-    with pytest.raises(ValueError, match=r"split must be one of train, test .* got None"):
+    with pytest.raises(
+        ValueError, match=r"one part of .* got all of them: train, test\. .*--split"
+    ):
         load_samples(tmp_path / "two")
     broken = datasets.Dataset.from_list(
         [{"images": [{"bytes": b"no image", "path": None}] * 2, "messages": messages()}],
@@ -335,6 +340,39 @@ def test_a_split_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     for whole in (tmp_path / "data.jsonl", memory_rows()):
         with pytest.raises(ValueError, match=r"split must be left out, as .* has no parts"):
             load_samples(whole, split="test")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (memory_rows(1)[0], r"a list of rows, got one row, with messages, images\. Give \[row\]"),
+        ({"train": memory_rows(1), "test": []}, r"got all of them: train, test\. Choose one: rows"),
+        (
+            [{"images": [], "question": "?"}],
+            r"column 'messages', got images, question .*rows\.map",
+        ),
+    ],
+)
+def test_what_is_no_list_of_rows_is_told_what_to_be(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_samples(given)
+
+
+@pytest.mark.parametrize("name", ["/none", "./none", "~/none", "none.jsonl", "a/b/c", "a b.csv"])
+def test_a_path_that_is_not_there_is_not_asked_for_on_the_hub(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # or it would be an ImportError
+    with pytest.raises(ValueError, match=f"dataset must be a path that exists, .* got '{name}'"):
+        load_samples(name)
+    for load in (load_processor, load_model):
+        with pytest.raises(ValueError, match=f"model must be a path that exists, .* got '{name}'"):
+            load(name)
+
+
+def test_a_home_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    assert len(load_samples("~")) == len(load_samples("~/data.jsonl")) == 5
 
 
 def test_a_table_of_pandas_is_told_what_to_be() -> None:

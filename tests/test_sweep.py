@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import blindsight.evaluation.sweep_plot as sweep_plot
 import blindsight.evaluation.timing as timing
 from blindsight.calibration.selection import select_categories
 from blindsight.cli import main
@@ -21,6 +22,7 @@ from blindsight.evaluation.sweep_points import (
     BY_ERROR,
     BY_HEAD,
     BY_LAYER,
+    OWN,
     PRUNING,
     RANDOM,
     WINDOW,
@@ -127,6 +129,28 @@ def test_budgets_spread_costs_evenly() -> None:
 def test_given_budgets_are_answered_and_equal_points_are_one() -> None:
     found = run(budgets=[0.0, 1e9, 1e10], baselines=False)
     assert [(point.series, point.knob) for point in found.points] == [(BY_HEAD, 1e9)]
+
+
+def test_the_profile_that_was_given_is_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, profile = model_and_profile()
+    given = profile.with_categories("sink")  # the sparsest of the curve
+    options: dict[str, Any] = {"budgets": [1e9], "baselines": False, "batch_size": 4}
+    path = tmp_path / "answers.jsonl"
+    found = sweep(model, tiny_processor(), samples(4), given, checkpoint=path, **options)
+    own, curve = found.points
+    assert (own.series, curve.series) == (OWN, BY_HEAD) and own.summary == curve.summary
+    assert len(path.read_text().splitlines()) == 1 + 2 * 4 + 1  # it is answered once
+    drawn = []
+    monkeypatch.setattr(sweep_plot, "plot_curves", lambda panels, *_, **__: drawn.extend(panels))
+    plot_sweep(found, tmp_path / "sweep.png")
+    share = 100 * found.attention_share(own)
+    assert [panel.marks for panel in drawn[1:]] == [
+        [(share, 100 * own.summary.scores[1].worst.value)],
+        [(share, own.summary.kl_mean)],
+    ]
+    assert "| as given" in str(found) and "| budget" in str(found) and "|  |" not in str(found)
 
 
 def test_the_criterion_is_that_of_calibration() -> None:
@@ -467,7 +491,9 @@ def test_the_command_writes_tables_and_picture(
     }
     arguments = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
     assert main(["sweep", *arguments]) == 0
-    assert capsys.readouterr().out == (tmp_path / "out" / "sweep.md").read_text()
+    out = tmp_path / "out"
+    said = f"saved to {out / 'sweep.json'}, {out / 'sweep.md'} and {out / 'sweep.png'}\n"
+    assert capsys.readouterr().out == f"{(out / 'sweep.md').read_text()}\n{said}"
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["answers.jsonl", "sweep.json", "sweep.md", "sweep.png"]
     heads = tmp_path / "heads.png"

@@ -23,6 +23,7 @@ from blindsight.calibration.prober import Prober
 from blindsight.data.processors import digest_of_processor, model_inputs
 from blindsight.data.rows import Sample
 from blindsight.data.samples import Samples
+from blindsight.files import check_target
 from blindsight.fingerprints import fingerprint
 from blindsight.modules import digest_of_model, in_eval_mode
 from blindsight.progress import progress_bar
@@ -66,6 +67,8 @@ def measure(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if checkpoint is not None:
+        check_target(checkpoint, "checkpoint")
     ranks = current_ranks()
     samples.check()
     positions = ranks.positions(len(samples), batch_size)

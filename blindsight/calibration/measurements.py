@@ -21,6 +21,14 @@ from blindsight.files import write_whole
 
 FORMAT = "blindsight-measurements"
 
+# What is said where a setting differs whose values mean nothing to people.
+_DIFFERENCES = {
+    "model": "another model",
+    "weights": "other weights or another dtype",
+    "samples": "other samples",
+    "processor": "another processor",
+    "rule": "another rule that finds images and their sinks",
+}
 _SAVING = 0.05  # the share of the time that saving may take
 
 
@@ -97,14 +105,15 @@ class MeasurementFile:
             )
         found = json.loads(metadata["settings"])
         different = [
-            f"{name} {value} here, {found.get(name)} in the file"
+            _DIFFERENCES.get(name, f"{name} {found.get(name)} and not {value}")
             for name, value in self._settings.items()
             if found.get(name) != value
         ]
         if different:
             raise ValueError(
-                f"checkpoint {self._path} must be of this calibration, got {'; '.join(different)}. "
-                f"Calibrate with the same settings to go on, or delete it to start over."
+                f"checkpoint {self._path} must be of this calibration, got an unfinished one with "
+                f"{', '.join(different)}. Calibrate with the same settings to go on, give another "
+                "checkpoint, or delete it to start over."
             )
         return [Measurements(**tensors)]
 

@@ -76,7 +76,11 @@ def refine(
             decoder, processor, samples, trials, batch_size=batch_size, progress=progress
         )
     effect = _by_head(found, profile) if by == "head" else _by_layer(found, profile)
-    noted = {**profile.calibration, "effect": f"by {by}, {len(samples)} prompts"}
+    noted = {
+        **profile.calibration,
+        "effect": f"by {by}, {len(samples)} prompts",
+        "refinement_dataset": samples.name,
+    }
     for name in ("aggregate", "quantile"):
         noted.pop(name, None)  # they describe the error, which no longer decides
     evidence = {**profile.evidence, "effect": effect}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import blindsight
 from blindsight.cli import calibrate, demo, evaluate, select, show, tune
-from blindsight.error_text import on_one_line
+from blindsight.error_text import in_short, on_one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,12 +20,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
-        print("blindsight: interrupted", file=sys.stderr)
+        resumes = "; the same command resumes" if getattr(arguments, "resumes", False) else ""
+        print(f"blindsight: interrupted{resumes}", file=sys.stderr)
         return 130
     except Exception as error:
         if arguments.traceback:
             raise
-        message = on_one_line(error)
+        message = in_short(error)
+        if message != on_one_line(error):
+            message = f"{message} (--traceback shows all)"
         if isinstance(error, OSError) and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
         print(f"blindsight: error: {message}", file=sys.stderr)

@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blindsight.cli.models import add_arguments
-from blindsight.cli.numbers import not_negative, positive
+from blindsight.cli.models import add_arguments, add_progress
+from blindsight.cli.numbers import not_negative, path, positive, share
 
 if TYPE_CHECKING:
     from blindsight.profile import Profile
@@ -34,7 +34,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         help="JSON-lines file of {images, videos, messages}, folder with data.jsonl, folder that "
         "datasets saved, or hub id",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the profile to write")
+    parser.add_argument("-o", "--output", type=path, required=True, help="the profile to write")
     parser.add_argument(
         "--budget",
         type=not_negative,
@@ -43,7 +43,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rule",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="how images are found in prompts, for a family that is not known: a file with the "
         "result of blindsight.TemplateRule(...).to_json()",
@@ -62,9 +62,10 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--checkpoint",
-        type=Path,
+        type=path,
         help="file for what is measured so far (default: next to the profile; removed at the end)",
     )
+    add_progress(parser)
     ablations = parser.add_argument_group("ablations, best left at their defaults")
     ablations.add_argument(
         "--criterion",
@@ -76,7 +77,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         choices=("quantile", "mean"),
         help="how the losses on the prompts become one (default: quantile)",
     )
-    ablations.add_argument("--quantile", type=float, help="which quantile (default: 0.95)")
+    ablations.add_argument("--quantile", type=share, help="which quantile (default: 0.95)")
     ablations.add_argument(
         "--allocation",
         choices=("per_head", "global"),
@@ -88,23 +89,24 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         metavar="OFFSET",
         help="which tokens of an image are sinks, from its first (default: 0), or 'measure'",
     )
-    parser.set_defaults(run=_run_calibrate)
+    parser.set_defaults(run=_run_calibrate, resumes=True)
 
 
 def _run_calibrate(arguments: argparse.Namespace) -> None:
     import time
+    import warnings
 
     from blindsight.calibrate import calibrate
     from blindsight.cli.models import load_model
+    from blindsight.cli.targets import profile_replaced_at, say_saved
     from blindsight.data.processors import load_processor
     from blindsight.data.samples import load_samples
-    from blindsight.files import check_target
     from blindsight.progress import quiet
     from blindsight.ranks import shared_run
     from blindsight.template import TemplateRule
 
     output: Path = arguments.output
-    check_target(output, "output")
+    replaced = profile_replaced_at(output)
     names = ("budget", "criterion", "aggregate", "quantile", "allocation")
     options = {name: getattr(arguments, name) for name in names}
     options = {name: value for name, value in options.items() if value is not None}
@@ -114,6 +116,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
         options["sink_offsets"] = _sink_offsets(arguments.sink_offsets)
     checkpoint = arguments.checkpoint or output.with_name(f"{output.name}.partial")
     with quiet(), shared_run() as ranks:
+        warnings.filterwarnings("ignore", message="Only .* prompt")  # the summary has it
         samples = load_samples(arguments.data, split=arguments.split)
         model = load_model(
             arguments.model, arguments.dtype, arguments.device, has_rule="rule" in options
@@ -128,6 +131,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
             seed=arguments.sample_seed,
             batch_size=arguments.batch_size,
             checkpoint=checkpoint,
+            progress=arguments.progress,
             **options,
         )
         seconds = time.perf_counter() - begin
@@ -139,12 +143,12 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     if not ranks.is_first:
         return
     print(summary(profile, seconds))
-    print(f"saved to {output}")
+    say_saved([output], replaced)
 
 
 def summary(profile: Profile, seconds: float) -> str:
     """Return a text on the result of a calibration that took ``seconds``."""
-    from blindsight.calibrate import flops_cut
+    from blindsight.calibrate import few_prompts, flops_cut
     from blindsight.cli.show import heads_by_layer
 
     noted = profile.calibration
@@ -156,6 +160,8 @@ def summary(profile: Profile, seconds: float) -> str:
         f"{num_samples} prompts, {used} with several images, in {seconds:.1f} s "
         f"({seconds / num_samples:.2f} s each)",
     ]
+    if what := few_prompts(noted):
+        lines.append(f"warning: {what}")
     return "\n".join(lines)
 
 

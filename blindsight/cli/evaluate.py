@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blindsight.cli.models import add_arguments
-from blindsight.cli.numbers import count, not_negative, positive
+from blindsight.cli.models import add_arguments, add_progress
+from blindsight.cli.numbers import count, not_negative, path, positive
 
 if TYPE_CHECKING:
     from blindsight.data.samples import Samples
@@ -30,11 +30,13 @@ def _add_evaluate(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         parents=[everywhere],
         help="answer a dataset dense and with a profile, and compare",
         description="Answer a dataset dense and with a profile: accuracy by task, answers "
-        "changed, KL of the next token, exact FLOPs, prefill time. Writes evaluation.json and "
-        "evaluation.md. An interrupted run resumes where it stopped. Under torchrun, the "
-        "processes share the questions.",
+        "changed, KL of the next token, exact FLOPs, prefill time. An answer is right if it equals "
+        "the expected one, but for case and spaces; by default no more tokens are decoded than "
+        "that has. (In Python, evaluate() takes another rule, is_right.) Without answers in the "
+        "dataset, accuracy is left out. Writes evaluation.json and evaluation.md. An interrupted "
+        "run resumes where it stopped. Under torchrun, the processes share the questions.",
     )
-    _add_arguments(parser, "evaluation")
+    _add_arguments(parser, "evaluation", "questions, with answers or all without")
     parser.add_argument(
         "--engine",
         choices=("reference", "compiled"),
@@ -48,7 +50,7 @@ def _add_evaluate(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         default=5,
         help="how often to time prefill, dense and sparse each; 0 compiles nothing (%(default)s)",
     )
-    parser.set_defaults(run=_run_evaluate)
+    parser.set_defaults(run=_run_evaluate, resumes=True)
 
 
 def _add_refine(commands: Any, everywhere: argparse.ArgumentParser) -> None:
@@ -60,7 +62,7 @@ def _add_refine(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         "the token after the prompt, and choose the categories by that.",
     )
     _add_inputs(parser, "prompts to try categories on, such as those of the calibration")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the profile to write")
+    parser.add_argument("-o", "--output", type=path, required=True, help="the profile to write")
     parser.add_argument(
         "--budget",
         type=not_negative,
@@ -82,10 +84,11 @@ def _add_sweep(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         "sweep",
         parents=[everywhere],
         help="measure accuracy over cost, from dense to the sparsest profile",
-        description="Answer a dataset at many budgets, and with baselines. Writes sweep.json, "
-        "sweep.md and sweep.png. An interrupted run resumes where it stopped.",
+        description="Answer a dataset at many budgets, and with baselines; answers are right by "
+        "the rule of evaluate. Writes sweep.json, sweep.md and sweep.png. An interrupted run "
+        "resumes where it stopped.",
     )
-    _add_arguments(parser, "sweep")
+    _add_arguments(parser, "sweep", "questions with answers")
     parser.add_argument(
         "--points", type=positive, default=12, help="points of the curve (%(default)s)"
     )
@@ -111,12 +114,12 @@ def _add_sweep(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         help="how often to time prefill at each point, dense and sparse each; each point compiles "
         "(%(default)s)",
     )
-    parser.set_defaults(run=_run_sweep)
+    parser.set_defaults(run=_run_sweep, resumes=True)
 
 
 def _add_inputs(parser: argparse.ArgumentParser, what: str) -> None:
     add_arguments(parser)
-    parser.add_argument("--profile", type=Path, required=True, help="file of the profile")
+    parser.add_argument("--profile", type=path, required=True, help="file of the profile")
     parser.add_argument("--data", required=True, help=f"JSON-lines file, folder or hub id: {what}")
     parser.add_argument("--split", help="part of the dataset, if it has several")
     parser.add_argument("--limit", type=positive, help="how many samples to use at most")
@@ -126,14 +129,15 @@ def _add_inputs(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--batch-size", type=positive, default=8, help="prompts that run together (%(default)s)"
     )
+    add_progress(parser)
 
 
-def _add_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
-    _add_inputs(parser, "questions with answers")
+def _add_arguments(parser: argparse.ArgumentParser, folder: str, what: str) -> None:
+    _add_inputs(parser, what)
     parser.add_argument(
         "--max-new-tokens",
         type=positive,
-        help="longest answer (default: as long as the expected one)",
+        help="longest answer (default: as long as the expected one; 32 without answers)",
     )
     parser.add_argument(
         "--inner", default="inductor", help="what compiles the graphs (%(default)s)"
@@ -141,13 +145,14 @@ def _add_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (%(default)s)")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path,
         default=Path(folder),
         help="folder for the results, and for the answers so far (%(default)s)",
     )
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> None:
+    from blindsight.cli.targets import results_replaced_at, say_saved
     from blindsight.evaluate import evaluate
     from blindsight.progress import quiet
     from blindsight.ranks import shared_run
@@ -166,24 +171,28 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
             repeats=arguments.repeats,
             checkpoint=arguments.out / "answers.jsonl",
             seed=arguments.seed,
+            progress=arguments.progress,
         )
     if not ranks.is_first:
         return
-    found.save(arguments.out / "evaluation.json")
-    found.save(arguments.out / "evaluation.md")
-    print(found.to_markdown(), end="")
+    paths = [arguments.out / "evaluation.json", arguments.out / "evaluation.md"]
+    replaced = results_replaced_at(paths[0], found.to_json())
+    for target in paths:
+        found.save(target)
+    print(found.to_markdown())
+    say_saved(paths, replaced)
 
 
 def _run_refine(arguments: argparse.Namespace) -> None:
     from blindsight.calibration.refine import refine
-    from blindsight.files import check_target
+    from blindsight.cli.targets import profile_replaced_at, say_saved
     from blindsight.progress import quiet
     from blindsight.ranks import check_is_alone
 
     check_is_alone("refine")
 
     output: Path = arguments.output
-    check_target(output, "output")
+    replaced = profile_replaced_at(output)
     with quiet():
         model, processor, samples, profile = _load(arguments)
         found = refine(
@@ -194,13 +203,15 @@ def _run_refine(arguments: argparse.Namespace) -> None:
             budget=arguments.budget,
             by=arguments.by,
             batch_size=arguments.batch_size,
+            progress=arguments.progress,
         )
     found.save(output)
     print(found)
-    print(f"saved to {output}")
+    say_saved([output], replaced)
 
 
 def _run_sweep(arguments: argparse.Namespace) -> None:
+    from blindsight.cli.targets import results_replaced_at, say_saved
     from blindsight.progress import quiet
     from blindsight.ranks import check_is_alone
     from blindsight.sweep import sweep
@@ -227,13 +238,18 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
             inner=arguments.inner,
             checkpoint=arguments.out / "answers.jsonl",
             seed=arguments.seed,
+            progress=arguments.progress,
         )
+    names = ["sweep.json", "sweep.md", *([] if arguments.no_plot else ["sweep.png"])]
+    paths = [arguments.out / name for name in names]
+    replaced = results_replaced_at(paths[0], found.to_json())
     found.save(arguments.out)
     if not arguments.no_plot:
         from blindsight.evaluation.sweep_plot import plot_sweep
 
-        plot_sweep(found, arguments.out / "sweep.png")
-    print(found.to_markdown(), end="")
+        plot_sweep(found, paths[-1])
+    print(found.to_markdown())
+    say_saved(paths, replaced)
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any, Samples, Profile]:
@@ -243,8 +259,11 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, Samples, Profile]:
     from blindsight.cli.models import load_model
     from blindsight.data.processors import load_processor
     from blindsight.data.samples import load_samples
+    from blindsight.files import check_can_be_made
     from blindsight.profile import Profile
 
+    if hasattr(arguments, "out"):
+        check_can_be_made(arguments.out / "answers.jsonl", "out")
     profile = Profile.load(arguments.profile)
     samples = load_samples(
         arguments.data, split=arguments.split, limit=arguments.limit, seed=arguments.sample_seed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from blindsight.error_text import on_one_line
+from blindsight.error_text import local_path, on_one_line
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_DEVICE = "default: cuda where there is one, else cpu"
@@ -24,6 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         help="such as cpu or cuda; auto spreads the layers over all GPUs, with accelerate "
         f"({DEFAULT_DEVICE})",
+    )
+
+
+def add_progress(parser: argparse.ArgumentParser) -> None:
+    """Add the option of commands that show a bar."""
+    parser.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="show how far it is (default: on a terminal only)",
     )
 
 
@@ -57,6 +66,7 @@ def load_model(
             "device must be a GPU for each of several processes, got 'auto', which spreads one "
             "model over all GPUs. Run one process, or give --device cuda."
         )
+    name = local_path(name, "model")
     if device != "auto":
         device = local_device(device)
     if dtype is None:

@@ -1,8 +1,9 @@
-"""Numbers that options of commands take; what is none is an error before anything is loaded."""
+"""Numbers and paths that options take; what is none is an error before anything is loaded."""
 
 from __future__ import annotations
 
 from argparse import ArgumentTypeError
+from pathlib import Path
 
 
 def positive(text: str) -> int:
@@ -13,6 +14,22 @@ def positive(text: str) -> int:
 def count(text: str) -> int:
     """Return an int of at least 0."""
     return _at_least(0, text)
+
+
+def path(text: str) -> Path:
+    """Return a path, with ``~`` expanded: after a ``=`` no shell does."""
+    return Path(text).expanduser()
+
+
+def share(text: str) -> float:
+    """Return a number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return number
 
 
 def not_negative(text: str) -> float:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blindsight.cli.numbers import path
+
 if TYPE_CHECKING:
     from blindsight.profile import Profile
 
@@ -14,8 +16,13 @@ if TYPE_CHECKING:
 def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
     """Register the command; ``everywhere`` is the parent parser with the shared options."""
     show = commands.add_parser("show", parents=[everywhere], help="describe a profile")
-    show.add_argument("profile", type=Path)
-    show.add_argument("--plot", type=Path, metavar="PNG", help="draw the heads by category")
+    show.add_argument("profile", type=path)
+    show.add_argument(
+        "--plot",
+        type=path,
+        metavar="PNG",
+        help="draw the heads by category: a PNG, PDF or SVG by its ending (default: .png)",
+    )
     show.set_defaults(run=_run_show)
 
 
@@ -23,19 +30,31 @@ def _run_show(arguments: argparse.Namespace) -> None:
     from blindsight.files import check_target
     from blindsight.profile import Profile
 
-    if arguments.plot is not None:
-        check_target(arguments.plot, "plot")
+    plot: Path | None = arguments.plot
+    if plot is not None:
+        from blindsight.plots import check_ending
+
+        plot = plot if plot.suffix else plot.with_name(f"{plot.name}.png")
+        check_target(plot, "plot")
+        check_ending(plot)
     profile = Profile.load(arguments.profile)
     print(describe(profile))
-    if arguments.plot is not None:
+    if plot is not None:
+        from blindsight.cli.targets import say_saved
         from blindsight.plots import plot_profile
 
-        plot_profile(profile, arguments.plot)
+        plot_profile(profile, plot)
+        print()
+        say_saved([plot])
 
 
 def describe(profile: Profile) -> str:
     """Return a description of a profile, as text."""
-    shape = ", ".join(f"{name}={value}" for name, value in profile.fingerprint.items())
+    from blindsight.calibrate import few_prompts, flops_cut
+    from blindsight.fingerprints import in_words
+
+    shape = ", ".join(f"{name}={value}" for name, value in in_words(profile.fingerprint).items())
+    cut = flops_cut(profile) if "pairs" in profile.evidence else None
     rule = profile.rule
     lines = [
         f"model        {' @ '.join(profile.model.values()) or 'not named'}",
@@ -54,6 +73,8 @@ def describe(profile: Profile) -> str:
         f"sinks        at {_ids(rule.sink_offsets)} from the start of an image",
         f"layers       {rule.layer_pattern}",
         f"calibration  {', '.join(f'{k}={v}' for k, v in profile.calibration.items()) or 'none'}",
+        *([f"             warning: {what}"] if (what := few_prompts(profile.calibration)) else []),
+        *([] if cut is None else [f"saves        {cut:.1%} of the attention FLOPs on its prompts"]),
         f"evidence     {', '.join(profile.evidence) or 'none'}",
         f"digest       {profile.digest}",
         "",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from blindsight.cli.models import DEFAULT_DEVICE, DTYPES
+from blindsight.cli.models import DEFAULT_DEVICE, DTYPES, add_progress
 
 
 def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
@@ -28,6 +28,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         default=["float32", "bfloat16"],
         help="dtypes of the models that run here (default: float32 bfloat16)",
     )
+    add_progress(tune)
     tune.set_defaults(run=_run_tune)
 
 
@@ -44,7 +45,8 @@ def _run_tune(arguments: argparse.Namespace) -> None:
     for name in arguments.dtype:
         dtype = getattr(torch, name)
         steps = 4 if device.type == "cpu" else 6
-        with progress_bar(total=steps, desc=name, leave=False) as bar, torch.inference_mode():
+        shown = progress_bar(arguments.progress, total=steps, desc=name, leave=False)
+        with shown as bar, torch.inference_mode():
 
             def progress(text: str, bar: Any = bar) -> None:
                 bar.set_postfix_str(text)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blindsight.data.media import video_arguments
 from blindsight.data.rows import Sample
-from blindsight.error_text import on_one_line, shortened
+from blindsight.error_text import local_path, on_one_line, shortened
 
 _PROBES = ((1600, 1200), (60, 40))  # width and height of images, in pixels
 
@@ -149,7 +149,7 @@ def load_processor(path: str | os.PathLike[str]) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     auto: Any = AutoProcessor
-    name = os.fspath(path)
+    name = local_path(os.fspath(path), "model")
     try:
         try:
             return auto.from_pretrained(name)

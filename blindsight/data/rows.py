@@ -45,6 +45,12 @@ ROW = '{"images": ["a.png", ...], "messages": [...]}, or with "videos"'
 
 _KINDS = ("image", "video")
 _MEDIA = {*_KINDS, *(f"{kind}s" for kind in _KINDS)}
+_TURNS = ("messages", "conversations")
+# What to do with rows that have a question and no messages.
+_TO_MESSAGES = (
+    'Make messages of it, such as rows.map(lambda row: {"messages": [{"role": "user", "content": '
+    '"<image>" * len(row["images"]) + row["question"]}]}).'
+)
 _IN_TEXT = re.compile("(<image>|<video>)")
 _OF_A_VIDEO = ("fps", "num_frames")
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -119,18 +125,45 @@ def sample_of_row(
     )
 
 
-def check_has_answer(sample: Sample) -> Sample:
-    """Return a sample that has an answer.
+def check_answer(sample: Sample, *, answered: bool = True) -> Sample:
+    """Return a sample that has an answer; or one that has none, if the others have none either.
 
     Raises:
-        ValueError: It has none.
+        ValueError: It is not so.
     """
-    if sample.answer is None:
+    if answered and sample.answer is None:
         raise ValueError(
             f"sample {sample.index} must have an answer, got none. Add an 'answer' to the row, a "
             "string or a number, or end its messages with the assistant's."
         )
+    if not answered and sample.answer is not None:
+        raise ValueError(
+            f"samples must all have an answer, or none of them, got one in sample {sample.index} "
+            "and none in the first. Add the answers that are missing, or remove all."
+        )
     return sample
+
+
+def has_answer(row: Mapping[str, Any], where: str) -> bool:
+    """Whether a row has an answer, beside its messages or at their end.
+
+    Raises:
+        ValueError: It has something in place of one.
+    """
+    turns: Any = next((row[name] for name in _TURNS if row.get(name)), [])
+    last = turns[-1] if isinstance(turns, (list, tuple)) else None
+    role = last.get("role", last.get("from")) if isinstance(last, Mapping) else None
+    if _answer_of(row) is not None or _ROLES.get(str(role), role) == "assistant":
+        return True
+    for name in ("answer", "answers"):
+        if isinstance(answer := row.get(name), (list, tuple, Mapping)):
+            what = "a list" if isinstance(answer, (list, tuple)) else type(answer).__name__
+            raise ValueError(
+                f"answer of {where} must be one string or number, got {what} as {name!r}: "
+                f"{shortened(repr(answer))}. Give one 'answer', or remove the column to evaluate "
+                "without answers."
+            )
+    return False
 
 
 def row_of_sample(sample: Sample) -> dict[str, Any]:
@@ -180,10 +213,11 @@ def check_columns(rows: Any, indices: Any, name: str) -> None:
 
     columns = getattr(rows, "column_names", None)  # of a dataset, without decoding anything
     columns = list(row_at(indices[0])) if columns is None else list(columns)
-    if not {"messages", "conversations"} & set(columns):
+    if not set(_TURNS) & set(columns):
+        advice = _TO_MESSAGES if "question" in columns else f"A row is {ROW}."
         raise ValueError(
             f"dataset must have a column 'messages', got {', '.join(columns) or 'none'} in {name}. "
-            f"A row is {ROW}."
+            f"{advice}"
         )
     has_media = bool(_MEDIA & set(columns)) or any(
         (_MEDIA & set(row)) or any(True for _ in _media_inside(row)) for row in map(row_at, indices)
@@ -193,6 +227,11 @@ def check_columns(rows: Any, indices: Any, name: str) -> None:
             f"dataset must have images or videos, got only {', '.join(columns)} in {name}. A row "
             f"is {ROW}."
         )
+
+
+def columns_of_rows(given: Mapping[Any, Any]) -> list[str]:
+    """Return the keys of a mapping that only a row has, not parts of a dataset by name."""
+    return [name for name in (*_TURNS, *sorted(_MEDIA), "question") if name in given]
 
 
 # Images and videos.

@@ -18,14 +18,21 @@ from typing import Any, overload
 from blindsight.data.rows import (
     ROW,
     Sample,
+    check_answer,
     check_columns,
-    check_has_answer,
     check_row,
+    columns_of_rows,
+    has_answer,
     identity_of_row,
     row_of_sample,
     sample_of_row,
 )
-from blindsight.error_text import on_one_line
+from blindsight.error_text import local_path, on_one_line
+
+_TO_CHOOSE = (
+    "Choose one: rows['test'] of rows in memory, load_samples(path, split='test') of "
+    "blindsight.data.samples, or --split test."
+)
 
 
 class Samples(Sequence[Sample]):
@@ -58,13 +65,24 @@ class Samples(Sequence[Sample]):
             raise ValueError(message) from error
         return sample_of_row(row, index, where, self._folder)
 
-    def check(self, *, answers: bool = False) -> None:
+    def has_answers(self) -> bool:
+        """Whether the samples have answers, as the first one tells.
+
+        Raises:
+            ValueError: It has something in place of one, such as a list of several.
+        """
+        index = self._indices[0]
+        where = f"sample {index} of {self.name}"
+        check_row(row := self._rows[index], where)
+        return has_answer(row, where)
+
+    def check(self, *, answers: bool | None = None) -> None:
         """Check all rows, and images by their headers, so that errors are found before long work.
 
         Datasets of ``datasets`` are not checked: looking at their images would decode them.
 
         Args:
-            answers: Whether every row has to have one.
+            answers: Whether every row has to have one, or none of them; None does not look.
 
         Raises:
             ValueError: A row is malformed, or a file is missing or damaged.
@@ -74,8 +92,9 @@ class Samples(Sequence[Sample]):
         for index in self._indices:
             where = f"sample {index} of {self.name}"
             sample = sample_of_row(self._rows[index], index, where, self._folder, decode=False)
-            if answers:
-                check_has_answer(sample)
+            if answers is not None:
+                has_answer(self._rows[index], where)
+                check_answer(sample, answered=answers)
 
     def take(self, positions: Sequence[int]) -> Samples:
         """Return the samples at some positions, in the given order."""
@@ -132,8 +151,8 @@ def load_samples(
         chosen = range(len(rows))
     elif limit is None:
         raise ValueError(
-            f"limit must be given for a stream of samples ({name}), got None: num_samples of "
-            "calibrate(), or give a list."
+            f"samples must have a length, got a stream that has none ({name}). Give a list, or "
+            "load_samples(stream, limit=...) of blindsight.data.samples with how many to take."
         )
     else:
         rows = list(islice(rows, limit))
@@ -173,10 +192,15 @@ def _open(source: Any, split: str | None) -> tuple[Any, str, Path | None]:
         raise ValueError(
             "dataset must be rows, got a table of pandas. Give datasets.Dataset.from_pandas(table)."
         )
+    if isinstance(source, Mapping) and (columns := columns_of_rows(source)):
+        raise ValueError(
+            f"samples must be a list of rows, got one row, with {', '.join(columns)}. Give [row]."
+        )
     if not isinstance(source, (str, os.PathLike)):
         rows = _with_videos_as_files(_of_split(source, split, "the given dataset"))
         return rows, getattr(rows, "name", type(rows).__name__), getattr(rows, "_folder", None)
-    path, name = Path(source), os.fspath(source)
+    name = local_path(os.fspath(source), "dataset")
+    path = Path(name)
     if path.is_file() and path.suffix != ".parquet":
         return _of_split(_read_json(path), split, name), name, path.parent
     found = sorted(path.glob("*.jsonl")) if path.is_dir() else []
@@ -187,7 +211,7 @@ def _open(source: Any, split: str | None) -> tuple[Any, str, Path | None]:
         if not any(each.name.startswith(f"{split}-") for each in found):  # shards: of datasets
             raise ValueError(
                 f"split must be one of {', '.join(each.stem for each in found)} for {name}, got "
-                f"{split or 'none'}."
+                f"{split or 'none'}. {_TO_CHOOSE}"
             )
     rows = _of_split(_load_dataset(path, name), split, name)
     return _with_videos_as_files(rows), name, path.parent if path.is_file() else None
@@ -220,9 +244,12 @@ def _of_split(rows: Any, split: str | None, name: str) -> Any:
     if split is None and len(rows) == 1:
         return next(iter(rows.values()))
     if split not in rows:
-        raise ValueError(
-            f"split must be one of {', '.join(map(str, rows))} for {name}, got {split}."
-        )
+        parts = ", ".join(map(str, rows))
+        if split is None:
+            raise ValueError(
+                f"dataset must be one part of {name}, got all of them: {parts}. {_TO_CHOOSE}"
+            )
+        raise ValueError(f"split must be one of {parts} for {name}, got {split}. {_TO_CHOOSE}")
     return rows[split]
 
 

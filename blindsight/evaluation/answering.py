@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blindsight.data.processors import model_inputs
-from blindsight.data.rows import Sample, check_has_answer
+from blindsight.data.rows import Sample, check_answer
 from blindsight.data.samples import Samples
 from blindsight.evaluation.masked_model import Masking, Masks, Prompt
 from blindsight.evaluation.outcomes import Outcome, OutcomeFile
@@ -23,6 +23,7 @@ from blindsight.progress import progress_bar
 from blindsight.ranks import current_ranks
 
 NO_TASK = "all"
+UNKNOWN_LENGTH = 32  # tokens of an answer where none is expected
 _FIRST = 64  # samples, of which one at least has images
 _BATCHES_AT_ONCE = 8  # opened together and sorted by length, so that little is padding
 
@@ -35,6 +36,7 @@ class Point(NamedTuple):
 
 
 Prefill = Callable[[Batch, Point, Masks, bool], Output]
+Judge = Callable[[str, Sample], bool]
 
 
 def answer_samples(
@@ -47,6 +49,8 @@ def answer_samples(
     batch_size: int = 8,
     max_new_tokens: int | None = None,
     prefill: Prefill | None = None,
+    answered: bool = True,
+    is_right: Judge | None = None,
     progress: bool | None = None,
 ) -> dict[str, list[Outcome]]:
     """Answer all samples under all maskings; return the outcomes of each point, by sample.
@@ -57,14 +61,17 @@ def answer_samples(
     Args:
         decoder: The model.
         processor: Its processor.
-        samples: Questions with answers. A sample that is answered at all points already is not
+        samples: Questions. A sample that is answered at all points already is not
             opened.
         points: The maskings; the others are compared with the first.
         known: The file of what is answered already, to which the rest is written.
         batch_size: Prompts that run together, padded on the left.
         max_new_tokens: The longest answer; by default as many tokens as the expected answer has,
-            and what would follow is ignored.
+            and what would follow is ignored; ``UNKNOWN_LENGTH`` where none is expected.
         prefill: How a batch is run under a masking; by default with explicit masks.
+        answered: Whether every sample has an answer, or none.
+        is_right: Whether an answer, given as it was decoded, is right; by default if it equals the
+            expected one after :func:`normalise`.
         progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
@@ -74,13 +81,16 @@ def answer_samples(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    samples.check(answers=True)
+    samples.check(answers=answered)
     run = prefill or (lambda b, _, masks, use_cache: decoder.prefill(b, masks, use_cache=use_cache))
 
     def work() -> None:
         total = len(samples) * len(points)
-        with progress_bar(progress, total=total, unit="answer", leave=False) as bar:
-            for questions, missing in _batches_left(samples, points, known, batch_size, bar):
+        options = {"desc": "answering", "unit": "answer", "leave": False}
+        with progress_bar(progress, total=total, **options) as bar:
+            for questions, missing in _batches_left(
+                samples, points, known, batch_size, answered, bar
+            ):
                 for outcomes in _answer_batch(
                     decoder,
                     processor,
@@ -89,6 +99,7 @@ def answer_samples(
                     dense=points[0],
                     run=run,
                     max_new_tokens=max_new_tokens,
+                    is_right=is_right,
                 ):
                     known.add(outcomes)
                     bar.update(len(outcomes))
@@ -101,7 +112,12 @@ def answer_samples(
 
 
 def _batches_left(
-    samples: Samples, points: Sequence[Point], known: OutcomeFile, batch_size: int, bar: Any
+    samples: Samples,
+    points: Sequence[Point],
+    known: OutcomeFile,
+    batch_size: int,
+    answered: bool,
+    bar: Any,
 ) -> Iterator[tuple[dict[int, Sample], list[Point]]]:
     """Yield batches of questions by position, and for each the points still to be answered here.
 
@@ -113,10 +129,10 @@ def _batches_left(
     for window in _chunks(range(len(samples)), batch_size * _BATCHES_AT_ONCE):
         if all(known.has(point.key, window) for point in points):
             bar.update(len(points) * len(window))
-            answered = known.outcomes(points[0].key)
-            has_images |= any(answered[at].num_spans > 0 for at in window)
+            done = known.outcomes(points[0].key)
+            has_images |= any(done[at].num_spans > 0 for at in window)
             continue
-        opened = {at: check_has_answer(samples[at]) for at in window}
+        opened = {at: check_answer(samples[at], answered=answered) for at in window}
         has_images |= any(sample.images or sample.videos for sample in opened.values())
         if not has_images and window[-1] + 1 >= min(len(samples), _FIRST):
             raise ValueError(
@@ -142,6 +158,7 @@ def _answer_batch(
     dense: Point,
     run: Prefill,
     max_new_tokens: int | None,
+    is_right: Judge | None,
 ) -> Iterator[list[Outcome]]:
     """Yield the outcomes of one batch under each point; KL divergences are from ``dense``."""
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -158,13 +175,18 @@ def _answer_batch(
             for row, limit in zip(tokens.tolist(), limits, strict=True)
         ]
         kl = divergence(expected, output.logits)
-        yield _outcomes(point, questions, answers, kl, batch.prompt, masks)
+        right = [
+            _is_right(answer, sample, is_right)
+            for answer, sample in zip(answers, questions.values(), strict=True)
+        ]
+        yield _outcomes(point, questions, answers, right, kl, batch.prompt, masks)
 
 
 def _outcomes(
     point: Point,
     asked: Mapping[int, Sample],
     answers: Sequence[str],
+    right: Sequence[bool | None],
     kl: Tensor,
     prompt: Prompt,
     masks: Masks,
@@ -179,8 +201,8 @@ def _outcomes(
                 point=point.key,
                 sample=at,
                 task=NO_TASK if sample.task is None else sample.task,
-                answer=answers[row],
-                is_right=answers[row] == normalise(sample.answer or ""),
+                answer=normalise(answers[row]),
+                is_right=right[row],
                 kl=float(kl[row]),
                 num_tokens=num_tokens,
                 num_spans=num_spans,
@@ -189,6 +211,13 @@ def _outcomes(
             )
         )
     return outcomes
+
+
+def _is_right(answer: str, sample: Sample, is_right: Judge | None) -> bool | None:
+    """Return whether an answer is right, or None if there is no telling."""
+    if is_right is not None:
+        return bool(is_right(answer, sample))
+    return None if sample.answer is None else normalise(answer) == normalise(sample.answer)
 
 
 def normalise(answer: str) -> str:
@@ -214,6 +243,8 @@ def _length(sample: Sample) -> tuple[int, int]:
 def _num_tokens(tokenizer: Any, sample: Sample, max_new_tokens: int | None) -> int:
     if max_new_tokens is not None:
         return max_new_tokens
+    if sample.answer is None:
+        return UNKNOWN_LENGTH
     return max(1, len(tokenizer(sample.answer, add_special_tokens=False)["input_ids"]))
 
 
@@ -228,7 +259,8 @@ def _stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
 
 def _text(tokenizer: Any, tokens: list[int], stop_ids: Sequence[int]) -> str:
     end = next((at for at, token in enumerate(tokens) if token in stop_ids), len(tokens))
-    return normalise(tokenizer.decode(tokens[:end], skip_special_tokens=True))
+    text: str = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+    return text.strip()
 
 
 def _chunks(positions: Sequence[int], size: int) -> Iterator[Sequence[int]]:

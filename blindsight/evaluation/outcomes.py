@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +15,23 @@ from typing import Any
 
 from blindsight.files import write_text
 from blindsight.ranks import current_ranks
+from blindsight.runtime.context import BlindsightWarning
 
 FORMAT, VERSION = "blindsight-outcomes", 1
+
+_FINISHED = "finished"  # a note: nothing is missing in the file
+# What each part of the header says when it differs, with the value in the file.
+_DIFFERENCES = {
+    "format": "no outcomes",
+    "version": "another version of this format",
+    "weights": "another model or dtype",
+    "rule": "another rule that finds images",
+    "samples": "other samples",
+    "processor": "another processor",
+    "max_new_tokens": "max_new_tokens={}",
+    "is_right": "another is_right",
+    "process": "process {}",
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +43,8 @@ class Outcome:
         sample: Position among the samples.
         task: The kind of question.
         answer: What was decoded, normalised.
-        is_right: Whether it equals the expected answer, normalised.
+        is_right: Whether it is right, by default if it equals the expected answer, normalised;
+            None without an expected answer.
         kl: KL(dense || this) of the next token after the prompt, in nats.
         num_tokens: Length of the prompt.
         num_spans: Number of images in the prompt.
@@ -39,7 +56,7 @@ class Outcome:
     sample: int
     task: str
     answer: str
-    is_right: bool
+    is_right: bool | None
     kl: float
     num_tokens: int
     num_spans: int
@@ -56,7 +73,7 @@ class OutcomeFile:
         header: What must be the same for the run to be resumed: the model, the questions.
 
     Raises:
-        ValueError: The file is of another run, or not one of these files.
+        ValueError: The file is of another run, which was not finished, or not one of these files.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, header: Mapping[str, str]) -> None:
@@ -74,6 +91,11 @@ class OutcomeFile:
                 self._take(line)
             self._path = ranks.own(path)
             self._open({**self._header, "process": ranks.name})
+
+    def finish(self) -> None:
+        """Note that nothing is missing: another run may then have the name of the file."""
+        if not self.notes.get(_FINISHED):
+            self.note(_FINISHED, True)
 
     def merge(self) -> None:
         """Bring together the outcomes of all processes of a shared run, in the order of samples.
@@ -129,12 +151,9 @@ class OutcomeFile:
 
     def _parsed(self, data: bytes) -> list[dict[str, Any]]:
         try:
-            lines = [json.loads(line) for line in data.splitlines()]
-        except ValueError as error:  # of JSON, or of UTF-8
+            return _parse_lines(data)
+        except ValueError as error:
             raise self._no_outcomes(str(error)) from None
-        if not all(isinstance(line, dict) for line in lines):
-            raise self._no_outcomes("lines of another kind")
-        return lines
 
     def _no_outcomes(self, found: str) -> ValueError:
         return ValueError(
@@ -152,6 +171,8 @@ class OutcomeFile:
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
         """Write the answers to a batch of questions."""
+        if self.notes.get(_FINISHED):
+            self.note(_FINISHED, False)  # other maskings of the same run
         self._write([asdict(outcome) for outcome in outcomes])
         for outcome in outcomes:
             self._outcomes.setdefault(outcome.point, {})[outcome.sample] = outcome
@@ -169,15 +190,13 @@ class OutcomeFile:
             self._outcomes.setdefault(outcome.point, {})[outcome.sample] = outcome
 
     def _check(self, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-        different = [
-            f"{name}={found.get(name)!r} and not {value!r}"
-            for name, value in expected.items()
-            if found.get(name) != value
-        ]
-        if different:
+        if found.get("format") != FORMAT:
+            raise self._no_outcomes("lines of another kind")
+        if different := _differences(found, expected):
             raise ValueError(
-                f"{self._path} must be of the run that is to go on, got {', '.join(different)}. "
-                "Give another folder, or remove the file to begin anew."
+                f"{self._path} must be of the run that is to go on, got an unfinished run with "
+                f"{', '.join(different)}. Finish that one, give another folder, or remove the file "
+                "to begin anew."
             )
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -189,6 +208,50 @@ class OutcomeFile:
             file.flush()
             os.fsync(file.fileno())
         self._unwritten = []
+
+
+def set_aside_finished(path: str | os.PathLike[str], header: Mapping[str, str]) -> None:
+    """Rename the file of another run, with a warning, if that run was finished.
+
+    Files of unfinished runs, and of something else, stay: :class:`OutcomeFile` refuses them.
+    """
+    path = Path(path)
+    try:
+        lines = _parse_lines(path.read_bytes())
+    except (OSError, ValueError):
+        return
+    if not lines or lines[0].get("format") != FORMAT:
+        return
+    different = _differences(lines[0], {"format": FORMAT, "version": VERSION, **header})
+    finished = [line["value"] for line in lines if line.get("note") == _FINISHED]
+    if not different or not finished or not finished[-1]:
+        return
+    number = 1
+    while (kept := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(kept)
+    warnings.warn(
+        f"{path} had the answers of a finished run with {', '.join(different)}. They are kept as "
+        f"{kept.name}, and this run begins anew.",
+        BlindsightWarning,
+        stacklevel=2,
+    )
+
+
+def _parse_lines(data: bytes) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in data.splitlines()]
+    if not all(isinstance(line, dict) for line in lines):
+        raise ValueError("lines of another kind")
+    return lines
+
+
+def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Return in words where the header of a file is not the expected one."""
+    return [
+        _DIFFERENCES.get(name, f"another {name}").format(found.get(name))
+        for name in dict.fromkeys([*expected, *found])
+        if found.get(name) != expected.get(name)
+    ]
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:

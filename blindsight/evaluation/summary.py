@@ -23,13 +23,16 @@ from blindsight.evaluation.bootstrap import (
 from blindsight.evaluation.outcomes import Outcome
 from blindsight.evaluation.prefill import Decoder
 
+_HARDLY_ANY = 0.05  # of the answers
+
 
 @dataclass(frozen=True)
 class Summary:
     """What the answers under one masking amount to, compared with those of the dense model.
 
     Attributes:
-        accuracy: The accuracy of each task.
+        accuracy: The accuracy of each task; empty where answers are neither right nor wrong, and
+            the next three are None then.
         mean: The mean of these accuracies.
         difference: From dense, by the paired bootstrap.
         worst_task: The task with the lowest difference.
@@ -41,9 +44,9 @@ class Summary:
     """
 
     accuracy: dict[str, Estimate]
-    mean: Estimate
-    difference: Differences
-    worst_task: str
+    mean: Estimate | None
+    difference: Differences | None
+    worst_task: str | None
     num_changed: int
     num_samples: int
     kl_mean: float
@@ -51,6 +54,12 @@ class Summary:
     kl_max: float
     attention_flops: int
     decoder_flops: int
+
+    @property
+    def scores(self) -> tuple[Estimate, Differences]:
+        """The mean accuracy and the differences, of samples with answers."""
+        assert self.mean is not None and self.difference is not None
+        return self.mean, self.difference
 
     @property
     def changed(self) -> float:
@@ -64,6 +73,8 @@ class Summary:
         def estimates(found: Mapping[str, Any]) -> dict[str, Estimate]:
             return {task: Estimate(*numbers) for task, numbers in found.items()}
 
+        if data["mean"] is None:
+            return cls(**data)
         tasks, mean, worst = data["difference"]
         difference = Differences(estimates(tasks), Estimate(*mean), Estimate(*worst))
         return cls(
@@ -93,21 +104,26 @@ def summarize(
     seed: int = 0,
 ) -> Summary:
     """Return the summary of some outcomes, given the dense model's on the same questions."""
-    draws = {"num_resamples": num_resamples, "seed": seed}
-    before, after = (
-        {task: [float(row.is_right) for row in rows] for task, rows in by_task(run).items()}
-        for run in (dense, outcomes)
-    )
-    difference = paired_differences(before, after, **draws)
-    accuracy = {task: share(int(sum(right)), len(right)) for task, right in after.items()}
+    accuracy: dict[str, Estimate] = {}
+    difference = None
+    if all(row.is_right is not None for row in (*dense, *outcomes)):
+        before, after = (
+            {
+                task: [float(bool(row.is_right)) for row in rows]
+                for task, rows in by_task(run).items()
+            }
+            for run in (dense, outcomes)
+        )
+        difference = paired_differences(before, after, num_resamples=num_resamples, seed=seed)
+        accuracy = {task: share(int(sum(right)), len(right)) for task, right in after.items()}
     kl = torch.tensor([outcome.kl for outcome in outcomes], dtype=torch.float64)
     attention = FLOPS_PER_PAIR * decoder.head_dim * sum(outcome.pairs for outcome in outcomes)
     linear = 2 * sum(outcome.rows for outcome in outcomes) * decoder.weights_per_layer
     return Summary(
         accuracy=accuracy,
-        mean=mean_over_tasks(list(accuracy.values())),
+        mean=mean_over_tasks(list(accuracy.values())) if accuracy else None,
         difference=difference,
-        worst_task=min(difference.tasks, key=lambda task: difference.tasks[task].value),
+        worst_task=None if difference is None else _lowest(difference.tasks),
         num_changed=sum(a.answer != b.answer for a, b in zip(dense, outcomes, strict=True)),
         num_samples=len(outcomes),
         kl_mean=float(kl.mean()),
@@ -116,6 +132,26 @@ def summarize(
         attention_flops=attention,
         decoder_flops=attention + linear,
     )
+
+
+def note_on_accuracy(dense: Summary) -> list[str]:
+    """Return a note where the dense model is so often wrong that differences say nothing."""
+    if dense.mean is None or dense.mean.value > _HARDLY_ANY:
+        return []
+    return [
+        f"The dense model is right in {100 * dense.mean.value:.1f} % only: the difference says "
+        "nothing then. An answer is right if it equals the expected one, but for case and spaces: "
+        "ask for answers in that form, or give evaluate() of Python another is_right."
+    ]
+
+
+def _scores_by_task(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
+    tasks = by_task(outcomes)
+    return {task: [float(bool(row.is_right)) for row in rows] for task, rows in tasks.items()}
+
+
+def _lowest(tasks: Mapping[str, Estimate]) -> str:
+    return min(tasks, key=lambda task: tasks[task].value)
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

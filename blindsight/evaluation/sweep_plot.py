@@ -8,7 +8,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from blindsight.evaluation.bootstrap import Estimate
-from blindsight.evaluation.sweep_points import BY_ERROR, BY_HEAD, BY_LAYER, PRUNING, RANDOM, WINDOW
+from blindsight.evaluation.sweep_points import (
+    BY_ERROR,
+    BY_HEAD,
+    BY_LAYER,
+    OWN,
+    PRUNING,
+    RANDOM,
+    WINDOW,
+)
 from blindsight.evaluation.sweep_result import Sweep, SweepPoint
 from blindsight.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Curve, Panel, plot_curves
 
@@ -24,22 +32,26 @@ _LOOKS = {
 
 def plot_sweep(sweep: Sweep, path: str | os.PathLike[str]) -> None:
     """Draw accuracy, the task that loses most, the KL divergence, and prefill time if measured."""
-    dense = 100 * sweep.dense.mean.value
+    dense = 100 * sweep.dense.scores[0].value
     panels = [
         Panel(
             "Accuracy, mean of the tasks (%)",
-            _curves(sweep, lambda p: _scaled(p.summary.difference.mean, dense), dense),
+            _curves(sweep, lambda p: _scaled(p.summary.scores[1].mean, dense), dense),
             dense,
+            marks=_own(sweep, lambda p: dense + 100 * p.summary.scores[1].mean.value),
         ),
         Panel(
             "Task that loses most, difference from dense (percentage points)",
-            _curves(sweep, lambda p: _scaled(p.summary.difference.worst, 0.0), 0.0),
+            _curves(sweep, lambda p: _scaled(p.summary.scores[1].worst, 0.0), 0.0),
             0.0,
+            marks=_own(sweep, lambda p: 100 * p.summary.scores[1].worst.value),
         ),
     ]
     kl = [_positive(curve) for curve in _curves(sweep, _kl, 0.0)]
     if kl := [curve for curve in kl if len(curve.x)]:
-        panels.append(Panel("KL of the next token from dense (nats, mean)", kl, is_log=True))
+        title = "KL of the next token from dense (nats, mean; 0, as of dense, is below the axis)"
+        marks = [mark for mark in _own(sweep, lambda p: p.summary.kl_mean) if mark[1] > 0]
+        panels.append(Panel(title, kl, is_log=True, marks=marks))
     timed = [point for point in sweep.series(BY_HEAD) if point.timing is not None]
     if timed:
         panels.append(_time_panel(sweep, timed))
@@ -49,7 +61,8 @@ def plot_sweep(sweep: Sweep, path: str | os.PathLike[str]) -> None:
         path,
         title="What is left of the answers when attention is sparse",
         subtitle=f"{number} questions, {tasks} tasks. Dashed: dense. Blue band: 95 %, paired "
-        "bootstrap against dense.\nGrey band: range of the random draws.",
+        "bootstrap against dense.\nGrey band: range of the random draws."
+        + (" Ring: the profile that was given." if sweep.series(OWN) else ""),
         x_label="attention FLOPs of prefill, share of dense",
     )
 
@@ -85,6 +98,12 @@ def _curves(sweep: Sweep, measure: Callable[[SweepPoint], Estimate], dense: floa
     return curves
 
 
+def _own(sweep: Sweep, measure: Callable[[SweepPoint], float | None]) -> list[tuple[float, float]]:
+    """Return where the profile that was given is, if it is not dense."""
+    found = [(100 * sweep.attention_share(point), measure(point)) for point in sweep.series(OWN)]
+    return [(x, y) for x, y in found if y is not None]
+
+
 def _by_cost(
     sweep: Sweep, points: list[SweepPoint], measure: Callable[[SweepPoint], Estimate]
 ) -> list[tuple[float, list[Estimate]]]:
@@ -112,7 +131,8 @@ def _time_panel(sweep: Sweep, timed: list[SweepPoint]) -> Panel:
         num_tokens = point.timing.num_tokens
     label, color = _LOOKS[BY_HEAD]
     title = f"Prefill time, over dense (one prompt of {num_tokens:,} tokens)"
-    return Panel(title, [Curve(label, color, x, y, is_main=True)], 1.0)
+    marks = _own(sweep, lambda p: None if p.timing is None else p.timing.ratio)
+    return Panel(title, [Curve(label, color, x, y, is_main=True)], 1.0, marks=marks)
 
 
 def _positive(curve: Curve) -> Curve:

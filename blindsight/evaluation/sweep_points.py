@@ -25,7 +25,9 @@ _BISECTIONS = 24
 
 BY_HEAD, BY_LAYER, BY_ERROR, RANDOM = "by head", "by layer", "by own error", "random"
 WINDOW, PRUNING = "window", "pruning"
+OWN = "this profile"
 MEANINGS = {
+    OWN: "the categories of the profile that was given",
     BY_HEAD: "a category for each head, selected at the budget",
     BY_LAYER: "all heads of a layer alike, selected at the budget from the layer's mean errors",
     BY_ERROR: "a category for each head, selected by how much of the head's own output changes",

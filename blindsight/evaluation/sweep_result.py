@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from blindsight.evaluation.summary import Summary, percent, table
-from blindsight.evaluation.sweep_points import MEANINGS, RANDOM
+from blindsight.evaluation.summary import Summary, note_on_accuracy, percent, table
+from blindsight.evaluation.sweep_points import MEANINGS, OWN, PRUNING, RANDOM, WINDOW
 from blindsight.evaluation.timing import Timing
 from blindsight.files import write_text
+
+_KNOBS = {WINDOW: "share asked for", PRUNING: "share asked for", OWN: "profile"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class SweepPoint:
 
     Attributes:
         series: One of :data:`MEANINGS`.
-        knob: The budget; for ``window`` and ``pruning``, the share of dense attention asked for.
+        knob: The budget; for ``window`` and ``pruning``, the share of dense attention asked for;
+            for ``this profile``, which has no knob, 0.
         key: Key of the masking; equal maskings have equal keys.
         heads: The number of heads of each category, by name; empty for maskings without
             categories.
@@ -50,12 +53,14 @@ class Sweep:
         points: By series, from the most to the least costly.
         num_questions: The number of questions of each task.
         conditions: What the numbers depend on.
+        remarks: What else a reader must know, in sentences.
     """
 
     dense: Summary
     points: tuple[SweepPoint, ...]
     num_questions: dict[str, int]
     conditions: dict[str, str]
+    remarks: tuple[str, ...] = ()
 
     def series(self, name: str) -> list[SweepPoint]:
         return [point for point in self.points if point.series == name]
@@ -88,6 +93,7 @@ class Sweep:
             points=tuple(points),
             num_questions=data["num_questions"],
             conditions=data["conditions"],
+            remarks=tuple(data.get("remarks", ())),  # earlier versions made none
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -113,6 +119,8 @@ class Sweep:
             "FLOPs are exact, of all prefills together, as shares of dense: attention's two matrix "
             "products, and those with the decoder's weights. Dropping tokens saves their linear "
             "layers too, masking does not.",
+            *note_on_accuracy(self.dense),
+            *self.remarks,
             ", ".join(f"{name} {value}" for name, value in self.conditions.items()) + ".",
         ]
         return "\n".join([*lines, *(f"- {note}" for note in notes)]) + "\n"
@@ -120,30 +128,41 @@ class Sweep:
     def _table(self, points: Sequence[SweepPoint]) -> list[str]:
         timed = any(point.timing is not None for point in points)
         head = [
-            "knob",
+            _KNOBS.get(points[0].series, "budget"),
             "attention",
             "decoder",
             "accuracy",
             "difference",
-            "worst task",
-            "",
+            "worst difference",
+            "of task",
             "changed",
         ]
         rows = [[*head, "KL, nats", *(["prefill"] if timed else [])]]
         rows.append(
-            ["dense", "100.0%", "100.0%", f"{100 * self.dense.mean.value:.1f}", "", "", "", "", ""]
+            [
+                "dense",
+                "100.0%",
+                "100.0%",
+                f"{100 * self.dense.scores[0].value:.1f}",
+                "",
+                "",
+                "",
+                "",
+                "",
+            ]
             + ([""] if timed else [])
         )
         for point in points:
             found = point.summary
+            mean, difference = found.scores
             row = [
-                f"{point.knob:.4g}",
+                "as given" if point.series == OWN else f"{point.knob:.4g}",
                 f"{self.attention_share(point):.1%}",
                 f"{self.decoder_share(point):.1%}",
-                f"{100 * found.mean.value:.1f}",
-                percent(found.difference.mean, sign=True),
-                percent(found.difference.worst, sign=True),
-                found.worst_task if found.difference.worst.value < 0 else "",
+                f"{100 * mean.value:.1f}",
+                percent(difference.mean, sign=True),
+                percent(difference.worst, sign=True),
+                (found.worst_task or "") if difference.worst.value < 0 else "",
                 f"{found.changed:.1%}",
                 f"{found.kl_mean:.1e}",
             ]
@@ -157,7 +176,8 @@ class Sweep:
         groups: dict[float, list[SweepPoint]] = {}
         for point in self.series(RANDOM):
             groups.setdefault(point.knob, []).append(point)
-        rows = [["knob", "attention", "draws", "accuracy", "worst task", "changed", "KL, nats"]]
+        head = ["budget", "attention", "draws", "accuracy", "worst difference", "changed"]
+        rows = [[*head, "KL, nats"]]
         for knob, group in groups.items():
             found = [point.summary for point in group]
             rows.append(
@@ -165,8 +185,8 @@ class Sweep:
                     f"{knob:.4g}",
                     f"{statistics.fmean(map(self.attention_share, group)):.1%}",
                     str(len(group)),
-                    _range([summary.mean.value for summary in found]),
-                    _range([summary.difference.worst.value for summary in found]),
+                    _range([summary.scores[0].value for summary in found]),
+                    _range([summary.scores[1].worst.value for summary in found]),
                     f"{statistics.fmean(summary.changed for summary in found):.1%}",
                     f"{statistics.fmean(summary.kl_mean for summary in found):.1e}",
                 ]

@@ -10,10 +10,12 @@ from typing import Any
 
 from blindsight.data.processors import model_inputs
 from blindsight.data.samples import Samples
+from blindsight.error_text import in_short
 from blindsight.evaluation.compiled_decoder import CompiledDecoder
 from blindsight.evaluation.outcomes import Outcome, OutcomeFile
 from blindsight.evaluation.prefill import Batch, Decoder
 from blindsight.profile import Profile
+from blindsight.progress import progress_bar
 from blindsight.ranks import current_ranks
 from blindsight.runtime.inner import name_for_files
 from blindsight.timer import wait_for
@@ -60,15 +62,29 @@ def time_prefill(
     *,
     inner: str | Callable[..., Any] = "inductor",
     repeats: int = 5,
+    progress: bool | None = None,
 ) -> Timing:
     """Compile the decoder for one batch, check it, and time it, dense and sparse in turn.
+
+    Args:
+        decoder: The model.
+        batch: The prompt.
+        profile: The profile.
+        inner: The backend that compiles the graphs.
+        repeats: How often it runs dense, and sparse.
+        progress: See :func:`~blindsight.progress.progress_bar`.
 
     Raises:
         ValueError: Compiled logits differ from those with explicit masks by more than rounding.
     """
     compiled = CompiledDecoder(decoder, profile, inner=inner)
+    # Compiling takes as long as all the rest, and cannot be told beforehand: one step of its own.
+    options = {"total": 1 + 2 * repeats, "desc": "compiling to time prefill", "leave": False}
+    bar = progress_bar(progress, unit="run", **options)
     try:
         distance, rounding = compiled.check(batch, profile)
+        bar.update()
+        bar.set_description("timing prefill")
         before = _runs(compiled)
         compiled.prefill(batch, dense=False)
         runs = tuple(
@@ -82,6 +98,7 @@ def time_prefill(
             compiled.prefill(batch, dense=dense)
             wait_for(*decoder.devices)
             seconds[dense].append(time.perf_counter() - begin)
+            bar.update()
         return Timing(
             num_tokens=int(batch.prompt.num_tokens.max()),
             compiled="whole model" if compiled.compiles_whole(batch) else "decoder",
@@ -93,7 +110,12 @@ def time_prefill(
             rounding=rounding,
         )
     finally:
+        bar.close()
         compiled.close()
+
+
+class NotTimedError(Exception):
+    """Prefill could not be compiled or run, and so it was not timed; the message says why."""
 
 
 def time_prefill_once(
@@ -104,6 +126,7 @@ def time_prefill_once(
     *,
     inner: str | Callable[..., Any],
     repeats: int,
+    progress: bool | None = None,
 ) -> Timing:
     """Return the result of :func:`time_prefill`, unless the file of this run has it already.
 
@@ -113,18 +136,27 @@ def time_prefill_once(
     Args:
         known: The file where the timing is looked up and noted.
         batch: Returns the prompt; called only if it has to be measured.
-        decoder, profile, inner, repeats: See :func:`time_prefill`.
+        decoder, profile, inner, repeats, progress: See :func:`time_prefill`.
 
     Raises:
         ValueError: See :func:`time_prefill`.
+        NotTimedError: The prompt could not be compiled or run: without a compiler, for example.
     """
     name = f"prefill of {profile.digest} by {name_for_files(inner)}, {repeats} times"
     if name not in known.notes:
 
         def measure() -> Timing:
-            return time_prefill(decoder, batch(), profile, inner=inner, repeats=repeats)
+            options: dict[str, Any] = {"inner": inner, "repeats": repeats, "progress": progress}
+            return time_prefill(decoder, batch(), profile, **options)
 
-        known.note(name, asdict(current_ranks().on_first(measure)))
+        try:
+            found = current_ranks().on_first(measure)
+        except RuntimeError as error:  # of Dynamo, Inductor, compilers, and of a device's memory
+            raise NotTimedError(
+                f"Prefill was not timed, as it failed: {in_short(error).rstrip('.')}. With "
+                "repeats=0 (--repeats 0) it is not tried."
+            ) from error
+        known.note(name, asdict(found))
     return Timing.from_dict(known.notes[name])
 
 
