@@ -19,17 +19,15 @@ if TYPE_CHECKING:
     from blindsight.report import Report, Verdict
 
 _WIDTH = 100
-_COMPILE_IN_PLACE = (
-    "compile the model in place, model.compile(backend=backend), or its decoder alone, and call it"
+_WHAT_TO_DO = (
+    "compile the decoder in place, model.get_decoder().compile(backend=backend), or the whole, "
+    "model.compile(backend=backend), and call the model. If Dynamo warned of its recompile_limit, "
+    "raise that, in a new process or after torch._dynamo.reset()."
 )
-_NOT_MET = (
-    f"To have them run through the backend, {_COMPILE_IN_PLACE}. If Dynamo warned that its "
-    "recompile_limit was hit, raise torch._dynamo.config.recompile_limit."
-)
+_NOT_MET = f"To have them run through the backend, {_WHAT_TO_DO}"
 _NOTHING = (
     "No attention was compiled with this backend. torch.compile(model).generate runs the "
-    f"uncompiled model: {_COMPILE_IN_PLACE}. If Dynamo warned that its recompile_limit was hit, "
-    "raise torch._dynamo.config.recompile_limit."
+    f"uncompiled model: {_WHAT_TO_DO}"
 )
 # What each reason for a dense run means, or what to do about it.
 _MEANING = {
