@@ -225,10 +225,13 @@ def one_graph(kind: type[InOneGraph], **options: Any) -> tuple[Any, Any, Any, li
     ("kind", "reason"),
     [
         (Guided, "a layer runs twice in one graph, maybe for several prompts"),
-        (Shifting, "the tokens that are embedded are others than the model's input_ids"),
+        (
+            Shifting,
+            "the tokens that are embedded are others than the model's input_ids, or are moved",
+        ),
         (
             ShiftingEmbeddings,
-            "the tokens that are embedded are others than the model's input_ids",
+            "the tokens that are embedded are others than the model's input_ids, or are moved",
         ),
         (Dropping, "some of its attention is of other tokens than the prompt's"),
     ],

@@ -229,7 +229,10 @@ class Sequences:
         if pending is None:
             return None, "input_ids were not seen and no template was given"
         if self._plan.embeds_other_tokens:
-            return None, "the tokens that are embedded are others than the model's input_ids"
+            return (
+                None,
+                "the tokens that are embedded are others than the model's input_ids, or are moved",
+            )
         batch, num_queries, *_ = call.sizes
         if tuple(pending.kinds.shape) != (batch, num_queries):
             raise ValueError(
