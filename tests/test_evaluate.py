@@ -874,7 +874,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_before_any_work(
         )
     assert main(command(workplace, tmp_path / "file")) == 2
     error = capsys.readouterr().err
-    assert error.startswith("blindsight: error: out must be a file that can be written")
+    assert error.startswith("blindsight: error: answers.jsonl in --out must be a file that can")
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:

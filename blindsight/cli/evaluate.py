@@ -263,7 +263,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, Samples, Profile]:
     from blindsight.profile import Profile
 
     if hasattr(arguments, "out"):
-        check_can_be_made(arguments.out / "answers.jsonl", "out")
+        check_can_be_made(arguments.out / "answers.jsonl", "answers.jsonl in --out")
     profile = Profile.load(arguments.profile)
     samples = load_samples(
         arguments.data, split=arguments.split, limit=arguments.limit, seed=arguments.sample_seed
