@@ -386,7 +386,7 @@ def setup_of(family: str, *, static: bool, by_layers: bool) -> Iterator[Setup]:
 def test_whatever_is_done_to_caches(family: str, static: bool, by_layers: bool) -> None:
     with setup_of(family, static=static, by_layers=by_layers) as setup:
         machine = type("Machine", (Conversations,), {"setup": setup})
-        most = max(6, settings().max_examples // 8)  # the first few compile all there is
+        most = max(6, settings().max_examples // 12)  # the first few compile all there is
         run_state_machine_as_test(
             machine, settings=settings(stateful_step_count=12, max_examples=most)
         )

@@ -100,6 +100,18 @@ def test_what_is_not_missing_under_a_template(qwen: Any) -> None:
         model(**inputs, use_cache=False)
 
 
+def test_what_is_not_missing_where_the_model_is_found_in_the_call(qwen: Any) -> None:
+    inputs = make_inputs("qwen2_5_vl", [PROMPT])
+    model = tiny_model("qwen2_5_vl", num_layers=NUM_LAYERS)
+    profile = Profile.for_model(model, [[0] * 4, CATEGORIES[0]] + [[0] * 4] * 2)
+    model.model.language_model.layers[1].compile(
+        backend=blindsight_backend(profile, inner="eager", lowering="fused")
+    )
+    for _ in range(2):
+        with use_template(*template_of(inputs["input_ids"])):
+            model(**inputs, use_cache=False)
+
+
 def test_layers_of_a_model_that_are_renumbered() -> None:
     """The model of a stage is told from the whole one; with its own profile it is as any."""
     model = tiny_model("gemma3", num_layers=NUM_LAYERS)

@@ -121,13 +121,18 @@ class Forwards:
         if input_ids is None:
             self._thread.pending = None
         elif outer is None or pending is None or not self._are_those_of(pending, input_ids):
-            self._thread.pending = Pending.of(input_ids, self.rule, call)
+            self._thread.pending = self._pending_of(input_ids, call)
+
+    def _pending_of(self, input_ids: Tensor, call: FrameType | None) -> Pending:
+        pending = Pending.of(input_ids, self.rule, call)
+        pending.is_told = explicit_template() is not None
+        return pending
 
     def _check_ended(self, pending: Pending, input_ids: Tensor | None) -> None:
         """Complain of what a forward left out of which the end was not told, as another begins."""
         same = input_ids is not None and self._are_those_of(pending, input_ids)
         is_repeated = same and not pending.served  # a call that failed
-        if not (is_repeated or pending.is_gone):
+        if not (is_repeated or pending.is_gone or pending.is_told):
             self._check_served(pending, certain=False)
 
     def _are_those_of(self, pending: Pending, input_ids: Tensor) -> bool:
@@ -156,7 +161,7 @@ class Forwards:
             was_outside = is_first and pending.call is None and not pending.served
             if not (watched or goes_on or was_outside):
                 self._check_ended(pending, input_ids)
-        self._thread.pending = Pending.of(input_ids, self.rule, self._call_of_model())
+        self._thread.pending = self._pending_of(input_ids, self._call_of_model())
 
     def expect_same_images(self, given: Tensor, inner: Tensor) -> None:
         """Warn if a model is given no images by a module that is given some.
@@ -298,7 +303,7 @@ class Forwards:
             explicit.forwards[self].served.update(layers)
         if pending is not None:
             pending.served.update(layers)
-            if self.layers - pending.served:
+            if self.layers - pending.served and not pending.is_told:
                 self._check_order(pending, min(layers))
             if pending.served >= self.layers:
                 self._thread.pending = None

@@ -233,6 +233,7 @@ class Pending:
     kinds: Tensor = field(init=False)  # the same, frames of videos marked
     corners: Tensor | None = None  # [2, B, Q], height and width of each token, where they told it
     by_grid: bool = False  # whether the model's grids told it
+    is_told: bool = False  # whether a template was given by hand, under which layers are checked
     served: set[int] = field(default_factory=set)
     joined: dict[int, tuple[History | None, History | None]] = field(default_factory=dict)
 

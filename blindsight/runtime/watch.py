@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from blindsight.modules import plain_name
 from blindsight.passes.find_inputs import is_axis_positions, is_token_ids, is_video_grid
 from blindsight.runtime.calls import dynamo_callback, inner_calls
+from blindsight.runtime.context import explicit_template
 from blindsight.runtime.forwards import Forwards
 
 
@@ -99,7 +100,8 @@ class _BeforeHead(_Hook):
     def _finish(self) -> None:
         if threading.get_ident() == self._thread:
             self.handle.remove()
-            if (forwards := self._forwards()) is not None:
+            forwards = self._forwards()
+            if forwards is not None and explicit_template() is None:
                 forwards.finish()
 
 
