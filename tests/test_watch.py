@@ -598,7 +598,7 @@ def test_what_the_first_call_leaves_out_is_an_error_at_once(
 ) -> None:
     leave_out(model, backend_of(model))
     call, options = (model, {}) if how == "forward" else (model.generate, {"max_new_tokens": 2})
-    # torch 2.15 traces what is around a hidden attention with other weights, which is an error, too.
+    # torch 2.15 traces what is around a hidden attention with other weights: an error, too.
     told = r"attention (of layers 0.* did not run through|at .* must be parameters of the model)"
     with pytest.raises(ValueError, match=told):
         call(**inputs_of(*PROMPT), **options)
