@@ -37,6 +37,8 @@ def attend(
     categories: Tensor,
     groups: Sequence[Group],
     scale: float | None = None,
+    *,
+    are_buffers: bool = False,
 ) -> Tensor:
     """Return the attention ``[B, H, Q, D]`` of heads, each under the mask of its category.
 
@@ -49,24 +51,12 @@ def attend(
         groups: Their sizes sum up to H. An "all" group must be the only one, and keeps key heads
             shared by their query heads; other groups repeat them.
         scale: Factor on the scores; default ``D ** -0.5``.
+        are_buffers: Whether queries and keys are results of their own, and views of nothing.
     """
-    if groups[0][0] == "all" and mask.order is None and query.device.type == "cpu":
-        # Other groups, and sorted tokens, are gathered, which makes buffers.
-        query, key = (as_buffer(x, categories) for x in (query, key))
-    return _attend(query, key, value, mask, heads, categories, groups, scale)
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Mask,
-    heads: Tensor,
-    categories: Tensor,
-    groups: Sequence[Group],
-    scale: float | None,
-) -> Tensor:
     if groups[0][0] == "all":
+        # Other groups, and sorted tokens, are gathered, which makes buffers.
+        if mask.order is None and query.device.type == "cpu" and not are_buffers:
+            query, key = (as_buffer(x, categories) for x in (query, key))
         return _masked(query, key, value, mask, heads, categories, categories, scale)
     per_key_head = query.shape[1] // key.shape[1]
     if groups[0] == ("causal", query.shape[1]):
@@ -101,7 +91,7 @@ def attend_in_region(
 
 
 def _attend_alone(*args: Any) -> tuple[Tensor]:
-    return (_attend(*args),)  # what enters a region is a buffer
+    return (attend(*args, are_buffers=True),)  # as all that enters a region
 
 
 def _masked(

@@ -122,8 +122,7 @@ def realize(x: Tensor, span_id: Tensor | None = None) -> Tensor:
     be folded back into one: with ``span_id`` the result depends on an input, if in name only.
     """
     if span_id is not None:
-        never = (span_id[:1, :1] < 0).view((1,) * x.dim())
-        x = (x | never) if x.dtype == torch.bool else x + never.to(x.dtype)
+        x = _depending_on(span_id[:1, :1], x)
     x = x.contiguous()
     return torch.as_strided(x, x.shape, x.stride())
 
@@ -140,8 +139,13 @@ def as_buffer(x: Tensor, codes: Tensor) -> Tensor:
         x: Queries or keys.
         codes: ``[H]`` int32, category codes: none is negative, which Inductor does not know.
     """
-    never = (codes[:1] < 0).view(1, 1, 1, 1)
-    return x + never.to(x.dtype)
+    return _depending_on(codes[:1], x)
+
+
+def _depending_on(number: Tensor, x: Tensor) -> Tensor:
+    """Return ``x`` as a result that depends on one number, never negative, if in name only."""
+    never = (number < 0).view((1,) * x.dim())
+    return (x | never) if x.dtype == torch.bool else x + never.to(x.dtype)
 
 
 def constant_rows(rows: Sequence[Sequence[int]], dtype: torch.dtype, span_id: Tensor) -> Tensor:
