@@ -303,17 +303,13 @@ class Forwards:
             explicit.forwards[self].served.update(layers)
         if pending is not None:
             pending.served.update(layers)
-            if self.layers - pending.served and not pending.is_told:
-                self._check_order(pending, min(layers))
+            if not (pending.is_text or pending.is_told or is_disabled()):
+                # Earlier layers have run by now; of text nothing is sparse, token by token.
+                self._check_served(pending, certain=True, before=min(layers))
             if pending.served >= self.layers:
                 self._thread.pending = None
                 if (watched := self._thread.watched) is not None:
                     watched.is_served = True
-
-    def _check_order(self, pending: Pending, first: int) -> None:
-        """Complain of earlier layers than these that did not run in the backend's graphs."""
-        if any(layer < first for layer in self.layers - pending.served) and not is_disabled():
-            self._check_served(pending, certain=True, before=first)
 
     def warn_once(self, message: str) -> None:
         if message in self._warned:
