@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blindsight.cli.numbers import not_negative
+from blindsight.cli.numbers import not_negative, path
 
 if TYPE_CHECKING:
     from blindsight.profile import Profile
@@ -21,7 +20,7 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         description="Choose the categories again, from what calibration measured and the profile "
         "keeps. Nothing is measured: the result is what calibrating with this budget would give.",
     )
-    parser.add_argument("profile", type=Path, help="a profile that blindsight calibrate made")
+    parser.add_argument("profile", type=path, help="a profile that blindsight calibrate made")
     parser.add_argument(
         "--budget",
         type=not_negative,
@@ -29,16 +28,16 @@ def add_commands(commands: Any, everywhere: argparse.ArgumentParser) -> None:
         help="how far one head may move the next token, see blindsight calibrate; inf is the "
         "sparsest",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the profile to write")
+    parser.add_argument("-o", "--output", type=path, required=True, help="the profile to write")
     parser.set_defaults(run=_run_select)
 
 
 def _run_select(arguments: argparse.Namespace) -> None:
     from blindsight.cli.show import heads_by_layer
-    from blindsight.files import check_target
+    from blindsight.cli.targets import profile_replaced_at, say_saved
     from blindsight.profile import Profile
 
-    check_target(arguments.output, "output")
+    replaced = profile_replaced_at(arguments.output)
     before = Profile.load(arguments.profile)
     after = before.at_budget(arguments.budget)
     changed = int((before.categories != after.categories).sum())
@@ -47,7 +46,7 @@ def _run_select(arguments: argparse.Namespace) -> None:
     print("\nattention FLOPs on the prompts of the calibration:")
     print(f"  before, {_saved(before)}")
     print(f"  after, {_saved(after)}; {changed} of {after.categories.numel()} heads changed")
-    print(f"saved to {arguments.output}")
+    say_saved([arguments.output], replaced)
 
 
 def _saved(profile: Profile) -> str:
